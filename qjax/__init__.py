@@ -1,0 +1,150 @@
+"""qjax: quantization of any JAX function, as a transformation of its program.
+
+The names below are the public interface. They are looked up when first used (PEP 562), so that ``import qjax`` and
+``qjax --help`` take milliseconds and only what a program uses is imported.
+
+``qjax.recipe`` is the function that makes a named preset; the module of the same name is reached as
+``from qjax.recipe import ...``. That module is imported here first and without jax, because a submodule's first
+import sets the package's attribute of that name: done here, the function has the last word.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qjax.recipe import Recipe, Rule, dynamic, recipe, recipes, static
+
+if TYPE_CHECKING:
+    from qjax import errors as errors
+    from qjax import evaluate as evaluate
+    from qjax import formats as formats
+    from qjax import models as models
+    from qjax import passes as passes
+    from qjax import testing as testing
+    from qjax.calibration import MSE as MSE
+    from qjax.calibration import AbsMax as AbsMax
+    from qjax.calibration import MinMax as MinMax
+    from qjax.calibration import Percentile as Percentile
+    from qjax.checkpoint import load as load
+    from qjax.checkpoint import save as save
+    from qjax.formats import MXFP4 as MXFP4
+    from qjax.formats import MXFP8 as MXFP8
+    from qjax.formats import NF4 as NF4
+    from qjax.formats import NVFP4 as NVFP4
+    from qjax.formats import Float8 as Float8
+    from qjax.formats import Int as Int
+    from qjax.formats import QArray as QArray
+    from qjax.formats import QStack as QStack
+    from qjax.formats import register_format as register_format
+    from qjax.ops import register_lowering as register_lowering
+    from qjax.passes import RTN as RTN
+    from qjax.program import Program as Program
+    from qjax.program import trace as trace
+    from qjax.transforms import Model as Model
+    from qjax.transforms import astype as astype
+    from qjax.transforms import combine as combine
+    from qjax.transforms import from_equinox as from_equinox
+    from qjax.transforms import from_linen as from_linen
+    from qjax.transforms import from_nnx as from_nnx
+    from qjax.transforms import partition as partition
+    from qjax.transforms import plan as plan
+    from qjax.transforms import quantize as quantize
+
+__version__ = "0.1.0"
+
+# Public name -> the module it lives in.
+_HOME = {
+    "trace": "qjax.program",
+    "Program": "qjax.program",
+    "quantize": "qjax.transforms",
+    "plan": "qjax.transforms",
+    "Model": "qjax.transforms",
+    "from_nnx": "qjax.transforms",
+    "from_linen": "qjax.transforms",
+    "from_equinox": "qjax.transforms",
+    "partition": "qjax.transforms",
+    "combine": "qjax.transforms",
+    "astype": "qjax.transforms",
+    "save": "qjax.checkpoint",
+    "load": "qjax.checkpoint",
+    "Int": "qjax.formats",
+    "Float8": "qjax.formats",
+    "NF4": "qjax.formats",
+    "MXFP4": "qjax.formats",
+    "MXFP8": "qjax.formats",
+    "NVFP4": "qjax.formats",
+    "QArray": "qjax.formats",
+    "QStack": "qjax.formats",
+    "register_format": "qjax.formats",
+    "register_lowering": "qjax.ops",
+    "RTN": "qjax.passes",
+    "AbsMax": "qjax.calibration",
+    "MinMax": "qjax.calibration",
+    "Percentile": "qjax.calibration",
+    "MSE": "qjax.calibration",
+}
+_SUBMODULES = ("errors", "evaluate", "formats", "models", "passes", "testing")
+
+__all__ = [
+    "MSE",
+    "MXFP4",
+    "MXFP8",
+    "NF4",
+    "NVFP4",
+    "RTN",
+    "AbsMax",
+    "Float8",
+    "Int",
+    "MinMax",
+    "Model",
+    "Percentile",
+    "Program",
+    "QArray",
+    "QStack",
+    "Recipe",
+    "Rule",
+    "astype",
+    "combine",
+    "dynamic",
+    "errors",
+    "evaluate",
+    "formats",
+    "from_equinox",
+    "from_linen",
+    "from_nnx",
+    "load",
+    "models",
+    "partition",
+    "passes",
+    "plan",
+    "quantize",
+    "recipe",
+    "recipes",
+    "register_format",
+    "register_lowering",
+    "save",
+    "static",
+    "testing",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the home of a public name on its first use; an unknown name is an AttributeError."""
+    home = f"qjax.{name}" if name in _SUBMODULES else _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'qjax' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name != home:  # a dependency of that module is missing: its own message says which
+            raise
+        raise AttributeError(f"qjax.{name} lives in the module {home}, which this installation lacks") from error
+    value = module if name in _SUBMODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
