@@ -1,0 +1,69 @@
+"""Settings and fixtures for all tests: eight virtual CPU devices, the data folder, steady random examples."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+# Before the first import of jax, which reads them once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples on every run, so that a fresh clone passes or fails as the last one did; HYPOTHESIS_PROFILE=explore
+# looks for new ones.
+_COMMON = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("steady", max_examples=20, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("explore", max_examples=200, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, help="skip the tests that have not started after so many seconds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_START] = time.monotonic()
+
+
+_START = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_torch = None
+    if importlib.util.find_spec("torch") is None:
+        without_torch = pytest.mark.skip(reason="torch is not installed; it comes with qjax[test] on Python 3.11")
+    for item in items:
+        if "data_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("data")
+        if without_torch and item.get_closest_marker("torch"):
+            item.add_marker(without_torch)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - item.config.stash[_START] > limit:
+        pytest.skip(f"the {limit:.0f} seconds given for this run are used up")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real models and texts: QJAX_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("QJAX_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no test data at {folder}; set QJAX_DATA to the folder that holds models/ and text/")
+    return folder
