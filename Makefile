@@ -30,7 +30,6 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-dev
 	@echo "== Style (ruff)"
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check .
 	@echo "== Types (pyright)"
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	@echo "== Layers (import-linter)"

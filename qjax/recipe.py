@@ -16,9 +16,11 @@ unless the rule is optional: a misspelled pattern would otherwise leave a layer 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -212,11 +214,12 @@ def _check_format(fmt: Any, setting: str, refuse: Any) -> None:
         raise refuse(f"{setting} is a number format such as Int(8), Float8('e4m3fn') or NF4(), not {fmt!r}")
     per = getattr(fmt, "per", None)
     if setting == "weights" and per == "token":
-        raise refuse(f"{fmt!r} has one scale per token, and weights have no tokens; use per='channel', 'tensor' or group")
+        raise refuse(
+            f"{fmt!r} has one scale per token, and weights have no tokens; use per='channel', 'tensor' or group"
+        )
     if setting == "inputs" and per == "channel":
         raise refuse(
-            f"{fmt!r} as inputs would have a scale along the axis that the product sums over, which cannot be taken "
-            "out of the sum; use per='token' or per='tensor'"
+            f"{fmt!r} has one scale per output channel of a weight, and inputs have tokens; use per='token' or 'tensor'"
         )
     if setting != "weights" and getattr(fmt, "weights_only", False):
         raise refuse(f"{fmt!r} is for weights only; use Int, Float8 or MXFP8 for {setting}")
@@ -318,6 +321,38 @@ class Recipe:
             if getattr(step, "needs_batches", False):
                 return f"the prepare pass {step!r} looks at activations"
         return None
+
+    @cached_property
+    def hash(self) -> str:
+        """A digest of what the recipe says, its name aside: equal for recipes that decide alike by the same rules."""
+        said = {key: value for key, value in self.to_dict().items() if key != "name"}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON-able data (see ``qjax.recipe_toml``)."""
+        from qjax.recipe_toml import recipe_to_dict
+
+        return recipe_to_dict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that the data describes; an unknown key is a RecipeError with the nearest known ones."""
+        from qjax.recipe_toml import recipe_from_dict
+
+        return recipe_from_dict(data)
+
+    def to_toml(self) -> str:
+        """Return the recipe as the text of a TOML file."""
+        from qjax.recipe_toml import recipe_to_toml
+
+        return recipe_to_toml(self)
+
+    @staticmethod
+    def from_toml(source: str | Path) -> Recipe:
+        """Return the recipe in a file (a path, or a string that ends in ``.toml``) or in the text itself."""
+        from qjax.recipe_toml import recipe_from_toml
+
+        return recipe_from_toml(source)
 
     def decide(self, sites: Iterable[SiteLike], *, strict: bool = True) -> dict[str, Decision]:
         """Return what the recipe says about each site, by the site's name.

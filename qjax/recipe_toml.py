@@ -1,0 +1,276 @@
+"""Recipes as plain data: dictionaries, TOML files and the presets.
+
+The shape, in TOML::
+
+    name = "mine"
+
+    [[rules]]
+    match = "**/lm_head/**"
+    skip = true
+    optional = true
+
+    [[rules]]
+    match = "**"
+    weights = { format = "int", bits = 4, group = 128 }
+    inputs = { dynamic = { format = "int", bits = 8, per = "token" } }
+
+    [[prepare]]
+    pass = "SmoothQuant"
+
+A format is a table with the key ``format`` and its settings; ``{ dynamic = <format> }`` and ``{ static = <format>,
+observer = <observer> }`` say where a scale comes from; roundings, observers and passes are tables with the class name
+under ``rounding``, ``observer`` or ``pass``, and their settings. Settings at their default are left out, and a key
+that nothing reads is refused, so that a misspelled setting cannot be ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qjax.errors import QjaxError, RecipeError, near
+from qjax.recipe import Dynamic, Recipe, Rule, Static
+
+# Where the classes named under each key live.
+_HOMES = {"rounding": "qjax.passes", "pass": "qjax.passes", "observer": "qjax.calibration"}
+
+_FLAGS = ("skip", "optional", "clamp_group")
+_RULE_KEYS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "_")
+
+# What every preset leaves in float, as llm-compressor does: the head, and embedding tables with the heads tied to them.
+_KEPT_IN_FLOAT = (
+    Rule("**/lm_head/**", skip=True, optional=True),
+    Rule("**", op="embedding", skip=True, optional=True),
+    Rule("**/embedding*", skip=True, optional=True),
+)
+# Presets of compressed-tensors whose activation scales are constants, and what does without calibration.
+_CALIBRATED = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as JSON-able data, with settings at their default left out."""
+    data: dict[str, Any] = {"name": recipe.name} if recipe.name else {}
+    data["rules"] = [_rule_to_dict(rule) for rule in recipe.rules]
+    if recipe.prepare:
+        data["prepare"] = [_object_to_dict(step, "pass") for step in recipe.prepare]
+    return data
+
+
+def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that the data describes.
+
+    Raises:
+        RecipeError: a missing or unknown key, or a value that no recipe can have.
+    """
+    data = _table(data, "the recipe")
+    _known_keys(data, ("name", "rules", "prepare"), "the recipe")
+    rules = data.get("rules")
+    if not isinstance(rules, list) or not rules:
+        raise RecipeError("the recipe has no rules; in TOML each begins with a line [[rules]]")
+    prepare = data.get("prepare", [])
+    if not isinstance(prepare, list):
+        raise RecipeError("the recipe's prepare is a list of passes; in TOML each begins with a line [[prepare]]")
+    return Recipe(
+        [_rule_from_dict(rule, f"rule {index}") for index, rule in enumerate(rules)],
+        [_object_from_dict(step, "pass", f"prepare pass {index}") for index, step in enumerate(prepare)],
+        str(data.get("name", "")),
+    )
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """Return the recipe as the text of a TOML file."""
+    data = recipe_to_dict(recipe)
+    lines = [f"name = {_toml(data['name'])}", ""] if "name" in data else []
+    for section in ("rules", "prepare"):
+        for table in data.get(section, ()):
+            lines += [f"[[{section}]]", *(f"{key} = {_toml(value)}" for key, value in table.items()), ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def recipe_from_toml(source: str | Path) -> Recipe:
+    """Return the recipe in a file (a path, or a string that ends in ``.toml``) or in the text itself.
+
+    Raises:
+        RecipeError: the file is missing or is not TOML, or what it says is no recipe.
+    """
+    place = "the recipe"
+    try:
+        if isinstance(source, Path) or (source.endswith(".toml") and "\n" not in source):
+            place = str(source)
+            source = Path(source).read_text(encoding="utf-8")
+        data = tomllib.loads(source)
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"cannot read the recipe file {place}: {why}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{place} is not TOML: {error}") from error
+    return recipe_from_dict(data)
+
+
+@functools.cache
+def presets() -> Mapping[str, Mapping[str, Any]]:
+    """Return the table of presets as it stands in ``presets.toml``, by name."""
+    return tomllib.loads((resources.files("qjax") / "presets.toml").read_text(encoding="utf-8"))
+
+
+def load_preset(name: str) -> Recipe:
+    """Return the preset of that name in any case, or the recipe in a ``.toml`` file.
+
+    Raises:
+        RecipeError: no such preset, with the nearest names; a preset that needs calibration.
+    """
+    if name.endswith(".toml"):
+        return recipe_from_toml(Path(name))
+    key = name.strip().upper().replace("-", "_")
+    if key in _CALIBRATED:
+        raise RecipeError(
+            f"the preset {key} has constant activation scales, which need calibration, and this version has none; "
+            f"use {_CALIBRATED[key]}"
+        )
+    preset = presets().get(key)
+    if preset is None:
+        hint = near(name, presets()) or f"; there are {', '.join(presets())}."
+        raise RecipeError(f"no preset is named {name!r}{hint} A recipe of your own is a file ending in .toml.")
+    settings = {key: value for key, value in preset.items() if key != "description"}
+    rule = _rule_from_dict({"match": "**", "clamp_group": True, **settings}, f"preset {key}")
+    return Recipe([*_KEPT_IN_FLOAT, rule], name=key)
+
+
+def _rule_to_dict(rule: Rule) -> dict[str, Any]:
+    data: dict[str, Any] = {"match": rule.match}
+    if rule.ops != ("linear",):
+        data["op"] = rule.op if isinstance(rule.op, str) else list(rule.op)
+    if rule.weights is not None:
+        data["weights"] = _source_to_dict(rule.weights)
+    for key in ("inputs", "outputs"):
+        if (source := getattr(rule, key)) is not None:
+            data[key] = _source_to_dict(source)
+    if rule.operands:
+        data["operands"] = {name: _source_to_dict(source) for name, source in rule.operands.items()}
+    if rule.rounding is not None:
+        data["rounding"] = _object_to_dict(rule.rounding, "rounding")
+    return data | {flag: True for flag in _FLAGS if getattr(rule, flag)}
+
+
+def _rule_from_dict(data: Any, where: str) -> Rule:
+    data = _table(data, where)
+    _known_keys(data, _RULE_KEYS, where)
+    if "match" not in data:
+        raise RecipeError(f"{where} has no match, the pattern for site names such as '**/mlp/**'")
+    for flag in _FLAGS:
+        if not isinstance(data.get(flag, False), bool):
+            raise RecipeError(f"{where}: {flag} is true or false, not {data[flag]!r}")
+    op = data.get("op", "linear")
+    if not isinstance(op, str) and not (isinstance(op, list) and all(isinstance(o, str) for o in op)):
+        raise RecipeError(f"{where}: op is a name or a list of names, not {op!r}")
+    values = dict(data) | {"op": op if isinstance(op, str) else tuple(op)}
+    for key in ("weights", "inputs", "outputs"):
+        if key in data:
+            values[key] = _source_from_dict(data[key], f"{where}: {key}")
+    if "operands" in data:
+        operands = _table(data["operands"], f"{where}: operands")
+        values["operands"] = {name: _source_from_dict(v, f"{where}: operands.{name}") for name, v in operands.items()}
+    if "rounding" in data:
+        values["rounding"] = _object_from_dict(data["rounding"], "rounding", f"{where}: rounding")
+    return Rule(**values)
+
+
+def _source_to_dict(source: Any) -> dict[str, Any]:
+    if isinstance(source, Dynamic):
+        return {"dynamic": source.fmt.to_dict()}
+    if isinstance(source, Static):
+        observer = {} if source.observer is None else {"observer": _object_to_dict(source.observer, "observer")}
+        return {"static": source.fmt.to_dict(), **observer}
+    return source.to_dict()
+
+
+def _source_from_dict(data: Any, where: str) -> Any:
+    data = _table(data, where)
+    if "dynamic" in data:
+        _known_keys(data, ("dynamic",), where)
+        return Dynamic(_format_from_dict(data["dynamic"], where))
+    if "static" in data:
+        _known_keys(data, ("static", "observer"), where)
+        observer = data.get("observer")
+        if observer is not None:
+            observer = _object_from_dict(observer, "observer", f"{where}: observer")
+        return Static(_format_from_dict(data["static"], where), observer)
+    return _format_from_dict(data, where)
+
+
+def _format_from_dict(data: Any, where: str) -> Any:
+    from qjax.formats.registry import format_from_dict
+
+    try:
+        return format_from_dict(dict(_table(data, where)))
+    except QjaxError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _object_to_dict(value: Any, kind: str) -> dict[str, Any]:
+    """A rounding, observer or pass: its class name under ``kind``, and the settings that differ from the default."""
+    data: dict[str, Any] = {kind: type(value).__name__}
+    for item in dataclasses.fields(value):
+        setting = getattr(value, item.name)
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        if item.init and setting != default:
+            data[item.name] = _object_to_dict(setting, item.name) if item.name in _HOMES else setting
+    return data
+
+
+def _object_from_dict(data: Any, kind: str, where: str) -> Any:
+    data = dict(_table(data, where))
+    name = data.pop(kind, None)
+    home = importlib.import_module(_HOMES[kind])
+    known = [n for n in home.__all__ if dataclasses.is_dataclass(getattr(home, n))]
+    if name not in known:
+        raise RecipeError(f"{where}: no {kind} is named {name!r}{near(str(name), known) or ' in ' + _HOMES[kind]}")
+    cls = getattr(home, name)
+    settings = [item.name for item in dataclasses.fields(cls) if item.init]
+    _known_keys(data, settings, f"{where} ({name})")
+    for key in _HOMES.keys() & data.keys():
+        data[key] = _object_from_dict(data[key], key, f"{where}: {key}")
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    except TypeError as error:
+        raise RecipeError(f"{where} ({name}): {error}") from error
+
+
+def _table(data: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} is a table of keys and values, not {data!r}")
+    return data
+
+
+def _known_keys(data: Mapping[str, Any], known: Any, where: str) -> None:
+    for key in data:
+        if key not in known:
+            raise RecipeError(
+                f"{where} has the unknown key {key!r}{near(key, known) or '; known are ' + ', '.join(known)}"
+            )
+
+
+def _toml(value: Any) -> str:
+    """One value in TOML, tables inline. JSON's strings are TOML's, apart from the delete character."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    raise RecipeError(f"a recipe on disk holds numbers, strings, lists and tables, not {value!r}")
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml(key)
