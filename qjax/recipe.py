@@ -424,15 +424,11 @@ class Recipe:
 
 
 def _op_names(site: SiteLike) -> frozenset[str]:
-    return _op_names_of(site.op, site.reads_parameter)
+    return _OP_NAMES[site.reads_parameter].get(site.op) or frozenset((site.op,))
 
 
-@lru_cache(maxsize=256)
-def _op_names_of(op: str, reads_parameter: bool) -> frozenset[str]:
-    """The op names of rules that reach a site: a dot over a parameter is a linear, one of two activations a matmul."""
-    if op not in PARAMETER_OPS:
-        return frozenset((op,))
-    return frozenset((op, "linear")) if reads_parameter else frozenset(("matmul",))
+# The op names of rules that reach a site, beyond its own: by whether it reads a parameter, and its op.
+_OP_NAMES = {True: {op: frozenset((op, "linear")) for op in PARAMETER_OPS}, False: {}}
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
