@@ -1,1 +1,34 @@
 """Models to quantize: Llama-family decoders and vision transformers, read from Hugging Face folders without torch."""
+
+from qjax.models.config import LlamaConfig
+from qjax.models.functional import stack_layers, unstack_layers
+from qjax.models.hf import abstract, load, read_config, save_weights
+from qjax.models.images import ImageProcessor, image_processor
+from qjax.models.language import LanguageModel, generate, stream
+from qjax.models.llama import Llama, init_cache
+from qjax.models.rope import RopeScaling
+from qjax.models.text import Tokenizer, tokenizer
+from qjax.models.vit import ImageClassifier, Vit, VitConfig
+
+__all__ = [
+    "ImageClassifier",
+    "ImageProcessor",
+    "LanguageModel",
+    "Llama",
+    "LlamaConfig",
+    "RopeScaling",
+    "Tokenizer",
+    "Vit",
+    "VitConfig",
+    "abstract",
+    "generate",
+    "image_processor",
+    "init_cache",
+    "load",
+    "read_config",
+    "save_weights",
+    "stack_layers",
+    "stream",
+    "tokenizer",
+    "unstack_layers",
+]

@@ -272,3 +272,13 @@ def init_cache(
     else:
         layers = [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.num_hidden_layers)]
     return {"layers": layers, "length": jnp.int32(0)}
+
+
+def cache_room(cache: Any) -> int | None:
+    """How many more tokens a cache of :func:`init_cache` can take; None for a cache of another make."""
+    layers = cache.get("layers") if isinstance(cache, dict) else None
+    first = layers[0] if isinstance(layers, list) and layers else layers
+    keys = first.get("k") if isinstance(first, dict) else None
+    if not hasattr(keys, "shape") or isinstance(cache["length"], jax.core.Tracer):
+        return None
+    return keys.shape[-3] - int(cache["length"])
