@@ -1,0 +1,117 @@
+"""Integers of 2 to 8 bits with a scale per tensor, channel, token or group."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qjax.errors import FormatError, near
+from qjax.formats.base import Aux, Format, ImplicitPer
+from qjax.formats.numerics import reciprocal, safe_scale, saturate
+from qjax.formats.registry import register_format
+
+
+@register_format("int")
+@dataclasses.dataclass(frozen=True)
+class Int(Format):
+    """Uniform integers: ``value = (code - zero) * scale``.
+
+    Symmetric (zero is 0, codes int8):
+        scale="half": scale = absmax / (2**(b-1) - 0.5), codes -2**(b-1) .. 2**(b-1)-1. The outermost codes cover a full
+        step, as in Qwix; at few bits this wastes less of the range.
+        scale="qmax": scale = absmax / (2**(b-1) - 1), codes within +-(2**(b-1) - 1), so that +-absmax is exact.
+    Asymmetric (codes uint8): the range is widened to include 0,
+        scale = (max - min) / (2**b - 1), zero = round(-min / scale), codes 0 .. 2**b-1, and 0 is exact.
+
+    Rounding is to nearest, ties to even. Numbers are multiplied by the float32 reciprocal where a division is
+    written here: see `qjax.formats.numerics`. A block that is all zero has scale 1 and decodes to exact zeros.
+
+    Args:
+        bits: 2 to 8.
+        per: "tensor", "channel" (one scale per output row) or "token" (the same, said of activations).
+        group: length of a group along the contracted axis; excludes ``per``. The last group may be shorter.
+        symmetric: whether zero is code 0.
+        scale: "half" or "qmax"; symmetric only.
+
+    Raises:
+        FormatError: for settings that contradict each other.
+    """
+
+    bits: int
+    _: dataclasses.KW_ONLY
+    per: str = ImplicitPer("channel")
+    group: int | None = None
+    symmetric: bool = True
+    scale: str = "half"
+
+    affine = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise FormatError(f"Int: bits={self.bits!r}; 2 to 8 bits are possible")
+        self._check_granularity()
+        if not isinstance(self.symmetric, bool):
+            raise FormatError(f"Int: symmetric={self.symmetric!r}; True or False")
+        if self.scale not in ("half", "qmax"):
+            raise FormatError(f"Int: scale={self.scale!r}{near(str(self.scale), ('half', 'qmax'))}; 'half' or 'qmax'")
+        if self.scale == "qmax" and not self.symmetric:
+            raise FormatError("Int: scale='qmax' belongs to symmetric codes; leave it out with symmetric=False")
+
+    @property
+    def name(self) -> str:
+        """For example ``int4 g128``; asymmetric ``uint8 per channel``."""
+        kind = "int" if self.symmetric else "uint"
+        return f"{kind}{self.bits}{self._suffix()}" + (" qmax" if self.scale == "qmax" else "")
+
+    @property
+    def code_bits(self) -> int:
+        """Stored bits of one code."""
+        return self.bits
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        """int8, or uint8 if asymmetric."""
+        return np.dtype(np.int8 if self.symmetric else np.uint8)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        if not self.symmetric:
+            return 0, 2**self.bits - 1
+        top = 2 ** (self.bits - 1) - 1
+        return (-top if self.scale == "qmax" else -top - 1), top
+
+    def from_range(self, low: Array, high: Array, shared: Mapping[str, Array] | None = None) -> Aux:
+        """Return {"scale": float32} or {"scale", "zero": uint8}, blocked."""
+        if self.symmetric:
+            bound = 2 ** (self.bits - 1) - (0.5 if self.scale == "half" else 1)
+            return {"scale": safe_scale(jnp.maximum(high, -low) * reciprocal(bound))}
+        top = 2**self.bits - 1
+        # Halves first: max - min of a block that spans most of float32 would overflow, and halving is exact.
+        scale = safe_scale((high * 0.5 - low * 0.5) * reciprocal(top / 2))
+        zero = jnp.clip(jnp.round(-low * (1.0 / scale)), 0, top)
+        return {"scale": scale, "zero": zero.astype(jnp.uint8)}
+
+    def encode(self, x: Array, aux: Aux) -> Array:
+        """Return int8 codes, or uint8 if asymmetric."""
+        length = x.shape[-1]
+        low, high = self.code_range
+        steps = jnp.round(x.astype(jnp.float32) * self.spread(1.0 / aux["scale"], length))
+        if self.symmetric:
+            return saturate(steps, low, high).astype(jnp.int8)
+        # Rounded before the zero point is added: x * inverse + zero could be contracted into one instruction in one
+        # context and not in another, and ties would fall differently.
+        zero = self.spread(aux["zero"], length).astype(jnp.float32)
+        return jnp.where(jnp.isnan(steps), zero, jnp.clip(steps + zero, low, high)).astype(jnp.uint8)
+
+    def decode(self, codes: Array, aux: Aux) -> Array:
+        """Return (code - zero) * scale in float32."""
+        length = codes.shape[-1]
+        numbers = codes.astype(jnp.float32)
+        if not self.symmetric:
+            numbers = numbers - self.spread(aux["zero"], length).astype(jnp.float32)
+        return numbers * self.spread(aux["scale"], length)

@@ -1,0 +1,64 @@
+"""The arithmetic that every scaled format shares: safe scales, exact powers of two, what NaN and infinity become.
+
+Three facts decide how it is written.
+
+- XLA rewrites ``x / broadcast(s)`` into ``x * broadcast(1 / s)``, and ``x / constant`` likewise, whenever it can see
+  the broadcast. A division would then round differently from one context to the next, so the reciprocal is written
+  out: the same codes come out eagerly, under jit and under vmap, and they are the codes that Qwix gets on XLA.
+- XLA on CPU flushes subnormal numbers to zero. Scales therefore stay normal, in [2**-126, 2**126], which keeps their
+  reciprocals normal too.
+- Weights with NaN or infinity are refused by name before they get here. Should one arrive all the same (in an
+  activation, say), ranges are taken over the finite elements, NaN is encoded as 0 and infinity as the largest code,
+  so one bad element does not spoil its block.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+SMALLEST_SCALE = float(np.float32(2.0**-126))
+LARGEST_SCALE = float(np.float32(2.0**126))
+
+
+def reciprocal(number: float) -> np.float32:
+    """Return 1 / number rounded once to float32."""
+    return np.float32(1.0) / np.float32(number)
+
+
+def safe_scale(scale: Array) -> Array:
+    """Return a scale that can be divided by: 1 where it vanishes (an empty or all-zero block), at most 2**126."""
+    return jnp.where(scale < SMALLEST_SCALE, jnp.float32(1.0), jnp.minimum(scale, LARGEST_SCALE))
+
+
+def finite_part(x: Array) -> Array:
+    """Return x with NaN and infinity replaced by 0, for taking ranges."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+
+
+def saturate(x: Array, low: float, high: float) -> Array:
+    """Clip to [low, high]; NaN becomes 0."""
+    return jnp.where(jnp.isnan(x), jnp.zeros((), x.dtype), jnp.clip(x, low, high))
+
+
+def power_of_two(exponent: Array) -> Array:
+    """Return float32 2**exponent, exactly, for integer exponents in [-126, 127]."""
+    bits = (exponent.astype(jnp.int32) + 127) << 23
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def times_power_of_two(x: Array, exponent: Array) -> Array:
+    """Return x * 2**exponent for integer exponents in [-252, 254].
+
+    In two steps, because 2**-127 (the smallest E8M0 scale) and its like are not normal float32 numbers.
+    """
+    half = exponent.astype(jnp.int32) >> 1
+    return x * power_of_two(half) * power_of_two(exponent.astype(jnp.int32) - half)
+
+
+def floor_log2(x: Array) -> Array:
+    """Return int32 floor(log2(x)) of positive float32 numbers from the exponent bits; -127 for subnormals and 0."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return ((bits >> 23) & 0xFF) - 127

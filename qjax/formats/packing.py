@@ -1,0 +1,133 @@
+"""Bit packing: how codes of 1 to 7 bits lie in bytes.
+
+A row of K codes of b bits is one little-endian bit stream, padded with zero bits to whole bytes:
+
+    bit j of code k is bit (k * b + j) of the stream,
+    bit i of the stream is bit (i mod 8), counted from the least significant one, of byte (i // 8).
+
+So a row takes ceil(K * b / 8) bytes, for 3 bits as well (eight codes in three bytes), and the oracle is
+``np.unpackbits(row, bitorder="little")`` read b bits at a time. Signed codes are stored in two's complement, cut to
+b bits. An example with b = 3 and the codes 1, 2, 3, 4, 5, 6, 7, 0 (low bit first: 100 010 110 001 101 011 111 000):
+
+    byte 0 = 0b11_010_001   code 2 (low two bits), code 1, code 0      = 0xd1
+    byte 1 = 0b1_101_100_0  code 5 (low bit), code 4, code 3, code 2   = 0x58
+    byte 2 = 0b000_111_11   code 7, code 6, code 5                     = 0x1f
+
+Both directions treat a row as units of ``lcm(b, 8)`` bits, the shortest run in which codes and bytes end together:
+8 codes in 3 bytes for b = 3, 2 codes in 1 byte for b = 4. Within a unit every shift is a constant, so the code
+below is a handful of shifts and ors on uint8 arrays that XLA fuses into one loop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from qjax.errors import FormatError
+
+
+def packed_bytes(length: int, bits: int) -> int:
+    """Return the bytes that a row of ``length`` codes of ``bits`` bits takes."""
+    return -(-length * bits // 8)
+
+
+def row_padding(length: int, bits: int) -> int:
+    """Return how many whole codes fit in the padding of a row: what `unpacked_length` has to subtract."""
+    return packed_bytes(length, bits) * 8 // bits - length
+
+
+def unpacked_length(nbytes: int, bits: int, pad: int = 0) -> int:
+    """Return the codes in a row of ``nbytes`` bytes whose last ``pad`` places are padding."""
+    return nbytes * 8 // bits - pad
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """Return (codes, bytes) of the shortest run in which codes and bytes end together."""
+    if not 1 <= bits <= 8:
+        raise FormatError(f"packing: codes of {bits} bits were asked for; 1 to 8 are possible")
+    span = math.lcm(bits, 8)
+    return span // bits, span // 8
+
+
+def _pad_last(x: Array, multiple: int) -> Array:
+    tail = -x.shape[-1] % multiple
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, tail)]) if tail else x
+
+
+def pack_bits(codes: ArrayLike, bits: int) -> Array:
+    """Pack integer codes along the last axis.
+
+    Args:
+        codes: [..., K] of any integer dtype; only the low ``bits`` bits of each code are kept.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 [..., ceil(K * bits / 8)].
+    """
+    per_unit, unit_bytes = _unit(bits)
+    codes = jnp.asarray(codes)
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise FormatError(f"packing: integer codes are packed, {codes.dtype} was given")
+    nbytes = packed_bytes(codes.shape[-1], bits)
+    low = codes.astype(jnp.uint8) & jnp.uint8(2**bits - 1)
+    if bits == 8:
+        return low
+    low = _pad_last(low, per_unit)
+    low = low.reshape(*low.shape[:-1], low.shape[-1] // per_unit, per_unit)
+    columns = []
+    for byte in range(unit_bytes):
+        column = None
+        for k in range(8 * byte // bits, (8 * byte + 7) // bits + 1):
+            shift = k * bits - 8 * byte
+            code = low[..., k]
+            part = code << shift if shift >= 0 else code >> -shift
+            column = part if column is None else column | part
+        columns.append(column)
+    packed = jnp.stack(columns, axis=-1)
+    return packed.reshape(*packed.shape[:-2], packed.shape[-2] * unit_bytes)[..., :nbytes]
+
+
+def unpack_bits(packed: ArrayLike, bits: int, length: int, signed: bool) -> Array:
+    """Read codes back from `pack_bits`.
+
+    Args:
+        packed: uint8 [..., at least ceil(length * bits / 8)].
+        bits: 1 to 8.
+        length: K, the number of codes in a row.
+        signed: whether the codes are two's complement.
+
+    Returns:
+        int8 (signed) or uint8 [..., K].
+    """
+    per_unit, unit_bytes = _unit(bits)
+    packed = jnp.asarray(packed)
+    if packed.shape[-1] < packed_bytes(length, bits):
+        raise FormatError(
+            f"packing: {length} codes of {bits} bits need {packed_bytes(length, bits)} bytes, "
+            f"the row has {packed.shape[-1]}"
+        )
+    if bits < 8:
+        rows = _pad_last(packed[..., : packed_bytes(length, bits)], unit_bytes)
+        rows = rows.reshape(*rows.shape[:-1], rows.shape[-1] // unit_bytes, unit_bytes)
+        mask = jnp.uint8(2**bits - 1)
+        columns = []
+        for k in range(per_unit):
+            byte, shift = divmod(k * bits, 8)
+            column = rows[..., byte] >> shift
+            if shift + bits > 8:
+                column = column | (rows[..., byte + 1] << (8 - shift))
+            columns.append(column & mask)
+        codes = jnp.stack(columns, axis=-1)
+        codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] * per_unit)
+    else:
+        codes = packed
+    codes = codes[..., :length]
+    if not signed:
+        return codes
+    codes = jax.lax.bitcast_convert_type(codes, jnp.int8)
+    # Two's complement of b bits: move the sign to the top, then let the arithmetic shift spread it.
+    return codes if bits == 8 else (codes << (8 - bits)) >> (8 - bits)
