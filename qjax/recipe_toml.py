@@ -170,7 +170,7 @@ def _rule_from_dict(data: Any, where: str) -> Rule:
     op = data.get("op", "linear")
     if not isinstance(op, str) and not (isinstance(op, list) and all(isinstance(o, str) for o in op)):
         raise RecipeError(f"{where}: op is a name or a list of names, not {op!r}")
-    values = dict(data) | {"op": op if isinstance(op, str) else tuple(op)}
+    values: dict[str, Any] = {**data, "op": op if isinstance(op, str) else tuple(op)}
     for key in ("weights", "inputs", "outputs"):
         if key in data:
             values[key] = _source_from_dict(data[key], f"{where}: {key}")
