@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,7 +91,7 @@ def static(fmt: Format, observer: Any = None) -> Static:
     return Static(fmt, observer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rule:
     """What to do at the sites whose name and op match.
 
@@ -122,7 +122,7 @@ class Rule:
     weights: Format | Static | None = None
     inputs: Format | Dynamic | Static | None = None
     outputs: Format | Dynamic | Static | None = None
-    operands: Mapping[str, Any] | None = None
+    operands: Mapping[str, Any] | None = field(default=None, hash=False)
     rounding: Any = None
     skip: bool = False
     optional: bool = False
@@ -130,6 +130,12 @@ class Rule:
 
     def __post_init__(self) -> None:
         _check_rule(self)
+
+    def __repr__(self) -> str:
+        """The settings that were given, as they would be written."""
+        settings = ((f.name, getattr(self, f.name), f.default) for f in fields(self) if f.name != "match")
+        given = [f"{name}={value!r}" for name, value, default in settings if value != default]
+        return f"Rule({', '.join([repr(self.match), *given])})"
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -410,16 +416,16 @@ class Recipe:
             takers = sorted({found[site.name].rule for site in same_op})  # type: ignore[type-var]
             listed = " and ".join(f"{t} ({self.rules[t].title})" for t in takers if t is not None)
             return f"{start} never decides: its {len(same_op)} sites are taken by rule {listed} before it; move it up"
+        able = [site.name for site in sites if not _op_names(site).isdisjoint(rule.ops)]
+        if not able:
+            ops = sorted({site.op for site in sites})
+            return f"{start} matches no site: the program has no site of that op (it has {', '.join(ops) or 'none'})"
         if named:
             ops = sorted({site.op for site in named})
             return (
                 f"{start} matches the names of {len(named)} sites, such as {named[0].name!r}, but their op is "
                 f"{' or '.join(ops)}; set op={ops[0]!r}, or optional=True"
             )
-        able = [site.name for site in sites if not _op_names(site).isdisjoint(rule.ops)]
-        if not able:
-            ops = sorted({site.op for site in sites})
-            return f"{start} matches no site: the program has no site of that op (it has {', '.join(ops) or 'none'})"
         return f"{start} matches no site{_nearest(rule.match, able)}; or set optional=True"
 
 

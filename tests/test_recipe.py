@@ -140,6 +140,7 @@ def test_a_bare_format_is_dynamic_for_inputs_and_constant_for_weights():
 def test_rules_are_values():
     rule = Rule("**", op="attention", operands={"k": TOKEN})
     assert hash(rule) == hash(dataclasses.replace(rule)) and rule == dataclasses.replace(rule)
+    assert repr(Rule("a", weights=INT8, skip=False)) == f"Rule('a', weights={INT8!r})"
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.skip = True
 
