@@ -1,0 +1,94 @@
+"""Everything that differs between jax 0.10.2 and 0.12, in one place.
+
+The rest of qjax reads jaxprs only through these helpers, so that one source serves all versions
+(jax 0.11 merged ``ClosedJaxpr`` into ``Jaxpr`` and turned scan's ``num_consts``/``num_carry`` into trees).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+JAX_VERSION: tuple[int, int] = tuple(int(p) for p in jax.__version__.split(".")[:2])  # type: ignore[assignment]
+"""(major, minor) of the installed jax."""
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """Return the open ``Jaxpr`` of a ``ClosedJaxpr`` (or the jaxpr itself)."""
+    return jaxpr.jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jaxpr
+
+
+def consts_of(jaxpr: Any) -> list[Any]:
+    """Return the constants a closed jaxpr carries (empty for an open one)."""
+    return list(jaxpr.consts) if hasattr(jaxpr, "consts") else []
+
+
+def constvars_and_invars(jaxpr: Any) -> list[Any]:
+    """Return the variables that ``consts_of(jaxpr) + arguments`` bind, in that order."""
+    inner = open_jaxpr(jaxpr)
+    constvars = list(inner.constvars)
+    invars = list(inner.invars)
+    if constvars and invars[: len(constvars)] == constvars:  # jax 0.12: constvars are the first invars
+        return invars
+    return constvars + invars
+
+
+def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
+    """Return ``(number of consts, number of carries)`` of a scan equation."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def sub_jaxprs(params: dict[str, Any]) -> list[tuple[tuple[str, int], Any]]:
+    """Return ``[((parameter name, index), jaxpr)]`` for every jaxpr among an equation's parameters."""
+    out = []
+    for key, value in params.items():
+        for i, item in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
+            if isinstance(item, (jex.Jaxpr, jex.ClosedJaxpr)):
+                out.append(((key, i), item))
+    return out
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Re-bind an equation unchanged on new operand values; always returns a list of outputs."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def varying_axes(x: Any, axes: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the manual mesh ``axes`` over which ``x`` varies inside shard_map."""
+    varying = jax.typeof(x).mat.varying
+    return tuple(a for a in axes if a in varying)
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """Return the abstract float array that ``x`` is to a trace: shape, dtype, explicit sharding, varying axes.
+
+    Works on arrays, tracers, `jax.ShapeDtypeStruct` and quantized leaves (whose children say over which manual mesh
+    axes they vary).
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    kwargs: dict[str, Any] = {}
+    avals = [jax.typeof(c) for c in jax.tree.leaves(x) if not isinstance(c, jax.ShapeDtypeStruct)]
+    varying = frozenset(a for aval in avals for a in aval.mat.varying)
+    if varying:
+        kwargs["manual_axis_type"] = jax.sharding.ManualAxisType(varying=varying)
+    if len(avals) == 1 and avals[0].shape == x.shape:
+        sharding = getattr(avals[0], "sharding", None)
+        if sharding is not None and _has_explicit_axes(sharding):
+            kwargs["sharding"] = sharding
+        if getattr(avals[0], "weak_type", False):
+            kwargs["weak_type"] = True
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, **kwargs)
+
+
+def _has_explicit_axes(sharding: Any) -> bool:
+    mesh = getattr(sharding, "mesh", None)
+    kinds = getattr(mesh, "axis_types", None) or ()
+    return any("Explicit" in str(k) for k in kinds)

@@ -1,0 +1,365 @@
+"""Re-emitting control flow through jax's public functions, with quantized values passing in.
+
+Each function takes ``(rewriter, eqn, values, path, context)`` and returns the outputs of the equation. Bodies are
+replayed by ``rewriter.run``; quantized values enter scans as ``xs``, jits and conditions as pytree arguments, and stay
+out of loop state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import primitives
+
+from qjax import ops
+from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, scan_arity
+from qjax.errors import LayoutError
+from qjax.formats import QStack, is_quantized
+from qjax.selection import Selected, dense
+from qjax.sharding import quantized_specs
+from qjax.steps import Steps
+
+
+def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """jit: bodies that were one stay one, so that 24 calls of one layer compile once."""
+    body = eqn.params["jaxpr"]
+    path = (*here, ("jaxpr", 0))
+    inner = tuple((relative, rw.acts_of(number, context)) for relative, number in rw.active.get(path, ()))
+    free, fixed = _split_selected(values)
+    leaves, treedef = jax.tree.flatten(free)
+    if fixed:  # a selected layer is no pytree: inline
+        return rw.run(body, values, path, context)
+    key = (id(body), treedef, tuple(_aval(x) for x in leaves), repr(inner))
+    if key not in rw.shared:
+
+        def body_function(*args: Any) -> list[Any]:
+            return rw.run(body, args, path, context)
+
+        body_function.__name__ = body_function.__qualname__ = eqn.params.get("name") or "jit"
+        rw.shared[key] = (jax.jit(body_function, keep_unused=eqn.params.get("keep_unused", False)), body)
+    in_shardings, out_shardings = (eqn.params.get(k) or () for k in ("in_shardings", "out_shardings"))
+    outs = rw.shared[key][0](*(_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings)))
+    return [_constrained(v, s) for v, s in itertools.zip_longest(outs, out_shardings)]
+
+
+def _constrained(value: Any, sharding: Any) -> Any:
+    return lax.with_sharding_constraint(value, sharding) if isinstance(sharding, jax.sharding.Sharding) else value
+
+
+def _aval(x: Any) -> Any:
+    return jax.typeof(x)
+
+
+def _split_selected(values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    return [v for v in values if not isinstance(v, Selected)], [v for v in values if isinstance(v, Selected)]
+
+
+def do_remat(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """remat: policies that name dots see the quantized dot as one."""
+    p = eqn.params
+    policy = p["policy"]
+
+    def sees_dots(prim: Any, *avals: Any, **params: Any) -> Any:
+        if ops.is_dot(prim):
+            plain = {"dimension_numbers": (((len(avals[0].shape) - 1,), (1,)), ((), ()))}
+            return policy(primitives.dot_general_p, *avals, **{**params, **plain})
+        return policy(prim, *avals, **params)
+
+    function = jax.checkpoint(
+        _body(rw, p["jaxpr"], (*here, ("jaxpr", 0)), context, values),
+        prevent_cse=p["prevent_cse"],
+        policy=sees_dots if policy is not None else None,
+    )
+    return function(*_free(values))
+
+
+def _free(values: Sequence[Any]) -> list[Any]:
+    return [v for v in values if not isinstance(v, Selected)]
+
+
+def _body(rw: Any, jaxpr: Any, path: Any, context: Any, values: Sequence[Any]) -> Callable[..., list[Any]]:
+    """A function of the pytree operands; selected layers are closed over. Results are float arrays."""
+
+    def function(*free: Any) -> list[Any]:
+        it = iter(free)
+        args = [v if isinstance(v, Selected) else next(it) for v in values]
+        return [rw.dense(o, "a result of a sub-function") for o in rw.run(jaxpr, args, path, context)]
+
+    return function
+
+
+# ------------------------------------------------------------------------------------------------------------ loops
+
+
+def do_scan(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """scan: one scan where all steps agree, a few scans in a row, or one scan that selects."""
+    p = eqn.params
+    n_consts, n_carry = scan_arity(p)
+    length, reverse = p["length"], p["reverse"]
+    path = (*here, ("jaxpr", 0))
+    loop = rw.program.loop_at[here]
+    consts, init, xs = values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
+    invariant = _invariant(p["jaxpr"], n_consts, n_carry)
+    init = [v if inv else rw.dense(v, "loop state") for v, inv in zip(init, invariant, strict=True)]
+    xs = [_scannable(rw, x) for x in xs]
+    decisions = rw.varies(path, loop, context)  # by time step
+    slices = np.arange(length)[::-1] if reverse else np.arange(length)  # time step -> slice of xs
+    signature = [
+        (tuple(x.assign[slices[t]][0] for x in xs if isinstance(x, QStack)), decisions[t] if decisions else ())
+        for t in range(length)
+    ]
+    runs = [list(g) for _, g in itertools.groupby(range(length), key=lambda t: signature[t])]
+    if length == 0 or len(runs) <= 1:
+        return _emit_scan(rw, p, path, context, loop, consts, init, xs, invariant, list(range(length)), slices, None)
+    if len(runs) <= rw.max_runs:
+        rw.note("loops", f"a scan of {length} steps runs as {len(runs)} scans, since its layers have different formats")
+        pieces = []
+        for steps in runs:
+            outs = _emit_scan(rw, p, path, context, loop, consts, init, xs, invariant, steps, slices, None)
+            init = [i if inv else o for i, o, inv in zip(init, outs[:n_carry], invariant, strict=True)]
+            pieces.append(outs[n_carry:])
+        if reverse:
+            pieces = pieces[::-1]
+        ys = [jnp.concatenate(parts, axis=0) for parts in zip(*pieces, strict=True)]
+        return [*init, *ys]
+    rw.note("loops", f"a scan of {length} steps selects its formats at run time: they change {len(runs) - 1} times")
+    running = jnp.arange(length, dtype=jnp.int32)
+    if reverse:
+        running = running[::-1]
+    return _emit_scan(
+        rw, p, path, context, loop, consts, init, xs, invariant, list(range(length)), slices, running
+    )
+
+
+def _emit_scan(
+    rw: Any,
+    p: dict[str, Any],
+    path: Any,
+    context: Any,
+    loop: int,
+    consts: list[Any],
+    init: list[Any],
+    xs: list[Any],
+    invariant: list[bool],
+    steps: list[int],
+    slices: np.ndarray,
+    running: Any,
+) -> list[Any]:
+    """Emit the scan for some consecutive steps; ``running`` holds the time step by slice where the body selects."""
+    n_carry = len(init)
+    where = sorted(int(slices[t]) for t in steps)
+    whole = len(where) == len(slices)
+    sliced: list[Any] = []
+    for x in xs:
+        if isinstance(x, QStack):
+            sliced.append(None if running is not None else _run_of(x, where))
+        else:
+            sliced.append(x if whole else jax.tree.map(lambda a: lax.slice_in_dim(a, where[0], where[-1] + 1), x))
+
+    def body(carry: list[Any], step: Any) -> tuple[list[Any], list[Any]]:
+        current, t = step
+        inner = dict(context)
+        inner[loop] = Steps(tuple(steps), t)
+        args = []
+        for x, c in zip(xs, current, strict=True):
+            if isinstance(x, QStack) and running is not None:
+                index = t if int(slices[0]) == 0 else len(slices) - 1 - t
+                args.append(Selected(x, index))
+            else:
+                args.append(c)
+        it = iter(carry)
+        state = [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)]
+        outs = rw.run(p["jaxpr"], [*consts, *state, *args], path, inner)
+        outs = [o if i < n_carry and invariant[i] else rw.dense(o, "loop state") for i, o in enumerate(outs)]
+        return [o for o, inv in zip(outs[:n_carry], invariant, strict=True) if not inv], outs[n_carry:]
+
+    moving = [v for v, inv in zip(init, invariant, strict=True) if not inv]
+    last, ys = lax.scan(
+        body, moving, (sliced, running), length=len(steps), reverse=p["reverse"], unroll=_unroll(p["unroll"], len(steps))
+    )
+    it = iter(last)
+    return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)] + list(ys)
+
+
+def _unroll(unroll: Any, length: int) -> Any:
+    return min(unroll, max(length, 1)) if isinstance(unroll, int) and not isinstance(unroll, bool) else unroll
+
+
+def _run_of(x: QStack, where: list[int]) -> Any:
+    """The slices ``where`` (consecutive, of one part) as a stacked value."""
+    for start, stop, part in x.runs():
+        if start <= where[0] and where[-1] < stop:
+            low, high = where[0] - start, where[-1] + 1 - start
+            return jax.tree.map(lambda a: lax.slice_in_dim(a, low, high), part) if high - low != stop - start else part
+    raise LayoutError("these slices of a stack have several formats")
+
+
+def _scannable(rw: Any, x: Any) -> Any:
+    """A quantized value whose leading axis a scan can slice, or a float array."""
+    if isinstance(x, Selected):
+        return rw.dense(x, "a selected slice is scanned over")
+    if isinstance(x, QStack) and (x.axis != 0 or any(_leading_is_no_stack(p) for p in x.parts)):
+        return rw.dense(x, "a scan slices another axis than the one along which formats differ")
+    if is_quantized(x) and not isinstance(x, QStack) and _leading_is_no_stack(x):
+        return rw.dense(x, "a scan slices an axis that the weight is not stacked along")
+    return x
+
+
+def _leading_is_no_stack(x: Any) -> bool:
+    """Whether slicing the leading axis of all children is not slicing the user's leading axis."""
+    if isinstance(x, QStack):
+        return x.axis != 0
+    return is_quantized(x) and (not x.ndim or x.view.order[0] != ("s", 0))
+
+
+def _invariant(body: Any, n_consts: int, n_carry: int) -> list[bool]:
+    """Which slots of loop state a body hands on untouched."""
+    inner = open_jaxpr(body)
+    variables = constvars_and_invars(body)[len(consts_of(body)) + n_consts :][:n_carry]
+    return [o is v for v, o in zip(variables, inner.outvars[:n_carry], strict=True)]
+
+
+def do_while(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """while: loop state that the body does not touch is closed over, quantized or not."""
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts, init = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+    invariant = _invariant(p["body_jaxpr"], n_body, len(init))
+    init = [v if inv else rw.dense(v, "loop state") for v, inv in zip(init, invariant, strict=True)]
+
+    def state(carry: Any) -> list[Any]:
+        it = iter(carry)
+        return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)]
+
+    def cond(carry: Any) -> Any:
+        return rw.run(p["cond_jaxpr"], [*cond_consts, *state(carry)], (*here, ("cond_jaxpr", 0)), context)[0]
+
+    def body(carry: Any) -> list[Any]:
+        outs = rw.run(p["body_jaxpr"], [*body_consts, *state(carry)], (*here, ("body_jaxpr", 0)), context)
+        return [rw.dense(o, "loop state") for o, inv in zip(outs, invariant, strict=True) if not inv]
+
+    return state(lax.while_loop(cond, body, [v for v, inv in zip(init, invariant, strict=True) if not inv]))
+
+
+def do_cond(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """cond and switch."""
+    p = eqn.params
+    if p.get("branches_platforms") is not None:  # lax.platform_dependent has no public form for a chosen index
+        return bind(eqn, [rw.dense(v, "a platform_dependent branch") for v in values])
+    branches = [
+        _body(rw, branch, (*here, ("branches", i)), context, values[1:]) for i, branch in enumerate(p["branches"])
+    ]
+    return list(lax.switch(values[0], branches, *_free(values[1:])))
+
+
+# ------------------------------------------------------------------------------------------------ functions with rules
+
+
+def do_custom_vjp(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """custom_vjp: the value is the rewritten body's, the derivative the user's own rule at the dequantized operands."""
+    run = _body(rw, eqn.params["call_jaxpr"], (*here, ("call_jaxpr", 0)), context, values)
+    free = _free(values)
+    leaves, treedef = jax.tree.flatten(free)
+
+    def original(args: list[Any]) -> list[Any]:
+        it = iter(args)
+        return bind(eqn, [dense(v) if isinstance(v, Selected) else dense(next(it)) for v in values])
+
+    @jax.custom_vjp
+    def function(*flat: Any) -> list[Any]:
+        return run(*jax.tree.unflatten(treedef, flat))
+
+    def forward(*flat: Any) -> Any:
+        args = [dense(a) for a in jax.tree.unflatten(treedef, flat)]
+        _, pull = jax.vjp(original, args)
+        return function(*flat), pull
+
+    def backward(pull: Any, cotangents: Any) -> tuple[Any, ...]:
+        (to_args,) = pull(list(cotangents))
+        out: list[Any] = []
+        for arg, cotangent in zip(free, to_args, strict=True):
+            out += [_zero(leaf) for leaf in jax.tree.leaves(arg)] if is_quantized(arg) else [cotangent]
+        return tuple(out)
+
+    function.defvjp(forward, backward)
+    return list(function(*leaves))
+
+
+def _zero(leaf: Any) -> Any:
+    floating = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def do_custom_jvp(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """custom_jvp: as custom_vjp."""
+    run = _body(rw, eqn.params["call_jaxpr"], (*here, ("call_jaxpr", 0)), context, values)
+    quantized = [v for v in values if is_quantized(v)]
+    arrays = [v for v in values if not is_quantized(v) and not isinstance(v, Selected)]
+
+    def merge(qs: list[Any], xs: list[Any]) -> list[Any]:
+        q, x = iter(qs), iter(xs)
+        return [v if isinstance(v, Selected) else next(q) if is_quantized(v) else next(x) for v in values]
+
+    @jax.custom_jvp
+    def function(qs: list[Any], xs: list[Any]) -> list[Any]:
+        return run(*_free(merge(qs, xs)))
+
+    @function.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        (qs, xs), (_, dxs) = primals, tangents
+        _, out = jax.jvp(lambda xs: bind(eqn, [dense(v) for v in merge(qs, xs)]), (xs,), (dxs,))
+        return function(qs, xs), out
+
+    return list(function(quantized, arrays))
+
+
+def do_shard_map(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
+    """shard_map: a weight's PartitionSpec becomes that of its codes and scales."""
+    p = eqn.params
+    path = (*here, ("jaxpr", 0))
+    values = [rw.dense(v, "a selected slice enters shard_map") if isinstance(v, (Selected, QStack)) else v for v in values]
+    specs: list[Any] = []
+    for i, (v, spec) in enumerate(zip(values, p["in_specs"], strict=True)):
+        if is_quantized(v):
+            try:
+                spec = quantized_specs(v, spec, p["mesh"])
+            except LayoutError as error:
+                rw.note("dequantized", f"shard_map: {error}")
+                values[i] = v = dense(v)
+        specs.append(spec)
+
+    def body(*args: Any) -> list[Any]:
+        return [rw.dense(o, "a result of shard_map") for o in rw.run(p["jaxpr"], args, path, context)]
+
+    mapped = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]),
+        check_vma=p.get("check_vma", True),
+    )
+    return list(mapped(*values))
+
+
+CONTROL_FLOW: dict[str, Callable[..., list[Any]]] = {
+    "jit": do_jit,
+    "pjit": do_jit,
+    "closed_call": do_jit,
+    "remat2": do_remat,
+    "checkpoint": do_remat,
+    "scan": do_scan,
+    "while": do_while,
+    "cond": do_cond,
+    "custom_vjp_call": do_custom_vjp,
+    "custom_jvp_call": do_custom_jvp,
+    "shard_map": do_shard_map,
+}
+"""Primitive -> how it is re-emitted."""
+

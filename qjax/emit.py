@@ -1,0 +1,230 @@
+"""Emitting one quantized product: from an equation and its operands to the quantized op and back to its result.
+
+A quantized weight is brought into canonical order ``[*batch, N, K]`` by a view, the activations into
+``[*batch, M, K]`` by a transpose, and the result ``[*batch, M, N]`` into the dimension order of the equation.
+Where the equation contracts other axes than the weight was stored for, the weight is dequantized there and it is
+noted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from qjax import ops
+from qjax._compat import bind
+from qjax.errors import LayoutError
+from qjax.formats import Layout, QArray, is_quantized
+from qjax.selection import Selected
+
+
+@dataclasses.dataclass(frozen=True)
+class Act:
+    """How the activations of a product are quantized: a format whose scale comes from the values themselves."""
+
+    fmt: Any
+
+
+def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
+    """A dot_general of which one operand may be a QArray."""
+    lhs, rhs = values
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    out = eqn.outvars[0].aval
+    side = 1 if isinstance(rhs, QArray) else 0 if isinstance(lhs, QArray) else None
+    if side is None:
+        return _fake_quantized(rewriter, eqn, values, act, where, rewriter.input_side(eqn, where))
+    weight, x = values[side], values[1 - side]
+    if is_quantized(x) or isinstance(x, Selected):
+        x = rewriter.dense(x, f"{where}: the other operand of the product is quantized too")
+    wc, xc = (tuple(rc), tuple(lc)) if side else (tuple(lc), tuple(rc))
+    wb, xb = (tuple(rb), tuple(lb)) if side else (tuple(lb), tuple(rb))
+    wfree = [d for d in range(weight.ndim) if d not in wc and d not in wb]
+    xfree = [d for d in range(x.ndim) if d not in xc and d not in xb]
+    try:
+        canonical, order = product_view(weight, wc, wb)
+    except LayoutError as error:
+        rewriter.note("dequantized", f"{where}: {error}")
+        plain = [rewriter.dense(v, f"{where}: {error}") for v in values]
+        return bind(eqn, plain)[0]
+    # x: [*batch, M, K], batch and contraction in the order in which the weight is stored
+    batch = [xb[wb.index(d)] for d in order.batch]
+    contract = [xc[wc.index(d)] for d in order.contract]
+    rows = [x.shape[d] for d in xfree]
+    batch_shape = [x.shape[d] for d in batch]
+    xt = lax.transpose(x, (*batch, *xfree, *contract))
+    xt = xt.reshape(*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract))
+    result = ops.q_dot(
+        xt,
+        canonical,
+        act=_act(act, xt),
+        out_dtype=out.dtype,
+        precision=eqn.params["precision"],
+        implementation=rewriter.implementation,
+        site=where,
+    )
+    # [*batch, M, N] -> [*batch, *rows, *free axes of the weight in stored order] -> the equation's order
+    result = result.reshape(*batch_shape, *rows, *(weight.shape[d] for d in order.free))
+    nb = len(batch)
+    batch_at = {d: i for i, d in enumerate(order.batch)}
+    free_at = {d: nb + len(rows) + i for i, d in enumerate(order.free)}
+    batch_perm = [batch_at[d] for d in wb]
+    x_perm = list(range(nb, nb + len(rows)))
+    w_perm = [free_at[d] for d in wfree]
+    permutation = batch_perm + (x_perm + w_perm if side else w_perm + x_perm)
+    return lax.transpose(result, permutation)
+
+
+def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
+    """A convolution whose kernel may be a QArray."""
+    x, weight = values
+    if not isinstance(weight, QArray):
+        return _fake_quantized(rewriter, eqn, values, act, where)
+    p, out = eqn.params, eqn.outvars[0].aval
+    x = rewriter.dense(x, f"{where}: the image operand is quantized")
+    try:
+        return ops.q_conv(
+            x,
+            weight,
+            act=_act(act, x, conv=p["dimension_numbers"].lhs_spec),
+            window_strides=p["window_strides"],
+            padding=p["padding"],
+            lhs_dilation=p["lhs_dilation"],
+            rhs_dilation=p["rhs_dilation"],
+            dimension_numbers=p["dimension_numbers"],
+            feature_group_count=p["feature_group_count"],
+            batch_group_count=p["batch_group_count"],
+            precision=p["precision"],
+            out_dtype=out.dtype,
+            implementation=rewriter.implementation,
+            site=where,
+        )
+    except LayoutError as error:
+        return bind(eqn, [x, rewriter.dense(weight, f"{where}: {error}")])[0]
+
+
+def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
+    """A ragged_dot whose stacked weights may be a QArray."""
+    x, weight, sizes = values
+    if not isinstance(weight, QArray):
+        return _fake_quantized(rewriter, eqn, values, act, where)
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    standard = (
+        tuple(map(tuple, dn.dot_dimension_numbers[0])) == ((1,), (1,))
+        and not dn.dot_dimension_numbers[1][0]
+        and tuple(dn.rhs_group_dimensions) == (0,)
+        and x.ndim == 2
+    )
+    x = rewriter.dense(x, f"{where}: the row operand is quantized")
+    if not standard:
+        return bind(eqn, [x, rewriter.dense(weight, f"{where}: not the standard [M,K] x [G,K,N] form"), sizes])[0]
+    return ops.q_ragged_dot(
+        x,
+        weight,
+        sizes,
+        act=_act(act, x),
+        out_dtype=eqn.outvars[0].aval.dtype,
+        precision=eqn.params["precision"],
+        implementation=rewriter.implementation,
+        site=where,
+    )
+
+
+def _act(act: Act | None, x: Any, conv: Any = None) -> Any:
+    if act is None:
+        return None
+    return act.fmt, ops.activation_aux(x, act.fmt) if conv is None else ops.conv_activation_aux(x, act.fmt, conv)
+
+
+def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str, side: int = 0) -> Any:
+    """A product of float weights whose activations are rounded to their format: there is no integer dot to form."""
+    values = [rewriter.dense(v, f"{where}: this operand has no quantized product") for v in values]
+    if act is not None:
+        if eqn.primitive.name == "dot_general":
+            axes = tuple(eqn.params["dimension_numbers"][0][side])
+        elif eqn.primitive.name == "conv_general_dilated":
+            spec = eqn.params["dimension_numbers"].lhs_spec
+            axes = tuple(sorted(spec[1:]))
+        else:
+            axes = (values[0].ndim - 1,)
+        values[side] = rounded(values[side], act, axes)
+    return bind(eqn, values)[0]
+
+
+def rounded(x: Any, act: Act, axes: tuple[int, ...]) -> Any:
+    """Round activations to a format and back; derivatives pass straight through.
+
+    Args:
+        x: any float array.
+        act: the format.
+        axes: the axes that the product sums over: one token is what varies along them.
+    """
+    kept = [d for d in range(x.ndim) if d not in axes]
+    there = (*kept, *axes)
+    moved = lax.transpose(x, there)
+    flat = moved.astype(jnp.float32).reshape(math.prod(x.shape[d] for d in kept), -1)
+    aux = ops.activation_aux(flat, act.fmt)
+    near = act.fmt.decode(act.fmt.encode(flat, aux), aux).reshape(moved.shape).astype(x.dtype)
+    near = lax.transpose(near, tuple(there.index(d) for d in range(x.ndim)))
+    return x + lax.stop_gradient(near - x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The user's axes of a weight in the order in which its canonical view flattens them."""
+
+    batch: tuple[int, ...]
+    free: tuple[int, ...]
+    contract: tuple[int, ...]
+
+
+def product_view(q: QArray, contract: tuple[int, ...], batch: tuple[int, ...]) -> tuple[QArray, Order]:
+    """The canonical view ``[*batch, N, K]`` of a weight for a product over given axes.
+
+    Stored stack axes that the product keeps become out axes and the other way round; the axes summed over must be the
+    ones that the weight was quantized along.
+
+    Args:
+        q: the weight.
+        contract: the user's axes that the product sums over. batch: those it runs over in parallel.
+
+    Raises:
+        LayoutError: the product sums over other axes.
+    """
+    labels = q.view.order
+    units = {a for a, (kind, _) in enumerate(labels) if kind == "u"}
+    if set(contract) - units != set(q.in_axes) or set(batch) & units:
+        raise LayoutError(
+            f"the product sums over axes {tuple(contract)} of a weight {q.shape} that was quantized along {q.in_axes}"
+        )
+    stored = (*q.stack_axes, *q.out_axes)
+    batch_order = tuple(a for a in stored if a in batch)
+    free = tuple(a for a in stored if a not in batch)
+    order = Order(
+        batch_order,
+        (*free, *(a for a in sorted(units) if a not in contract)),
+        (*q.in_axes, *(a for a in sorted(units) if a in contract)),
+    )
+    if batch_order == q.stack_axes:
+        return q.canonical(), order
+    # move the children's axes: [*batch, *free, 1.., K]
+    rank, n_in = q.codes.ndim, len(q.in_axes)
+    permutation = [stored.index(a) for a in (*batch_order, *free)] + list(range(rank - n_in, rank))
+    lead = len(stored)
+
+    def move(child: Any) -> Any:
+        child = lax.transpose(child, permutation)
+        rows = math.prod(child.shape[len(batch_order) : lead])
+        return child.reshape(*child.shape[: len(batch_order)], rows, child.shape[-1])
+
+    layout = Layout((*(("s", k) for k in range(len(batch_order))), ("o", 0), ("i", 0)), (), q.layout.pad)
+    aux = {}
+    for name, child in q.aux.items():
+        varied = [n != 1 for n in (child.shape[stored.index(a)] for a in free)]
+        if any(varied) and not all(varied):
+            child = jnp.broadcast_to(child, (*q.codes.shape[:lead], *child.shape[lead:]))
+        aux[name] = move(child)
+    return dataclasses.replace(q, codes=move(q.codes), aux=aux, layout=layout), order

@@ -1,0 +1,377 @@
+"""Where a value in a jaxpr comes from: which parameter leaf, through which views, at which slice.
+
+A `Ref` says "this value is leaf 7, its axes in this order, taken at slice i of axis 0". It follows a leaf through
+transposes, reshapes, casts, slices and into scan bodies, so that a product which reads it, however it is written,
+is known to read *that leaf* and along which of its axes it contracts.
+
+A dimension of a `Ref` is a tuple of atoms ``(axis, stride, size)``, major to minor: the position along the leaf's
+``axis`` is the sum of ``index * stride`` over its atoms. A whole axis is the single atom ``(axis, 1, n)``; reshapes
+split and merge atoms; the empty tuple is a unit dimension that no leaf axis stands behind.
+
+A `Known` is an integer value that analysis can compute: a literal, an iota, a loop counter. It is what tells
+``stack[i]`` inside a ``fori_loop`` from an embedding lookup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+Atom = tuple[int, int, int]
+Dim = tuple[Atom, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """One leaf axis sliced away at a single position.
+
+    Attributes:
+        axis: the leaf's axis.
+        values: the position for each time step of ``loop``, or one position when ``loop`` is None.
+        loop: id of the loop whose counter selects the slice; None for a static index.
+        event: program order of a static index, which groups the slices of one Python loop.
+    """
+
+    axis: int
+    values: tuple[int, ...]
+    loop: int | None
+    event: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A value that is an exact view of one parameter leaf.
+
+    Attributes:
+        leaf: position among the flattened parameter leaves.
+        dims: for each dimension of the value, the atoms of the leaf behind it.
+        index: the axes sliced away, in order of slicing.
+        ranges: ``(axis, start, size)`` where only part of an axis is read.
+    """
+
+    leaf: int
+    dims: tuple[Dim, ...]
+    index: tuple[Index, ...] = ()
+    ranges: tuple[tuple[int, int, int], ...] = ()
+
+    @staticmethod
+    def whole(leaf: int, shape: tuple[int, ...]) -> Ref:
+        """The leaf itself."""
+        return Ref(leaf, tuple(((axis, 1, size),) for axis, size in enumerate(shape)))
+
+    def axes_of(self, dims: tuple[int, ...] | list[int]) -> tuple[int, ...] | None:
+        """Leaf axes behind the dimensions ``dims``, in leaf order; None if one of them is only partly behind them."""
+        atoms = [a for d in dims for a in self.dims[d]]
+        axes = sorted({a[0] for a in atoms})
+        everywhere = [a for dim in self.dims for a in dim]
+        for axis in axes:
+            if sum(a[0] == axis for a in atoms) != sum(a[0] == axis for a in everywhere):
+                return None
+        return tuple(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """An integer (or boolean) value that analysis knows.
+
+    Attributes:
+        value: the value; with a leading axis over time steps when ``loop`` is set.
+        loop: id of the loop over whose steps the value varies, or None.
+    """
+
+    value: np.ndarray
+    loop: int | None = None
+
+
+# ---------------------------------------------------------------------------------------------- views of a leaf
+
+
+def _same(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    return ref
+
+
+def _cast(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    return ref if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
+
+
+def _transpose(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    return dataclasses.replace(ref, dims=tuple(ref.dims[p] for p in eqn.params["permutation"]))
+
+
+def _squeeze(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    gone = {d % len(ref.dims) for d in eqn.params["dimensions"]}
+    index = list(ref.index)
+    for d in sorted(gone):
+        for axis, _, _ in ref.dims[d]:  # a stack of one: jnp drops the slice and squeezes at once
+            index.append(Index(axis, (0,), None, event))
+    dims = tuple(dim for d, dim in enumerate(ref.dims) if d not in gone)
+    return dataclasses.replace(ref, dims=dims, index=tuple(index))
+
+
+def _expand_dims(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    rank = len(ref.dims) + len(eqn.params["dimensions"])
+    new = {d % rank for d in eqn.params["dimensions"]}
+    it = iter(ref.dims)
+    return dataclasses.replace(ref, dims=tuple(() if d in new else next(it) for d in range(rank)))
+
+
+def _broadcast_in_dim(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    shape, source = eqn.params["shape"], eqn.invars[0].aval.shape
+    to = dict(zip(eqn.params["broadcast_dimensions"], range(len(source)), strict=True))
+    dims: list[Dim] = []
+    for d, size in enumerate(shape):
+        if d in to and source[to[d]] == size:
+            dims.append(ref.dims[to[d]])
+        elif size == 1:
+            dims.append(())
+        else:
+            return None
+    return dataclasses.replace(ref, dims=tuple(dims))
+
+
+def _reshape(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    if eqn.params.get("dimensions") is not None:
+        return None
+    target = eqn.outvars[0].aval.shape
+    atoms = [a for dim in ref.dims for a in dim if a[2] != 1]
+    if 0 in target or math.prod(a[2] for a in atoms) != math.prod(target):
+        return None
+    dims: list[Dim] = []
+    for size in target:
+        dim: list[Atom] = []
+        room = size
+        while room > 1:
+            axis, stride, n = atoms.pop(0)
+            if room % n == 0:
+                dim.append((axis, stride, n))
+                room //= n
+            elif n % room == 0:  # split: the major part goes here, the minor part waits
+                dim.append((axis, stride * (n // room), room))
+                atoms.insert(0, (axis, stride, n // room))
+                room = 1
+            else:
+                return None
+        dims.append(_coalesce(dim))
+    # axes of size one keep no atom: they are unit dimensions now, which is what they are to a product
+    return dataclasses.replace(ref, dims=tuple(dims))
+
+
+def _coalesce(dim: list[Atom]) -> Dim:
+    out: list[Atom] = []
+    for axis, stride, size in dim:
+        if out and out[-1][0] == axis and out[-1][1] == stride * size:
+            out[-1] = (axis, stride, out[-1][2] * size)
+        else:
+            out.append((axis, stride, size))
+    return tuple(out)
+
+
+def _take_range(ref: Ref, d: int, start: int, size: int, event: int) -> Ref | None:
+    """Restrict dimension ``d`` to ``[start, start + size)``, statically."""
+    dim = ref.dims[d]
+    if len(dim) != 1:
+        return None
+    axis, stride, n = dim[0]
+    if any(r[0] == axis for r in ref.ranges) or stride != 1 or _parts(ref, axis) != 1:
+        return None
+    dims = list(ref.dims)
+    if size == 1:
+        dims[d] = ()
+        return dataclasses.replace(ref, dims=tuple(dims), index=(*ref.index, Index(axis, (start,), None, event)))
+    dims[d] = ((axis, stride, size),)
+    return dataclasses.replace(ref, dims=tuple(dims), ranges=(*ref.ranges, (axis, start, size)))
+
+
+def _parts(ref: Ref, axis: int) -> int:
+    return sum(a[0] == axis for dim in ref.dims for a in dim)
+
+
+def _slice(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    p = eqn.params
+    shape = eqn.invars[0].aval.shape
+    strides = p["strides"] or (1,) * len(shape)
+    out: Ref | None = ref
+    for d, (start, limit, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
+        if (start, limit) == (0, shape[d]) and step == 1:
+            continue
+        size = -(-(limit - start) // step)
+        if out is None or (step != 1 and size != 1) or not out.dims[d]:
+            return None
+        out = _take_range(out, d, int(start), int(size), event)
+    return out
+
+
+def _split(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> list[Ref | None]:
+    axis, start, out = eqn.params["axis"], 0, []
+    for size in eqn.params["sizes"]:
+        out.append(_take_range(ref, axis, start, int(size), event))
+        start += int(size)
+    return out
+
+
+def _dynamic_slice(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    out: Ref | None = ref
+    for d, (n, size) in enumerate(zip(shape, sizes, strict=True)):
+        if size == n and n != 1:
+            continue
+        out = _dynamic_range(out, d, n, size, knowns[1 + d], event) if out is not None else None
+    return out
+
+
+def _dynamic_range(ref: Ref, d: int, n: int, size: int, known: Known | None, event: int) -> Ref | None:
+    if not ref.dims[d]:
+        return ref if n == 1 else None
+    if known is not None and known.loop is None and known.value.ndim == 0:
+        return _take_range(ref, d, int(np.clip(known.value, 0, n - size)), size, event)
+    if size != 1 or len(ref.dims[d]) != 1:
+        return None
+    axis, stride, _ = ref.dims[d][0]
+    if stride != 1 or _parts(ref, axis) != 1 or any(r[0] == axis for r in ref.ranges):
+        return None
+    if known is not None and known.value.ndim == 1:
+        values, loop = tuple(int(v) for v in np.clip(known.value, 0, n - 1)), known.loop
+    else:  # an index that only the run knows: any slice may be read
+        values, loop = tuple(range(n)), DYNAMIC
+    dims = list(ref.dims)
+    dims[d] = ()
+    return dataclasses.replace(ref, dims=tuple(dims), index=(*ref.index, Index(axis, values, loop, event)))
+
+
+DYNAMIC = -1
+"""Loop id of an index that depends on run-time data."""
+
+
+def _gather(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    """``stack[i]`` with a known integer, written as a gather."""
+    p = eqn.params
+    dn = p["dimension_numbers"]
+    known = knowns[1]
+    shape = eqn.invars[0].aval.shape
+    picked = [d for d, (n, s) in enumerate(zip(shape, p["slice_sizes"], strict=True)) if s != n or d in dn.start_index_map]
+    if known is None or len(picked) != 1 or tuple(dn.start_index_map) != (picked[0],):
+        return None
+    if dn.operand_batching_dims or eqn.invars[1].aval.shape not in ((1,), ()):
+        return None
+    if tuple(dn.collapsed_slice_dims) != (picked[0],) or p["slice_sizes"][picked[0]] != 1:
+        return None
+    value = known.value.reshape(-1) if known.loop is not None else known.value.reshape(())
+    out = _dynamic_range(ref, picked[0], shape[picked[0]], 1, Known(value, known.loop), event)
+    if out is None:
+        return None
+    return dataclasses.replace(out, dims=tuple(dim for d, dim in enumerate(out.dims) if d != picked[0]))
+
+
+VIEWS: dict[str, Callable[[Ref, Any, list[Known | None], int], Any]] = {
+    "convert_element_type": _cast,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "expand_dims": _expand_dims,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "reshape": _reshape,
+    "slice": _slice,
+    "split": _split,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    **{
+        name: _same
+        for name in (
+            "copy",
+            "copy_p",
+            "stop_gradient",
+            "sharding_constraint",
+            "reduce_precision",
+            "device_put",
+            "pvary",
+            "pcast",
+            "mesh_cast",
+            "reshard",
+            "name",
+        )
+    },
+}
+"""Primitive name -> how a `Ref` passes through it (a list for primitives with several outputs)."""
+
+
+# ------------------------------------------------------------------------------------------- integers known ahead
+
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "neg": np.negative,
+    "sign": np.sign,
+    "abs": np.abs,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "not": np.logical_not,
+    "rem": np.fmod,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "select_n": lambda which, *cases: np.select([which == i for i in range(len(cases))], cases),
+    "copy": lambda x: x,
+    "stop_gradient": lambda x: x,
+}
+_MAX_KNOWN = 4096  # beyond this an array is data, not an index
+
+
+def known_result(eqn: Any, ins: list[Known | None]) -> Known | None:
+    """Evaluate one integer equation on known operands; None when it is not index arithmetic."""
+    name = eqn.primitive.name
+    aval = eqn.outvars[0].aval
+    if not hasattr(aval, "shape") or math.prod(aval.shape) > _MAX_KNOWN or len(aval.shape) > 1:
+        return None
+    if name == "iota":
+        return Known(np.arange(aval.shape[0])) if len(aval.shape) == 1 else None
+    if any(k is None for k in ins) or not ins or not _integral(aval.dtype):
+        return None
+    loops = {k.loop for k in ins if k is not None and k.loop is not None}
+    if len(loops) > 1:
+        return None
+    loop = loops.pop() if loops else None
+    rank = len(aval.shape) + (loop is not None)
+    # operands without the loop axis broadcast from the right
+    values = [k.value for k in ins if k is not None]
+    if name in _ELEMENTWISE:
+        return Known(np.asarray(_ELEMENTWISE[name](*values)), loop)
+    if name == "div":
+        return Known((np.sign(values[0]) * np.sign(values[1])) * (abs(values[0]) // abs(values[1])), loop)
+    if name == "convert_element_type":
+        return Known(values[0].astype(np.int64) if np.dtype(eqn.params["new_dtype"]) != bool else values[0] != 0, loop)
+    if name in ("broadcast_in_dim", "reshape", "squeeze", "expand_dims"):
+        if name == "broadcast_in_dim" and values[0].size not in (1, math.prod(aval.shape)) and loop is None:
+            return None
+        lead = values[0].shape[:1] if loop is not None else ()
+        if math.prod(aval.shape) == 1 or values[0].size == math.prod((*lead, *aval.shape)):
+            return Known(values[0].reshape((*lead, *aval.shape)), loop)
+        if loop is None and values[0].size == 1:
+            return Known(np.broadcast_to(values[0].reshape(()), aval.shape), loop)
+        return None
+    if name == "slice" and loop is None and values[0].ndim == 1:
+        p = eqn.params
+        return Known(values[0][p["start_indices"][0] : p["limit_indices"][0] : (p["strides"] or (1,))[0]], None)
+    if name in ("dynamic_slice", "gather") and values[0].ndim == 1 and rank == len(aval.shape) + 1 and ins[0] is not None:
+        if ins[0].loop is None and values[1].size == values[1].shape[0] and math.prod(aval.shape) == 1:
+            picked = values[0][np.clip(values[1].reshape(-1), 0, len(values[0]) - 1)]
+            return Known(picked.reshape((-1, *aval.shape)), loop)
+    return None
+
+
+def _integral(dtype: Any) -> bool:
+    try:
+        kind = np.dtype(dtype).kind
+    except TypeError:  # an extended dtype, such as PRNG keys
+        return False
+    return kind in "iub"

@@ -1,0 +1,198 @@
+"""Filling the report: a row per site, from the program, the plan and what was stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from qjax import ops
+from qjax.formats import QArray, QStack, is_quantized
+from qjax.naming import Site
+from qjax.planning import Plan
+from qjax.program import Program
+from qjax.recipe import Dynamic
+from qjax.report.data import Report, SiteRow
+from qjax.storage import LeafPlan, Stored
+
+NOT_QUANTIZED_HERE = {
+    "matmul": "a product of two activations: no rule names op='matmul'",
+    "attention": "no rule names op='attention'",
+    "softmax": "no rule names op='softmax'",
+    "activation": "no rule names op='activation'",
+    "norm": "no rule names op='norm'",
+    "embedding": "no rule names op='embedding'",
+}
+
+
+def build_report(
+    program: Program,
+    plan: Plan,
+    stored: Sequence[Any],
+    sqnr: dict[int, dict[tuple[int, ...], float]],
+    *,
+    name: str,
+    recipe: str,
+    rewritten: Any,
+) -> Report:
+    """The report of one quantization.
+
+    Args:
+        program, plan: what was found and decided.
+        stored: the parameter leaves as stored.
+        sqnr: leaf position -> slice -> SQNR in dB.
+        name: the model's name. recipe: the recipe's.
+        rewritten: the quantized function; it is replayed abstractly to learn where weights are dequantized.
+    """
+    rest = [a for a in program.jaxpr.in_avals[len(stored) :]]
+    avals = [*stored, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in rest)]
+    jax.eval_shape(lambda *arrays: rewritten.replay(program, arrays), *avals)
+    position = {leaf: i for i, leaf in enumerate(program.leaf_names)}
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    rows, carried = [], 0
+    for site in program.sites:
+        if site.leaf is None:
+            rows.append(_free_row(site, plan))
+            continue
+        leaf = position[site.leaf]
+        leaf_plan = plan.leaves.get(leaf)
+        row, key = _leaf_row(site, plan, leaf_plan, stored[leaf], sqnr.get(leaf, {}), rewritten)
+        if (site.leaf, key) in seen or (site.leaf, ()) in seen:
+            row = _without_bytes(row)
+        else:
+            carried += row.bytes_before
+        seen.add((site.leaf, key))
+        rows.append(row)
+    notes = sorted(n for where in ("loops",) for n in rewritten.notes.get(where, ()))
+    notes += [f"dequantized at run time: {n}" for n in sorted(rewritten.notes.get("dequantized", ()))]
+    return Report(
+        model=name,
+        recipe=recipe,
+        rows=tuple(rows),
+        other_bytes=max(0, plan.float_bytes - carried),
+        float_bytes=plan.float_bytes,
+        stored_bytes=sum(a.nbytes if is_quantized(a) else math.prod(a.shape) * a.dtype.itemsize for a in stored),
+        notes=tuple(notes),
+    )
+
+
+def _free_row(site: Site, plan: Plan) -> SiteRow:
+    decision = plan.decisions[site.name]
+    reason = site.reason or decision.reason
+    if not site.reason and decision.rule is None:
+        reason = NOT_QUANTIZED_HERE.get(site.op, reason)
+    return SiteRow(
+        name=site.name,
+        op=site.op,
+        leaf="",
+        shape=site.out_shape,
+        format=site.dtype,
+        reason=reason or "nothing to quantize",
+        repeats=site.repeats or 1,
+        flops=site.flops,
+    )
+
+
+def _leaf_row(
+    site: Site, plan: Plan, leaf: LeafPlan | None, value: Any, sqnr: dict[tuple[int, ...], float], rewritten: Any
+) -> tuple[SiteRow, tuple[int, ...]]:
+    decision = plan.decisions[site.name]
+    elements = math.prod(site.weight_shape or ())
+    key: tuple[int, ...] = ()
+    stored = Stored(reason=site.reason or decision.reason)
+    if leaf is not None:
+        at = dict(site.slice)
+        key = tuple(at[a] for a in leaf.key_axes) if all(a in at for a in leaf.key_axes) else ()
+        stored = leaf.slices.get(key) or (leaf.uniform or Stored(reason="slices of several formats"))
+    elif site.slice:
+        key = tuple(p for _, p in site.slice)
+    act = decision.inputs.fmt if isinstance(decision.inputs, Dynamic) and not decision.skip else None
+    inputs = f"{act.name} dynamic" if act is not None else "float"
+    if stored.fmt is None:
+        reason = stored.reason or decision.reason or NOT_QUANTIZED_HERE.get(site.op, "no rule of the recipe matches it")
+        if act is not None:
+            reason = ""
+        row = SiteRow(
+            name=site.name,
+            op=site.op,
+            leaf=site.leaf or "",
+            shape=site.weight_shape or (),
+            format=site.dtype,
+            reason=reason,
+            bits_per_element=8.0 * site.bytes / elements if elements else 0.0,
+            bytes_before=site.bytes,
+            bytes_after=site.bytes,
+            inputs=inputs,
+            repeats=site.repeats or 1,
+            flops=site.flops,
+        )
+        return row, key
+    part = _slice_value(value, leaf, key) if leaf is not None else value
+    nbytes = _slice_bytes(part, leaf, key)
+    choice = ops.choose(
+        site.op, stored.fmt, act, x_shape=site.shapes[1 - _side(site, plan)], w_shape=site.weight_shape or ()
+    )
+    notes = [stored.note, choice.note, *sorted(rewritten.notes.get(site.name, ()))]
+    row = SiteRow(
+        name=site.name,
+        op=site.op,
+        leaf=site.leaf or "",
+        shape=site.weight_shape or (),
+        format=stored.fmt.name,
+        bits_per_element=8.0 * nbytes / elements if elements else 0.0,
+        bytes_before=site.bytes,
+        bytes_after=nbytes,
+        sqnr_db=sqnr.get(key, min(sqnr.values()) if sqnr else None),
+        inputs=inputs,
+        lowering=choice.name,
+        note="; ".join(n for n in notes if n),
+        repeats=site.repeats or 1,
+        flops=site.flops,
+    )
+    return row, key
+
+
+def _side(site: Site, plan: Plan) -> int:
+    side = plan.program.analysis.reads[site.read].side
+    return 1 if side is None else side
+
+
+def _slice_value(value: Any, leaf: LeafPlan, key: tuple[int, ...]) -> Any:
+    """The part of a stored leaf in which a slice lies."""
+    if isinstance(value, QStack) and key:
+        return value.parts[value.assign[key[0]][0]]
+    return value
+
+
+def _slice_bytes(part: Any, leaf: LeafPlan | None, key: tuple[int, ...]) -> int:
+    """Bytes of one slice: an equal share of the part that holds it."""
+    if leaf is None or not key or not isinstance(part, QArray):
+        return int(part.nbytes)
+    count = math.prod(part.shape[a] for a in leaf.key_axes)
+    return int(part.nbytes) // max(count, 1)
+
+
+def _without_bytes(row: SiteRow) -> SiteRow:
+    from dataclasses import replace
+
+    return replace(row, bytes_before=0, bytes_after=0)
+
+
+def explain_row(row: SiteRow, recipe: str = "") -> str:
+    """One site in words, for ``model.explain``."""
+    lines = [f"{row.name}: {row.op} of {'×'.join(map(str, row.shape))}" + (f", leaf {row.leaf}" if row.leaf else "")]
+    if row.quantized:
+        lines.append(f"  stored as {row.format}: {row.bits_per_element:.3f} bits per weight, scales included")
+        if row.bytes_before:
+            lines.append(f"  {row.bytes_before:,} -> {row.bytes_after:,} bytes")
+        if row.sqnr_db is not None:
+            lines.append(f"  SQNR {row.sqnr_db:.1f} dB against the float weight")
+        lines.append(f"  inputs: {row.inputs}")
+        lines.append(f"  runs as: {row.lowering or 'float'}")
+    else:
+        lines.append(f"  left in {row.format}: {row.reason}")
+    if row.note:
+        lines.append(f"  note: {row.note}")
+    return "\n".join(lines)

@@ -1,0 +1,354 @@
+"""Replaying a jaxpr with quantized leaves.
+
+The rewritten function is made anew at each trace: the float function is traced abstractly, analysed, and its jaxpr is
+replayed by a `Rewriter` whose environment holds arrays and `QArray`s side by side. Three things happen to an equation:
+
+* a product, convolution or lookup whose weight is a `QArray` becomes the quantized op;
+* a view (transpose, reshape, slice, cast) of a `QArray` stays a `QArray`, exactly, on its codes;
+* everything else is re-bound as it was, a `QArray` operand being dequantized first. That is always right, though not
+  always fast, so it is noted for the report.
+
+Control flow is re-emitted through jax's public functions (`qjax.control_flow`), and only where a quantized value or a
+decision is inside; otherwise the equation is re-bound untouched, which keeps custom rules, effects and shardings as
+they were. Named scopes and tracebacks are replayed for each equation.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+from jax.extend import source_info_util as siu
+
+from qjax import ops, selection
+from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, sub_jaxprs
+from qjax.control_flow import CONTROL_FLOW
+from qjax.emit import Act, emit_conv, emit_dot, emit_ragged
+from qjax.errors import LayoutError
+from qjax.formats import QArray, QStack, is_quantized
+from qjax.program import Program
+from qjax.selection import Selected, dense
+from qjax.sites import Path
+from qjax.steps import Context
+
+
+class Rewriter:
+    """Replays one program.
+
+    Args:
+        program: the trace to replay.
+        inputs: site name -> `Act` for the products whose activations are quantized.
+        max_runs: how many runs of equal formats a scan is split into before it selects instead.
+        implementation: name of the lowering to use everywhere, or None to choose.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        inputs: Mapping[str, Act] | None = None,
+        *,
+        max_runs: int = 4,
+        implementation: str | None = None,
+    ):
+        self.program = program
+        self.inputs = dict(inputs or {})
+        self.max_runs = max_runs
+        self.implementation = implementation
+        self.notes: dict[str, set[str]] = defaultdict(set)
+        self.shared: dict[Any, Any] = {}
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        """Run the program on its flattened array leaves (quantized leaves allowed)."""
+        jaxpr = self.program.jaxpr
+        return [self.dense(v, "the result") for v in self.run(jaxpr, list(arrays), (), {})]
+
+    # ------------------------------------------------------------------------------------------- which decisions
+    @cached_property
+    def active(self) -> dict[Path, list[tuple[Path, int]]]:
+        """Prefix of an address -> the reads below it whose activations are quantized, by relative address."""
+        out: dict[Path, list[tuple[Path, int]]] = defaultdict(list)
+        for number, read in enumerate(self.program.analysis.reads):
+            table = self.program.slices[number]
+            if read.composite is None and any(n in self.inputs for n in table.name_of.values()):
+                for cut in range(len(read.path)):
+                    out[read.path[:cut]].append((read.path[cut:], number))
+        return out
+
+    def acts_of(self, number: int, context: Context) -> list[tuple[tuple[int, ...], Act | None]]:
+        """The decision of one read for each loop step that the emitted code may run for."""
+        table = self.program.slices[number]
+        out = []
+        for step, key in table.by_step.items():
+            if all(loop not in context or s in context[loop].steps for loop, s in zip(table.loops, step, strict=True)):
+                out.append((step, self.inputs.get(table.name_of[key])))
+        return out
+
+    def varies(self, prefix: Path, loop: int, context: Context) -> list[tuple[Any, ...]] | None:
+        """For each step of ``loop``, the decisions below ``prefix`` that depend on it; None if none does."""
+        length = self.program.analysis.loops[loop].length
+        columns = []
+        for _, number in self.active.get(prefix, ()):
+            table = self.program.slices[number]
+            if loop not in table.loops or length is None:
+                continue
+            at = table.loops.index(loop)
+            by_step: dict[int, set[Any]] = defaultdict(set)
+            for step, act in self.acts_of(number, context):
+                by_step[step[at]].add((tuple(s for i, s in enumerate(step) if i != at), act))
+            columns.append([frozenset(by_step[t]) for t in range(length)])
+        return list(zip(*columns, strict=True)) if columns else None
+
+    def needs(self, eqn: Any, values: Sequence[Any], here: Path) -> bool:
+        """Whether a higher-order equation has to be re-emitted: a quantized operand, or a decision inside."""
+        if any(is_special(v) for v in values):
+            return True
+        if not self.active:
+            return False
+        return any(self.active.get((*here, key)) for key, _ in sub_jaxprs(eqn.params))
+
+    def note(self, where: str, what: str) -> None:
+        """Remember something for the report."""
+        self.notes[where].add(what)
+
+    def dense(self, value: Any, why: str) -> Any:
+        """A float array for an equation that has no quantized form."""
+        if is_special(value):
+            self.note("dequantized", why)
+        return dense(value)
+
+    # ------------------------------------------------------------------------------------------- the replay
+    def run(self, jaxpr: Any, args: Sequence[Any], path: Path, context: Context) -> list[Any]:
+        """Replay one (open or closed) jaxpr on ``args``; results may be quantized."""
+        inner = open_jaxpr(jaxpr)
+        env: dict[Any, Any] = dict(zip(constvars_and_invars(jaxpr), [*consts_of(jaxpr), *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+        for i, eqn in enumerate(inner.eqns):
+            values = [read(a) for a in eqn.invars]
+            stack = siu.current_name_stack() + eqn.source_info.name_stack
+            with siu.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+                outs = self.equation(eqn, values, (*path, i), context)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(a) for a in inner.outvars]
+
+    def equation(self, eqn: Any, values: list[Any], here: Path, context: Context) -> list[Any]:
+        """Emit one equation."""
+        name = eqn.primitive.name
+        product = PRODUCTS.get(name)
+        if product is not None:
+            number = self.program.read_at.get(here)
+            acts = self.acts_of(number, context) if number is not None and self.inputs else []
+            if any(act is not None for _, act in acts) or any(is_special(v) for v in values):
+                return self.product(product, number, acts, eqn, values, context)
+        elif name in CONTROL_FLOW:
+            if self.needs(eqn, values, here):
+                return CONTROL_FLOW[name](self, eqn, values, here, context)
+        elif name == "optimization_barrier":
+            plain = iter(lax.optimization_barrier(tuple(v for v in values if not is_special(v))))
+            return [v if is_special(v) else next(plain) for v in values]
+        elif any(is_special(v) for v in values):
+            view = VIEWS.get(name)
+            if view is not None and is_special(values[0]):
+                try:
+                    out = view(eqn, values)
+                    return out if isinstance(out, list) else [out]
+                except LayoutError as error:
+                    self.note("dequantized", f"{name}: {error}")
+            values = [self.dense(v, f"{name} has no quantized form") for v in values]
+        return bind(eqn, values)
+
+    def product(
+        self,
+        emit: Callable[..., Any],
+        number: int | None,
+        acts: list[tuple[tuple[int, ...], Act | None]],
+        eqn: Any,
+        values: list[Any],
+        context: Context,
+    ) -> list[Any]:
+        """Emit a quantized product, selecting at run time where weights or decisions differ between loop steps."""
+        where = self.where(number)
+        chosen = [v for v in values if isinstance(v, Selected)]
+        distinct = list(dict.fromkeys(act for _, act in acts)) or [None]
+        if not chosen and len(distinct) == 1:
+            return [emit(self, eqn, values, distinct[0], where)]
+        # one case for each pair (part of the selected weight, decision), looked up by the traced step
+        table = self.program.slices[number] if number is not None else None
+        if len(distinct) > 1:
+            assert table is not None
+            index = _flat_step(table.loops, acts, context)
+            if index is None:
+                self.note(where, "formats of the activations differ where only the run knows the step: left in float")
+                distinct = [None]
+        if chosen:
+            selected = chosen[0]
+
+            def branch(part: int) -> Callable[..., Any]:
+                def run(position: Any, *dynamic: Any) -> Any:
+                    it = iter(dynamic)
+                    inner = [selected.part(part, position) if v is selected else next(it) for v in values]
+                    inner = [dense(v) if isinstance(v, Selected) else v for v in inner]
+                    if len(distinct) == 1:
+                        return emit(self, eqn, inner, distinct[0], where)
+                    return _switch_acts(self, emit, eqn, inner, distinct, acts, index, where)
+
+                return run
+
+            others = [v for v in values if v is not selected]
+            which, position = selected.which()
+            return [lax.switch(which, [branch(p) for p in range(selected.n_parts)], position, *others)]
+        return [_switch_acts(self, emit, eqn, values, distinct, acts, index, where)]
+
+    def input_side(self, eqn: Any, where: str) -> int:
+        """Which operand of a float product is the activation."""
+        site = self.program.by_name.get(where)
+        side = self.program.analysis.reads[site.read].side if site is not None else None
+        return 1 - side if side is not None else 0
+
+    def where(self, number: int | None) -> str:
+        """A name for notes and warnings."""
+        if number is None:
+            return "a product outside any site"
+        return next(iter(self.program.slices[number].name_of.values()))
+
+
+def is_special(value: Any) -> bool:
+    """Whether a value of the environment is quantized."""
+    return isinstance(value, Selected) or is_quantized(value)
+
+
+def _flat_step(loops: tuple[int, ...], acts: list[tuple[tuple[int, ...], Any]], context: Context) -> Any:
+    """A traced index into ``acts`` for the running step of every loop; None where a step is not known."""
+    index: Any = 0
+    for at, loop in enumerate(loops):
+        steps = sorted({s[at] for s, _ in acts})
+        if len(steps) > 1:
+            running = context[loop].traced if loop in context else None
+            if running is None:
+                return None
+            position = jnp.searchsorted(jnp.asarray(steps), running)
+        else:
+            position = 0
+        index = index * len(steps) + position
+    return index
+
+
+def _switch_acts(
+    rewriter: Rewriter, emit: Any, eqn: Any, values: list[Any], distinct: list[Any], acts: Any, index: Any, where: str
+) -> Any:
+    which = jnp.asarray([distinct.index(act) for _, act in acts], jnp.int32)[index]
+    return lax.switch(
+        which, [lambda vs, act=act: emit(rewriter, eqn, vs, act, where) for act in distinct], list(values)
+    )
+
+
+# --------------------------------------------------------------------------------------------- views of a QArray
+
+
+def _cast(eqn: Any, values: list[Any]) -> Any:
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise LayoutError(f"a cast to {dtype} needs the numbers themselves")
+    return selection.astype(values[0], dtype)
+
+
+def _broadcast(eqn: Any, values: list[Any]) -> Any:
+    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    q = values[0]
+    new = tuple(d for d in range(len(shape)) if d not in where)
+    if any(shape[d] != q.shape[i] for i, d in enumerate(where)) or any(shape[d] != 1 for d in new):
+        raise LayoutError("broadcasting repeats numbers")
+    return selection.expand_dims(q, new)
+
+
+def _slice(eqn: Any, values: list[Any]) -> Any:
+    q, p = values[0], eqn.params
+    strides = p["strides"] or (1,) * q.ndim
+    for axis, (start, limit, step) in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
+        if step != 1 and limit - start > step:
+            raise LayoutError("strided slices are not views")
+        limit = limit if step == 1 else start + 1
+        if (start, limit) != (0, q.shape[axis]):
+            q = selection.slice_axis(q, axis, start, limit)
+    return q
+
+
+def _split(eqn: Any, values: list[Any]) -> list[Any]:
+    out, start = [], 0
+    for size in eqn.params["sizes"]:
+        out.append(selection.slice_axis(values[0], eqn.params["axis"], start, start + int(size)))
+        start += int(size)
+    return out
+
+
+def _dynamic_slice(eqn: Any, values: list[Any]) -> Any:
+    q, sizes = values[0], eqn.params["slice_sizes"]
+    shape = q.shape
+    for axis, (size, start) in enumerate(zip(sizes, values[1:], strict=True)):
+        if size != shape[axis]:
+            if size != 1 or not selection.is_stack_axis(q, axis):
+                raise LayoutError("only single slices of a stack axis are views at a run-time index")
+            q = selection.expand_dims(_pick(q, axis, jnp.clip(start, 0, shape[axis] - 1)), (axis,))
+    return q
+
+
+def _pick(q: Any, axis: int, index: Any) -> Any:
+    """One slice of a stack axis at a traced index."""
+    return Selected(q, index) if isinstance(q, QStack) else selection.slice_of(q, axis, index)
+
+
+def _gather(eqn: Any, values: list[Any]) -> Any:
+    q, index = values
+    dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    axes = tuple(dn.start_index_map)
+    rows_only = len(axes) == 1 and tuple(dn.collapsed_slice_dims) == axes and not dn.operand_batching_dims
+    if not rows_only or any(s != (1 if d in axes else n) for d, (s, n) in enumerate(zip(sizes, q.shape, strict=True))):
+        raise LayoutError("only lookups of whole rows along one axis have a quantized form")
+    axis, batch = axes[0], index.shape[:-1]
+    if not batch and selection.is_stack_axis(q, axis):
+        return _pick(q, axis, jnp.clip(index[0], 0, q.shape[axis] - 1))
+    if not isinstance(q, QArray):
+        raise LayoutError("rows of a stack with several formats")
+    rows = index[..., 0]
+    taken = ops.q_take(q, axis, jnp.clip(rows, 0, q.shape[axis] - 1))  # [*axes before, *batch, *axes after]
+    if "FILL" in str(eqn.params["mode"]):
+        fill = jnp.nan if eqn.params.get("fill_value") is None else eqn.params["fill_value"]
+        outside = ((rows < 0) | (rows >= q.shape[axis])).reshape((1,) * axis + batch + (1,) * (q.ndim - axis - 1))
+        taken = jnp.where(outside, jnp.asarray(fill, taken.dtype), taken)
+    out = eqn.outvars[0].aval
+    source = [0] * len(out.shape)  # which axis of `taken` each axis of the result is
+    batch_dims = [d for d in range(len(out.shape)) if d not in dn.offset_dims]
+    for d, s in zip(batch_dims, range(axis, axis + len(batch)), strict=True):
+        source[d] = s
+    for d, s in zip(dn.offset_dims, [d for d in range(taken.ndim) if not axis <= d < axis + len(batch)], strict=True):
+        source[d] = s
+    return jnp.transpose(taken, source).astype(out.dtype)
+
+
+VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
+    "convert_element_type": _cast,
+    "transpose": lambda eqn, values: selection.transpose(values[0], tuple(eqn.params["permutation"])),
+    "reshape": lambda eqn, values: selection.reshape(values[0], eqn.outvars[0].aval.shape),
+    "squeeze": lambda eqn, values: selection.squeeze(values[0], tuple(eqn.params["dimensions"])),
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "split": _split,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    **{name: lambda eqn, values: values[0] for name in ("copy", "copy_p", "stop_gradient", "name")},
+}
+"""Primitive -> how a quantized first operand passes through it, exactly; LayoutError where it cannot."""
+
+PRODUCTS: dict[str, Callable[..., Any]] = {
+    "dot_general": emit_dot,
+    "conv_general_dilated": emit_conv,
+    "ragged_dot_general": emit_ragged,
+}
+"""Primitive -> how the quantized product is emitted."""

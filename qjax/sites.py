@@ -1,0 +1,677 @@
+"""Finding the sites of a jaxpr: a read-only walk that follows every parameter leaf to the equations that read it.
+
+The walk visits each equation once, with one `Val` per variable, and descends into every sub-jaxpr that jax's public
+control flow makes (jit, scan, while, cond, remat, custom_jvp/vjp, shard_map). It records a `Read` for each product,
+convolution, lookup and composite; `qjax.naming` turns reads into named `Site`s, one per slice of a stacked leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from qjax import provenance
+from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
+from qjax.composites import Composite, find_composites
+from qjax.provenance import Index, Known, Ref
+
+Path = tuple[Any, ...]
+"""Address of an equation: equation numbers and ``(parameter, index)`` steps into sub-jaxprs. Valid for one trace."""
+
+OPAQUE = {
+    "pallas_call",
+    "custom_partitioning",
+    "ffi_call",
+    "pure_callback",
+    "io_callback",
+    "call_hi_primitive",
+    "custom_lin",
+    "xla_call_module",
+    "call_exported",
+    "tpu_custom_call",
+    "triton_kernel_call",
+}
+"""Primitives whose insides qjax does not look into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Near:
+    """The common ground of the weights just upstream of a value: path segments, and loop indices if all share them."""
+
+    segments: tuple[str, ...]
+    index: tuple[Index, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Val:
+    """What analysis knows of one value.
+
+    Attributes:
+        ref: the leaf view it is, if it is one.
+        leaves: the leaves it is computed from (kept only while no run-time data enters).
+        data: whether arguments, randomness or loop state enter.
+        const: whether it is (a view of) a captured array.
+        known: its integer value, if known.
+        near: the weights just upstream.
+    """
+
+    ref: Ref | None = None
+    leaves: frozenset[int] = frozenset()
+    data: bool = False
+    const: bool = False
+    known: Known | None = None
+    near: Near | None = None
+
+
+DATA = Val(data=True)
+
+
+@dataclasses.dataclass
+class Loop:
+    """One loop of the program.
+
+    Attributes:
+        length: trip count; None for a while loop.
+        leaves: the leaves it slices.
+        enclosing: ids of the loops around it.
+        path: address of its equation.
+    """
+
+    length: int | None
+    leaves: set[int]
+    enclosing: tuple[int, ...]
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """One equation (or composite) that can become a site.
+
+    Attributes:
+        path: address of the equation.
+        op: dot, conv, ragged_dot, embedding, matmul, attention, softmax, activation, norm, opaque.
+        kind: what exactly, within ``op`` (``gelu``, ``rms_norm``, ``scores``).
+        side: operand number of the weight, or None.
+        ref: the weight's provenance, or None.
+        in_axes, out_axes, batch_axes: leaf axes that are contracted, kept, and batched.
+        loops: ids of the enclosing loops, outermost first.
+        shapes: operand shapes; out_shape: result shape.
+        flops: multiply-adds counted twice, for one execution.
+        near, scope: for naming what reads no leaf.
+        reason: why it cannot be quantized; empty if it can.
+        leaves: leaves that a computed weight is made of.
+    """
+
+    path: Path
+    op: str
+    kind: str
+    side: int | None
+    ref: Ref | None
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    loops: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    out_shape: tuple[int, ...]
+    dtype: str
+    flops: int
+    near: Near | None
+    scope: str
+    reason: str = ""
+    leaves: tuple[int, ...] = ()
+    composite: Composite | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slicing:
+    """One slicing of a leaf outside a scan's own slices: which event, leaf and axis, where, inside which loop."""
+
+    event: int
+    leaf: int
+    size: int
+    position: int | None
+    loop: int | None
+
+
+@dataclasses.dataclass
+class Analysis:
+    """What the walk found.
+
+    Attributes:
+        reads: in program order.
+        loops: by id.
+        other_uses: leaf -> names of the primitives that read it outside any site.
+        slicing: static and run-time slicings in program order.
+    """
+
+    reads: list[Read]
+    loops: dict[int, Loop]
+    other_uses: dict[int, set[str]]
+    slicing: list[Slicing]
+
+
+def analyze(closed: Any, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]], n_leaves: int) -> Analysis:
+    """Walk a closed jaxpr whose first ``n_leaves`` arguments are the parameter leaves.
+
+    Args:
+        closed: the traced program.
+        leaf_names: name of each parameter leaf.
+        leaf_shapes: shape of each parameter leaf.
+        n_leaves: how many of the leading arguments are parameter leaves.
+
+    Returns:
+        The reads, loops and other uses.
+    """
+    walker = _Walker(leaf_names, leaf_shapes)
+    args = [
+        Val(Ref.whole(i, leaf_shapes[i]), frozenset((i,)), near=Near(walker.segments[i], ())) if i < n_leaves else DATA
+        for i in range(len(closed.in_avals))
+    ]
+    walker.closed(closed, args, (), "", ())
+    return Analysis(walker.reads, walker.loops, walker.other_uses, walker.slicing)
+
+
+class _Walker:
+    def __init__(self, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]]):
+        self.leaf_shapes = leaf_shapes
+        self.slicing: list[Slicing] = []
+        self.segments = [tuple(n.split("/")) for n in leaf_names]
+        self.reads: list[Read] = []
+        self.loops: dict[int, Loop] = {}
+        self.other_uses: dict[int, set[str]] = {}
+        self.event = 0
+
+    # ------------------------------------------------------------------------------------------- the walk
+    def closed(self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        """Walk a closed jaxpr: its constants are captured arrays, small integer ones are known."""
+        consts = [_captured(c) for c in consts_of(jaxpr)]
+        return self.level(jaxpr, consts + args, path, scope, loops, root=not path)
+
+    def level(
+        self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...], root: bool = False
+    ) -> list[Val]:
+        inner = open_jaxpr(jaxpr)
+        env: dict[Any, Val] = dict(zip(constvars_and_invars(jaxpr), args, strict=True))
+        composites = {}
+        if root:
+            composites = _by_output(find_composites(inner))
+        self.run(inner, env, path, scope, loops, composites, len(path))
+        return [self.read(env, v) for v in inner.outvars]
+
+    def read(self, env: dict[Any, Val], atom: Any) -> Val:
+        if isinstance(atom, jex.Literal):
+            value = np.asarray(atom.val) if np.ndim(atom.val) == 0 else None
+            if value is not None and value.dtype.kind in "iub":
+                return Val(known=Known(value))
+            return Val()
+        return env.get(atom, DATA)
+
+    def run(
+        self,
+        inner: Any,
+        env: dict[Any, Val],
+        path: Path,
+        scope: str,
+        loops: tuple[int, ...],
+        composites: dict[Path, Composite],
+        base: int,
+    ) -> None:
+        for i, eqn in enumerate(inner.eqns):
+            name = eqn.primitive.name
+            here = (*path, i)
+            ins = [self.read(env, a) for a in eqn.invars]
+            handler = getattr(self, f"do_{name}", None)
+            if handler is not None:
+                outs = handler(eqn, ins, here, scope, loops)
+            elif (subs := sub_jaxprs(eqn.params)) and name not in OPAQUE:
+                outs = self.call(eqn, subs, ins, here, scope, loops, composites, base)
+            else:
+                outs = self.plain(eqn, ins, here, scope, loops)
+            found = composites.get(here[base:])
+            if found is not None:
+                self.composite(found, here, eqn, ins, outs, scope, loops)
+            for var, out in zip(eqn.outvars, outs, strict=True):
+                env[var] = out
+
+    def sub(self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        """A body with a control flow of its own: composites are matched inside it."""
+        consts = [_captured(c) for c in consts_of(jaxpr)]
+        return self.level(jaxpr, consts + args, path, scope, loops, root=True)
+
+    # ------------------------------------------------------------------------------------------- equations
+    def plain(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        name = eqn.primitive.name
+        first = ins[0] if ins else Val()
+        view = provenance.VIEWS.get(name)
+        if view is not None and first.ref is not None:
+            self.event += 1
+            knowns = [v.known for v in ins]
+            refs = view(first.ref, eqn, knowns, self.event)
+            refs = refs if isinstance(refs, list) else [refs]
+            if any(r is not None for r in refs):
+                self.note_slices(first.ref, refs, loops)
+                return [dataclasses.replace(first, ref=r, known=None, near=self.near_of(r) if r else first.near) for r in refs]
+        if name == "gather" and first.ref is not None and ins[1].data:
+            self.embedding(eqn, ins, here, scope, loops)
+        elif name in OPAQUE:
+            for v in ins:
+                if v.ref is not None:
+                    self.opaque(eqn, v.ref, here, scope, loops)
+        known = provenance.known_result(eqn, [v.known for v in ins])
+        if name == "optimization_barrier":
+            return list(ins)
+        leaves = frozenset().union(*(v.leaves for v in ins if not v.data)) if ins else frozenset()
+        data = any(v.data for v in ins) or name in ("random_bits", "random_unwrap", "random_seed")
+        for v in ins:
+            if v.ref is not None:
+                self.other_uses.setdefault(v.ref.leaf, set()).add(name)
+        const = not data and not leaves and any(v.const for v in ins)
+        out = Val(None, leaves if not data else frozenset(), data, const, known, _nearest(ins))
+        return [out] + [dataclasses.replace(out, known=None)] * (len(eqn.outvars) - 1)
+
+    def near_of(self, ref: Ref) -> Near:
+        return Near(self.segments[ref.leaf], ref.index)
+
+    def note_slices(self, before: Ref, refs: list[Ref | None], loops: tuple[int, ...]) -> None:
+        for ref in refs:
+            for index in ref.index[len(before.index) :] if ref is not None else ():
+                if index.loop in self.loops:
+                    self.loops[index.loop].leaves.add(before.leaf)
+                    continue
+                size = self.leaf_shapes[before.leaf][index.axis]
+                position = index.values[0] if index.loop is None else None
+                loop = loops[-1] if index.loop is not None and loops else None
+                self.slicing.append(Slicing(index.event, before.leaf, size, position, loop))
+
+    def do_dot_general(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+        return self.product("dot", eqn, ins, here, scope, loops, [(lc, lb), (rc, rb)])
+
+    def do_conv_general_dilated(
+        self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]
+    ) -> list[Val]:
+        spec = eqn.params["dimension_numbers"].rhs_spec  # (O, I, *spatial)
+        return self.product("conv", eqn, ins, here, scope, loops, [None, ((*spec[2:], spec[1]), ())])
+
+    def do_ragged_dot_general(
+        self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]
+    ) -> list[Val]:
+        dn = eqn.params["ragged_dot_dimension_numbers"]
+        (_, rc), (_, rb) = dn.dot_dimension_numbers
+        return self.product(
+            "ragged_dot", eqn, ins, here, scope, loops, [None, (rc, (*dn.rhs_group_dimensions, *rb))]
+        )
+
+    def product(
+        self,
+        op: str,
+        eqn: Any,
+        ins: list[Val],
+        here: Path,
+        scope: str,
+        loops: tuple[int, ...],
+        dims: list[tuple[Any, Any] | None],
+    ) -> list[Val]:
+        """A product of two operands: find the one that is a weight, or say why there is none."""
+        near = _nearest(ins[:2])
+        common: dict[str, Any] = dict(
+            path=here,
+            loops=loops,
+            shapes=tuple(tuple(a.aval.shape) for a in eqn.invars[:2]),
+            out_shape=tuple(eqn.outvars[0].aval.shape),
+            scope=_scope(scope, eqn),
+            flops=_flops(op, eqn),
+            near=near,
+        )
+        sides = [s for s in (1, 0) if dims[s] is not None and ins[s].ref is not None]
+        data = [v.data for v in ins[:2]]
+        out_near = near
+        read = None
+        if sides and any(data):
+            side = next((s for s in sides if data[1 - s]), sides[0])
+            ref = ins[side].ref
+            assert ref is not None
+            contract, batch = dims[side]  # type: ignore[misc]
+            kept = [d for d in range(len(ref.dims)) if d not in contract and d not in batch]
+            axes = [ref.axes_of(list(d)) for d in (contract, kept, batch)]
+            reason = ""
+            if any(a is None for a in axes) or set(axes[0] or ()) & set((axes[1] or ()) + (axes[2] or ())):
+                reason = "only part of a weight axis is contracted: reshape the weight so that whole axes are"
+            elif not axes[0]:
+                reason = "the product contracts no axis of this weight"
+            read = Read(
+                op=op,
+                kind=op,
+                side=side,
+                ref=ref,
+                in_axes=_ordered(ref, contract),
+                out_axes=axes[1] or (),
+                batch_axes=_ordered(ref, batch),
+                dtype=str(eqn.invars[side].aval.dtype),
+                reason=reason,
+                **common,
+            )
+            out_near = self.near_of(ref)
+        else:
+            side = 1 if not data[1] else 0
+            blank: dict[str, Any] = dict(side=None, ref=None, in_axes=(), out_axes=(), batch_axes=())
+            dtype = str(eqn.invars[side].aval.dtype)
+            leaves = tuple(sorted(ins[0].leaves | ins[1].leaves))
+            if not any(data):
+                if leaves:
+                    why = "both operands are parameters: the product is itself a computed weight"
+                    read = Read(op=op, kind="computed", dtype=dtype, reason=why, leaves=leaves, **blank, **common)
+            elif all(data):
+                read = Read(op="matmul", kind="matmul", dtype=dtype, **blank, **common)
+            elif ins[side].leaves:
+                names = ", ".join("/".join(self.segments[i]) for i in sorted(ins[side].leaves))
+                why = f"the weight is computed from {names}: store the computed weight as one leaf to quantize it"
+                read = Read(
+                    op=op, kind="computed", dtype=dtype, reason=why, leaves=tuple(sorted(ins[side].leaves)), **blank, **common
+                )
+                out_near = Near(_prefix([self.segments[i] for i in sorted(ins[side].leaves)]), None)
+            elif ins[side].const or ins[side].known is None:
+                why = "the weight is a captured constant: pass it in params to quantize it"
+                read = Read(op=op, kind="captured", dtype=dtype, reason=why, **blank, **common)
+        if read is not None:
+            self.reads.append(read)
+        leaves = frozenset() if any(data) else ins[0].leaves | ins[1].leaves
+        return [Val(leaves=leaves, data=any(data), near=out_near)] * len(eqn.outvars)
+
+    def embedding(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> None:
+        """Rows looked up by run-time indices."""
+        ref, dn, sizes = ins[0].ref, eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        assert ref is not None
+        shape = eqn.invars[0].aval.shape
+        looked_up = tuple(dn.start_index_map)
+        rows = ref.axes_of(list(looked_up))
+        kept = ref.axes_of([d for d in range(len(shape)) if d not in looked_up])
+        whole = all(sizes[d] == n for d, n in enumerate(shape) if d not in looked_up)
+        single = all(sizes[d] == 1 for d in looked_up) and set(dn.collapsed_slice_dims) == set(looked_up)
+        ok = rows is not None and kept and whole and single and len(looked_up) == 1 and not dn.operand_batching_dims
+        self.reads.append(
+            Read(
+                path=here,
+                op="embedding",
+                kind="embedding",
+                side=0,
+                ref=ref,
+                in_axes=kept or (),
+                out_axes=rows or (),
+                batch_axes=(),
+                loops=loops,
+                shapes=tuple(tuple(a.aval.shape) for a in eqn.invars[:2]),
+                out_shape=tuple(eqn.outvars[0].aval.shape),
+                dtype=str(eqn.invars[0].aval.dtype),
+                flops=0,
+                near=_nearest(ins),
+                scope=_scope(scope, eqn),
+                reason="" if ok else "not a lookup of whole rows: stored in float",
+            )
+        )
+
+    def opaque(self, eqn: Any, ref: Ref, here: Path, scope: str, loops: tuple[int, ...]) -> None:
+        self.reads.append(
+            Read(
+                path=here,
+                op="opaque",
+                kind=eqn.primitive.name,
+                side=None,
+                ref=ref,
+                in_axes=(),
+                out_axes=(),
+                batch_axes=(),
+                loops=loops,
+                shapes=tuple(tuple(getattr(a.aval, "shape", ())) for a in eqn.invars),
+                out_shape=tuple(getattr(eqn.outvars[0].aval, "shape", ())) if eqn.outvars else (),
+                dtype="",
+                flops=0,
+                near=None,
+                scope=_scope(scope, eqn),
+                reason=f"read inside an opaque {eqn.primitive.name}, which qjax cannot rewrite",
+            )
+        )
+
+    def composite(
+        self,
+        found: Composite,
+        here: Path,
+        eqn: Any,
+        ins: list[Val],
+        outs: list[Val],
+        scope: str,
+        loops: tuple[int, ...],
+    ) -> None:
+        """A matched softmax, activation, norm or attention, recorded at the equation that yields its result."""
+        near = outs[0].near
+        if found.op == "norm" and any(v.leaves and not v.data for v in ins):
+            near = _nearest([v for v in ins if v.leaves and not v.data])  # named after its own scale
+        out = tuple(eqn.outvars[0].aval.shape)
+        self.reads.append(
+            Read(
+                path=here,
+                op=found.op,
+                kind=found.kind,
+                side=None,
+                ref=None,
+                in_axes=(),
+                out_axes=(),
+                batch_axes=(),
+                loops=loops,
+                shapes=(out,),
+                out_shape=out,
+                dtype=str(eqn.outvars[0].aval.dtype),
+                flops=0,
+                near=near,
+                scope=_scope(scope, eqn),
+                composite=found,
+            )
+        )
+
+    # ------------------------------------------------------------------------------------------- control flow
+    def call(
+        self,
+        eqn: Any,
+        subs: list[tuple[tuple[str, int], Any]],
+        ins: list[Val],
+        here: Path,
+        scope: str,
+        loops: tuple[int, ...],
+        composites: dict[Path, Composite],
+        base: int,
+    ) -> list[Val]:
+        """jit, remat, custom_jvp/vjp, shard_map, …: one body whose arguments are the equation's operands."""
+        key, body = subs[0]
+        consts = [_captured(c) for c in consts_of(body)]
+        variables = constvars_and_invars(body)
+        if len(variables) != len(consts) + len(ins):
+            for v in ins:
+                if v.ref is not None:
+                    self.opaque(eqn, v.ref, here, scope, loops)
+            return [DATA] * len(eqn.outvars)
+        label = _scope(scope, eqn)
+        args = list(ins)
+        if eqn.primitive.name == "shard_map":
+            args = [_localize(v, var) for v, var in zip(ins, variables[len(consts) :], strict=True)]
+            outs = self.sub(body, args, (*here, key), label, loops)
+            return [dataclasses.replace(v, ref=None, data=v.data or v.ref is not None) for v in outs]
+        inner = open_jaxpr(body)
+        env = dict(zip(variables, consts + args, strict=True))
+        self.run(inner, env, (*here, key), label, loops, composites, base)
+        return [self.read(env, v) for v in inner.outvars]
+
+    def do_scan(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        n_consts, n_carry = scan_arity(eqn.params)
+        length, body = eqn.params["length"], eqn.params["jaxpr"]
+        loop = self.new_loop(length, loops, here)
+        consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
+        order = np.arange(length)[::-1] if eqn.params["reverse"] else np.arange(length)
+        carried = _carry_in(body, n_consts, n_carry, carry, loop, length)
+        sliced = [self.slice_leading(v, loop, order) for v in xs]
+        outs = self.sub(
+            body, consts + carried + sliced, (*here, ("jaxpr", 0)), _scope(scope, eqn), (*loops, loop)
+        )
+        return _carry_out(carry, carried, outs[:n_carry]) + [_leaving(v) for v in outs[n_carry:]]
+
+    def new_loop(self, length: int | None, loops: tuple[int, ...], path: Path) -> int:
+        loop = len(self.loops)
+        self.loops[loop] = Loop(length, set(), loops, path)
+        return loop
+
+    def slice_leading(self, v: Val, loop: int, order: np.ndarray) -> Val:
+        """The value of one scan step of ``xs``: its leading axis is sliced away by the loop."""
+        known = None
+        if v.known is not None and v.known.loop is None and v.known.value.ndim >= 1:
+            known = Known(v.known.value[order], loop)
+        ref = None
+        if v.ref is not None and v.ref.dims and len(v.ref.dims[0]) == 1 and v.ref.dims[0][0][1] == 1:
+            axis = v.ref.dims[0][0][0]
+            ref = dataclasses.replace(
+                v.ref, dims=v.ref.dims[1:], index=(*v.ref.index, Index(axis, tuple(int(i) for i in order), loop))
+            )
+            self.loops[loop].leaves.add(ref.leaf)
+        return dataclasses.replace(v, ref=ref, known=known, near=self.near_of(ref) if ref else v.near)
+
+    def do_while(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        p = eqn.params
+        n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+        loop = self.new_loop(None, loops, here)
+        carry = ins[n_cond + n_body :]
+        carried = _carry_in(p["body_jaxpr"], n_body, len(carry), carry, loop, None)
+        label = _scope(scope, eqn)
+        self.sub(p["cond_jaxpr"], ins[:n_cond] + carried, (*here, ("cond_jaxpr", 0)), label, (*loops, loop))
+        outs = self.sub(
+            p["body_jaxpr"], ins[n_cond : n_cond + n_body] + carried, (*here, ("body_jaxpr", 0)), label, (*loops, loop)
+        )
+        return _carry_out(carry, carried, outs)
+
+    def do_cond(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        label = _scope(scope, eqn)
+        results = [
+            self.sub(b, ins[1:], (*here, ("branches", i)), label, loops) for i, b in enumerate(eqn.params["branches"])
+        ]
+        merged = []
+        for outs in zip(*results, strict=True):
+            same = all(o == outs[0] for o in outs)
+            merged.append(outs[0] if same else dataclasses.replace(DATA, near=_nearest(list(outs))))
+        return [dataclasses.replace(v, ref=None, known=None, data=True) for v in merged]
+
+
+# ------------------------------------------------------------------------------------------------ small pieces
+
+
+def _captured(const: Any) -> Val:
+    array = const if hasattr(const, "dtype") else np.asarray(const)
+    if getattr(array, "ndim", 2) <= 1 and getattr(array, "size", 1 << 30) <= 4096:
+        try:
+            if np.dtype(array.dtype).kind in "iub" and not isinstance(array, jax.core.Tracer):
+                return Val(const=True, known=Known(np.asarray(array)))
+        except TypeError:
+            pass
+    return Val(const=True)
+
+
+def _localize(v: Val, var: Any) -> Val:
+    """Inside shard_map a leaf has its local shape; the leaf axes stay the same."""
+    if v.ref is None:
+        return v
+    if any(len(d) > 1 for d in v.ref.dims):
+        return dataclasses.replace(v, ref=None)
+    shape = var.aval.shape
+    dims = tuple(((d[0][0], 1, n),) if d else () for d, n in zip(v.ref.dims, shape, strict=True))
+    return dataclasses.replace(v, ref=dataclasses.replace(v.ref, dims=dims))
+
+
+def _carry_in(body: Any, n_consts: int, n_carry: int, carry: list[Val], loop: int, length: int | None) -> list[Val]:
+    """What is known of loop state inside the body: invariant slots keep everything, counters keep their values."""
+    inner = open_jaxpr(body)
+    variables = constvars_and_invars(body)[len(consts_of(body)) + n_consts :][:n_carry]
+    steps = {}
+    for eqn in inner.eqns:
+        if eqn.primitive.name == "add" and isinstance(eqn.invars[1], jex.Literal) and np.ndim(eqn.invars[1].val) == 0:
+            steps[eqn.outvars[0]] = (eqn.invars[0], eqn.invars[1].val)
+        elif eqn.primitive.name == "sub" and isinstance(eqn.invars[1], jex.Literal) and np.ndim(eqn.invars[1].val) == 0:
+            steps[eqn.outvars[0]] = (eqn.invars[0], -eqn.invars[1].val)
+    out = []
+    for var, init, result in zip(variables, carry, inner.outvars[:n_carry], strict=True):
+        if result is var:
+            out.append(init)
+            continue
+        known = None
+        if not isinstance(result, jex.Literal) and result in steps and steps[result][0] is var and init.known is not None:
+            step = steps[result][1]
+            if init.known.loop is None and init.known.value.ndim == 0 and length is not None and float(step).is_integer():
+                known = Known(int(init.known.value) + int(step) * np.arange(length), loop)
+        out.append(Val(data=True, known=known, near=init.near))
+    return out
+
+
+def _carry_out(carry: list[Val], carried: list[Val], outs: list[Val]) -> list[Val]:
+    """Loop state after the loop."""
+    return [
+        init if inside is init else Val(data=True, near=_nearest([init, out]))
+        for init, inside, out in zip(carry, carried, outs, strict=True)
+    ]
+
+
+def _leaving(v: Val) -> Val:
+    """A stacked output of a scan."""
+    return Val(data=True, near=dataclasses.replace(v.near, index=None) if v.near else None)
+
+
+def _nearest(vals: list[Val]) -> Near | None:
+    nears = [v.near for v in vals if v.near is not None and v.data] or [v.near for v in vals if v.near is not None]
+    if not nears:
+        return None
+    first = nears[0]
+    if all(n is first or n == first for n in nears):
+        return first
+    same = all(_position(n.index) == _position(first.index) for n in nears)
+    return Near(_prefix([n.segments for n in nears]), first.index if same else None)
+
+
+def _position(index: tuple[Index, ...] | None) -> Any:
+    """What two slices of different leaves have in common if they are the same layer."""
+    return None if index is None else tuple((i.values, i.loop) for i in index)
+
+
+def _prefix(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
+    low, high = min(paths), max(paths)
+    n = 0
+    while n < len(low) and n < len(high) and low[n] == high[n]:
+        n += 1
+    return low[:n]
+
+
+def _ordered(ref: Ref, dims: Any) -> tuple[int, ...]:
+    """Leaf axes behind ``dims`` in the leaf's own order (the order in which groups run along them)."""
+    return tuple(sorted({a[0] for d in dims for a in ref.dims[d]}))
+
+
+def _scope(scope: str, eqn: Any) -> str:
+    own = str(eqn.source_info.name_stack)
+    return f"{scope}/{own}" if scope and own else scope or own
+
+
+def _flops(op: str, eqn: Any) -> int:
+    out = math.prod(eqn.outvars[0].aval.shape)
+    lhs, rhs = (a.aval.shape for a in eqn.invars[:2])
+    if op == "dot":
+        (lc, _), _ = eqn.params["dimension_numbers"]
+        return 2 * out * math.prod(lhs[d] for d in lc)
+    if op == "conv":
+        spec = eqn.params["dimension_numbers"].rhs_spec
+        return 2 * out * math.prod(rhs) // max(rhs[spec[0]], 1)
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    (lc, _), _ = dn.dot_dimension_numbers
+    return 2 * out * math.prod(lhs[d] for d in lc)
+
+
+def _by_output(found: list[Composite]) -> dict[Path, Composite]:
+    return {c.output_path: c for c in found}
+

@@ -1,0 +1,177 @@
+"""From a recipe's decisions to what each parameter leaf is stored as.
+
+Storage belongs to the slice of a leaf, decisions to sites. A slice that several sites read is stored once: a skip by
+any of them keeps it float, two different formats are an error that names both. The axes along which a leaf is
+quantized are those that its first quantized reader sums over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from qjax.errors import RecipeError
+from qjax.naming import LINEAR, Site, SliceKey
+from qjax.program import Program
+from qjax.recipe import Decision, Static
+
+WEIGHT_OPS = (*LINEAR, "embedding")
+"""Ops of the sites that read a weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How one slice is stored.
+
+    Attributes:
+        fmt: the format, or None for float.
+        rounding: how weights are rounded; None is round-to-nearest.
+        observer: how the range is chosen; None is the largest magnitude.
+        reason: why it stays float.
+        note: anything the report should say.
+    """
+
+    fmt: Any = None
+    rounding: Any = None
+    observer: Any = None
+    reason: str = ""
+    note: str = dataclasses.field(default="", compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """How one leaf is stored.
+
+    Attributes:
+        leaf: position among the parameter leaves. name: its path. shape, dtype: of the float leaf.
+        in_axes, stack_axes: along which it is quantized.
+        key_axes: the stack axes that a loop or an index slices; ``slices`` has a key for each of their positions.
+        slices: positions along ``key_axes`` -> how that slice is stored.
+    """
+
+    leaf: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    in_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    key_axes: tuple[int, ...]
+    slices: Mapping[tuple[int, ...], Stored]
+
+    @property
+    def uniform(self) -> Stored | None:
+        """The storage that all slices share, or None."""
+        distinct = set(self.slices.values())
+        return next(iter(self.slices.values())) if len(distinct) == 1 else None
+
+
+def plan_leaves(program: Program, decisions: Mapping[str, Decision]) -> dict[int, LeafPlan]:
+    """Decide how each leaf is stored.
+
+    Args:
+        program: the trace.
+        decisions: site name -> decision, from ``recipe.decide``.
+
+    Returns:
+        Leaf position -> plan, for the leaves of which some slice is quantized.
+
+    Raises:
+        RecipeError: two rules ask for different formats of one slice, a group exceeds its axis, or a site that a rule
+            wants quantized cannot be.
+    """
+    readers: dict[str, list[tuple[Site, Decision]]] = defaultdict(list)
+    for site in program.sites:
+        if site.leaf is not None and site.op in WEIGHT_OPS:
+            readers[site.leaf].append((site, decisions[site.name]))
+    plans = {}
+    for position, name in enumerate(program.leaf_names):
+        plan = _plan_leaf(position, name, program.leaf_avals[position], readers.get(name, []))
+        if plan is not None:
+            plans[position] = plan
+    return plans
+
+
+def _plan_leaf(position: int, name: str, aval: Any, readers: list[tuple[Site, Decision]]) -> LeafPlan | None:
+    wanted = [(s, d) for s, d in readers if d.weights is not None and not d.skip]
+    for site, decision in wanted:
+        if site.reason and not decision.clamp_group:
+            raise RecipeError(
+                f"{site.name}: rule {decision.rule} asks for {decision.weights.name} weights, but {site.reason}; "
+                "add a rule with skip=True for it in front"
+            )
+    usable = [(s, d) for s, d in wanted if not s.reason]
+    if not usable:
+        return None
+    lead = next((s for s, _ in usable if s.op in LINEAR), usable[0][0])
+    key_axes = tuple(a for a, _ in lead.slice if a not in lead.in_axes)
+    stack_axes = (*key_axes, *(a for a in lead.batch_axes if a not in lead.in_axes))
+    length = math.prod(aval.shape[a] for a in lead.in_axes)
+    slices = {}
+    for key in itertools.product(*(range(aval.shape[a]) for a in key_axes)):
+        here = [(s, d) for s, d in readers if _reads(s.slice, dict(zip(key_axes, key, strict=True)))]
+        slices[key] = _stored(here, length)
+    if all(s.fmt is None for s in slices.values()):
+        return None
+    return LeafPlan(
+        position, name, tuple(aval.shape), aval.dtype, lead.in_axes, stack_axes, key_axes, slices
+    )
+
+
+def _reads(key: SliceKey, position: Mapping[int, int]) -> bool:
+    return all(position.get(axis, at) == at for axis, at in key)
+
+
+def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
+    """How one slice is stored, from all its readers."""
+    for site, decision in readers:
+        if decision.skip:
+            return Stored(reason=decision.reason if len(readers) == 1 else f"{decision.reason} at {site.name}")
+    chosen: list[tuple[Site, Decision]] = [(s, d) for s, d in readers if d.weights is not None and not s.reason]
+    if not chosen:
+        reasons = [s.reason or d.reason for s, d in readers]
+        return Stored(reason=next((r for r in reasons if r), "nothing reads it"))
+    site, decision = chosen[0]
+    for other, d in chosen[1:]:
+        if (d.weights, d.rounding, d.weight_observer) != (decision.weights, decision.rounding, decision.weight_observer):
+            raise RecipeError(
+                f"{site.name} and {other.name} read the same weight, and rule {decision.rule} wants "
+                f"{decision.weights.name} while rule {d.rule} wants {d.weights.name}; give both the same format, "
+                "or skip one of them to keep the weight float"
+            )
+    fmt, note = decision.weights, ""
+    if fmt.group is not None and fmt.group > length:
+        if not decision.clamp_group:
+            raise RecipeError(
+                f"{site.name}: a group of {fmt.group} is longer than the {length} numbers that the product sums over; "
+                f"use group={length} or less, or per='channel'"
+            )
+        note = f"one group: the axis has {length} elements, the preset's group is {fmt.group}"
+        fmt = fmt.clamped(length)
+    return Stored(fmt, decision.rounding, decision.weight_observer, note=note)
+
+
+def check_decisions(program: Program, decisions: Mapping[str, Decision], calibrated: bool = False) -> None:
+    """Refuse what this version cannot do, naming the site.
+
+    Raises:
+        RecipeError: static activations without calibration, or quantized results and composites.
+    """
+    for site in program.sites:
+        d = decisions[site.name]
+        if d.skip or d.rule is None:
+            continue
+        if isinstance(d.inputs, Static) and not calibrated:
+            raise RecipeError(
+                f"{site.name}: rule {d.rule} asks for static activation scales, which need calibration batches and are "
+                "not there yet; use dynamic(...) for inputs"
+            )
+        if d.outputs is not None or d.operands or site.op not in WEIGHT_OPS:
+            what = "outputs" if d.outputs is not None else "operands" if d.operands else f"inputs of a {site.op}"
+            raise RecipeError(
+                f"{site.name}: rule {d.rule} asks for quantized {what}, which qjax cannot do yet; "
+                "weights and inputs of linear sites and weights of embeddings can be quantized"
+            )

@@ -1,0 +1,234 @@
+"""`quantize`, `plan` and `Model`: the public way from a function and its parameters to a quantized model."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.emit import Act
+from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
+from qjax.formats import is_quantized
+from qjax.planning import Plan, plan_program
+from qjax.program import Program, Signature, trace_flat
+from qjax.quantizing import quantize_leaf
+from qjax.recipe import Dynamic, Recipe
+from qjax.recipe import recipe as named_recipe
+from qjax.report.data import Report
+from qjax.reporting import build_report, explain_row
+from qjax.rewrite import Rewriter
+from qjax.storage import WEIGHT_OPS
+
+
+class Rewritten:
+    """A function of quantized parameters, made from a float function and a recipe.
+
+    Each call with new shapes traces the float function, finds its sites and replays it with the recipe's decisions;
+    the result is jitted and cached by shapes and static arguments.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        recipe: Recipe,
+        *,
+        max_runs: int = 4,
+        implementation: str | None = None,
+    ):
+        self.fn, self.recipe = fn, recipe
+        self.max_runs, self.implementation = max_runs, implementation
+        self.has_inputs = any(rule.inputs is not None for rule in recipe.rules)
+        self.notes: dict[str, set[str]] = {}
+        self._jitted = jax.jit(self._run, static_argnums=0)
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the quantized function."""
+        signature, arrays = Signature.of(params, args, kwargs)
+        return self._jitted(signature, *arrays)
+
+    def _run(self, signature: Signature, *arrays: Any) -> Any:
+        if not self.has_inputs and not any(is_quantized(a) for a in arrays):
+            params, args, kwargs = signature.rebuild(arrays)
+            return self.fn(params, *args, **kwargs)
+        program = trace_flat(self.fn, signature, arrays)
+        return self.replay(program, arrays)
+
+    def replay(self, program: Program, arrays: Sequence[Any]) -> Any:
+        """Emit the quantized program on its array leaves."""
+        decisions = self.recipe.decide(program.sites, strict=False)
+        inputs = {
+            site.name: Act(decision.inputs.fmt)
+            for site in program.sites
+            if site.op in WEIGHT_OPS and isinstance((decision := decisions[site.name]).inputs, Dynamic)
+        }
+        rewriter = Rewriter(program, inputs, max_runs=self.max_runs, implementation=self.implementation)
+        out = rewriter(arrays)
+        for where, notes in rewriter.notes.items():
+            self.notes.setdefault(where, set()).update(notes)
+        return jax.tree.unflatten(program.out_tree, out)
+
+    def rewritten_jaxpr(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """The closed jaxpr of the rewritten function, for reading and comparing."""
+        signature, arrays = Signature.of(params, args, kwargs)
+        return jax.make_jaxpr(lambda *a: self._run(signature, *a))(*arrays)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A quantized model: call it as ``model(model.params, *args)``.
+
+    Attributes:
+        fn: the float function ``fn(params, *args, **kwargs)``.
+        params: the parameter tree, some leaves replaced by `QArray`s.
+        recipe: what was asked for.
+        report: what was done.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    recipe: Recipe
+    report: Report
+    rewritten: Rewritten = dataclasses.field(repr=False)
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the quantized function; jitted, cached by shapes, and differentiable like any JAX function."""
+        return self.rewritten(params, *args, **kwargs)
+
+    def bind(self, fn: Callable[..., Any]) -> Rewritten:
+        """Another function of the same parameters, quantized by the same recipe (prefill and decode).
+
+        Args:
+            fn: ``fn(params, *args, **kwargs)`` over the same parameter tree.
+
+        Returns:
+            A function to be called with ``model.params``.
+        """
+        if not callable(fn):
+            raise TraceError(f"bind needs a function of (params, *args), not {type(fn).__name__}")
+        return Rewritten(
+            fn, self.recipe, max_runs=self.rewritten.max_runs, implementation=self.rewritten.implementation
+        )
+
+    def explain(self, site: str) -> str:
+        """Everything known of one site: format, bits and bytes, SQNR, lowering, or why it was left in float.
+
+        Raises:
+            DataError: no site has that name.
+        """
+        return explain_row(self.report.row(site))
+
+
+def resolve_recipe(recipe: Recipe | str) -> Recipe:
+    """A recipe, or the preset of that name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        return named_recipe(recipe)
+    raise RecipeError(f"recipe= takes a qjax.Recipe or the name of a preset, not {type(recipe).__name__}")
+
+
+def plan(fn: Callable[..., Any], params: Any, *args: Any, recipe: Recipe | str, **kwargs: Any) -> Plan:
+    """What `quantize` would do, without doing it.
+
+    Args:
+        fn, params, *args, **kwargs: as for `qjax.trace`; abstract arrays are enough.
+        recipe: a recipe or the name of a preset.
+
+    Returns:
+        Sites, decisions, shapes and bytes of the quantized tree, and shardings for it.
+
+    Raises:
+        RecipeError: the recipe does not fit the program.
+    """
+    recipe = resolve_recipe(recipe)
+    signature, arrays = Signature.of(params, args, kwargs)
+    return plan_program(trace_flat(fn, signature, arrays), recipe)
+
+
+def quantize(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    recipe: Recipe | str,
+    batches: Iterable[Any] | None = None,
+    name: str = "",
+    donate: bool = False,
+    max_runs: int = 4,
+    implementation: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Quantize a model.
+
+    Args:
+        fn: any JAX function ``fn(params, *args, **kwargs)``.
+        params: its parameter tree, float arrays.
+        *args, **kwargs: example arguments (or `jax.ShapeDtypeStruct`) of any batch size and length.
+        recipe: a recipe, or the name of a preset (`qjax.recipes()`).
+        batches: calibration data; no recipe of this version needs it.
+        name: the model's name in the report.
+        donate: free each float leaf once it is packed (the float tree cannot be used afterwards).
+        max_runs: how many scans one scan may be split into where its layers have different formats.
+        implementation: name of the lowering to use for every quantized op; None chooses.
+        progress: called as ``progress(done, total, leaf name)`` after each leaf.
+
+    Returns:
+        The model; ``model.params`` is the same tree with packed leaves.
+
+    Raises:
+        RecipeError: the recipe does not fit the program, or needs calibration data.
+        QjaxError: a weight holds NaN or infinity.
+    """
+    recipe = resolve_recipe(recipe)
+    if recipe.needs_batches and batches is None:
+        raise RecipeError(f"{recipe.needs_batches}: pass calibration data as batches=, or choose a dynamic recipe")
+    signature, arrays = Signature.of(params, args, kwargs)
+    if any(is_quantized(a) for a in arrays[: signature.n_params]):
+        raise QjaxError("these parameters are quantized already; pass the float parameters")
+    _refuse_bad_leaves(params)
+    program = trace_flat(fn, signature, arrays)
+    planned = plan_program(program, recipe)
+    leaves = list(arrays[: signature.n_params])
+    del arrays
+    stored: list[Any] = list(leaves)
+    sqnr: dict[int, dict[tuple[int, ...], float]] = {}
+    for done, (position, leaf_plan) in enumerate(planned.leaves.items()):
+        value = leaves[position]
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise QjaxError(f"{leaf_plan.name} is abstract: quantize needs the numbers, qjax.plan does not")
+        stored[position], sqnr[position] = quantize_leaf(leaf_plan, jnp.asarray(value))
+        if donate and isinstance(value, jax.Array):
+            jax.block_until_ready(jax.tree.leaves(stored[position]))
+            value.delete()
+        leaves[position] = None
+        if progress is not None:
+            progress(done + 1, len(planned.leaves), leaf_plan.name)
+    rewritten = Rewritten(fn, recipe, max_runs=max_runs, implementation=implementation)
+    report = build_report(program, planned, stored, sqnr, name=name, recipe=recipe.name, rewritten=rewritten)
+    for note in report.notes:
+        if note.startswith("warning:"):
+            warnings.warn(note.removeprefix("warning:").strip(), QjaxWarning, stacklevel=2)
+    return Model(fn, _with_leaves(params, stored), recipe, report, rewritten)
+
+
+def _with_leaves(params: Any, arrays: Sequence[Any]) -> Any:
+    """The parameter tree with its array leaves replaced."""
+    from qjax.program import is_array
+
+    flat, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+    it = iter(arrays)
+    return jax.tree.unflatten(treedef, [next(it) if is_array(x) else x for x in flat])
+
+
+def _refuse_bad_leaves(params: Any) -> None:
+    """Object arrays and strings are no weights; integer leaves are left alone and never quantized."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUS":
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise QjaxError(f"{where} is a NumPy array of dtype {leaf.dtype}; parameters are numbers")
+

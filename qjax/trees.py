@@ -1,0 +1,46 @@
+"""Trees with quantized leaves: splitting off what trains, and changing float dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.formats import is_quantized
+
+
+def partition(tree: Any, trainable: Callable[[Any], bool] | None = None) -> tuple[Any, Any]:
+    """Split a tree into what trains and what is frozen, each with None where the other has a leaf.
+
+    Args:
+        tree: any pytree; quantized leaves are leaves.
+        trainable: which leaves train; by default float arrays, so that QArrays are frozen.
+    """
+    choose = trainable or _is_float
+    train = jax.tree.map(lambda x: x if choose(x) else None, tree, is_leaf=is_quantized)
+    frozen = jax.tree.map(lambda x: None if choose(x) else x, tree, is_leaf=is_quantized)
+    return train, frozen
+
+
+def combine(train: Any, frozen: Any) -> Any:
+    """Inverse of `partition`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda x: x is None or is_quantized(x)
+    )
+
+
+def astype(tree: Any, dtype: Any) -> Any:
+    """Cast float leaves; quantized leaves keep codes and scales and take the dtype as the one they stand for."""
+
+    def cast(x: Any) -> Any:
+        if is_quantized(x) or _is_float(x):
+            return x.astype(dtype)
+        return x
+
+    return jax.tree.map(cast, tree, is_leaf=is_quantized)
+
+
+def _is_float(x: Any) -> bool:
+    return not is_quantized(x) and hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
