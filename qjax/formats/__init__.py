@@ -1,28 +1,41 @@
 """Number formats and the packed arrays that hold them."""
 
 from qjax.formats.base import Aux, Format
+from qjax.formats.float8 import Float8
 from qjax.formats.integer import Int
 from qjax.formats.layout import Layout
+from qjax.formats.mx import MXFP4, MXFP8
+from qjax.formats.nf4 import NF4
+from qjax.formats.nvfp4 import NVFP4
 from qjax.formats.packing import pack_bits, unpack_bits
 from qjax.formats.qarray import QArray, assemble, canonical_matrix, quantize_array
+from qjax.formats.qstack import QStack, is_quantized, stack_slices
 from qjax.formats.registry import format_from_dict, formats, get, register_format
 from qjax.formats.views import concatenate, stack
 
 __all__ = [
+    "MXFP4",
+    "MXFP8",
+    "NF4",
+    "NVFP4",
     "Aux",
+    "Float8",
     "Format",
     "Int",
     "Layout",
     "QArray",
+    "QStack",
     "assemble",
     "canonical_matrix",
     "concatenate",
     "format_from_dict",
     "formats",
     "get",
+    "is_quantized",
     "pack_bits",
     "quantize_array",
     "register_format",
     "stack",
+    "stack_slices",
     "unpack_bits",
 ]

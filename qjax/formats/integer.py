@@ -11,7 +11,7 @@ from jax import Array
 
 from qjax.errors import FormatError, near
 from qjax.formats.base import Aux, Format, ImplicitPer
-from qjax.formats.numerics import reciprocal, safe_scale, saturate
+from qjax.formats.numerics import saturate, scale_for
 from qjax.formats.registry import register_format
 
 
@@ -89,10 +89,10 @@ class Int(Format):
         """Return {"scale": float32} or {"scale", "zero": uint8}, blocked."""
         if self.symmetric:
             bound = 2 ** (self.bits - 1) - (0.5 if self.scale == "half" else 1)
-            return {"scale": safe_scale(jnp.maximum(high, -low) * reciprocal(bound))}
+            return {"scale": scale_for(jnp.maximum(high, -low), bound, 2 ** (self.bits - 1))}
         top = 2**self.bits - 1
         # Halves first: max - min of a block that spans most of float32 would overflow, and halving is exact.
-        scale = safe_scale((high * 0.5 - low * 0.5) * reciprocal(top / 2))
+        scale = scale_for(high * 0.5 - low * 0.5, top / 2, top)
         zero = jnp.clip(jnp.round(-low * (1.0 / scale)), 0, top)
         return {"scale": scale, "zero": zero.astype(jnp.uint8)}
 

@@ -5,8 +5,9 @@ Three facts decide how it is written.
 - XLA rewrites ``x / broadcast(s)`` into ``x * broadcast(1 / s)``, and ``x / constant`` likewise, whenever it can see
   the broadcast. A division would then round differently from one context to the next, so the reciprocal is written
   out: the same codes come out eagerly, under jit and under vmap, and they are the codes that Qwix gets on XLA.
-- XLA on CPU flushes subnormal numbers to zero. Scales therefore stay normal, in [2**-126, 2**126], which keeps their
-  reciprocals normal too.
+- XLA on CPU flushes subnormal numbers to zero, so a block of subnormals counts as a zero block. Scales stay normal,
+  in [2**-126, 2**126], which keeps their reciprocals normal too, and so small that no code decodes to infinity; a
+  block that reaches the end of float32 saturates a little instead.
 - Weights with NaN or infinity are refused by name before they get here. Should one arrive all the same (in an
   activation, say), ranges are taken over the finite elements, NaN is encoded as 0 and infinity as the largest code,
   so one bad element does not spoil its block.
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-SMALLEST_SCALE = float(np.float32(2.0**-126))
-LARGEST_SCALE = float(np.float32(2.0**126))
+SMALLEST_SCALE = 2.0**-126
+LARGEST_SCALE = 2.0**126
 
 
 def reciprocal(number: float) -> np.float32:
@@ -28,9 +29,20 @@ def reciprocal(number: float) -> np.float32:
     return np.float32(1.0) / np.float32(number)
 
 
-def safe_scale(scale: Array) -> Array:
-    """Return a scale that can be divided by: 1 where it vanishes (an empty or all-zero block), at most 2**126."""
-    return jnp.where(scale < SMALLEST_SCALE, jnp.float32(1.0), jnp.minimum(scale, LARGEST_SCALE))
+def scale_for(size: Array, bound: float, largest_code: float) -> Array:
+    """Return ``size / bound``, kept such that it and its reciprocal are normal and no code decodes to infinity.
+
+    Args:
+        size: float32 blocked array, not negative: what the codes have to span.
+        bound: the number in code units that ``size`` maps to.
+        largest_code: the largest magnitude of a code.
+
+    Returns:
+        float32; 1 where ``size`` is zero or subnormal.
+    """
+    limit = min(LARGEST_SCALE, 0.999 * float(np.finfo(np.float32).max) / largest_code)
+    scale = jnp.clip(size * reciprocal(bound), SMALLEST_SCALE, limit)
+    return jnp.where(size < SMALLEST_SCALE, jnp.float32(1.0), scale)
 
 
 def finite_part(x: Array) -> Array:

@@ -110,24 +110,19 @@ def unpack_bits(packed: ArrayLike, bits: int, length: int, signed: bool) -> Arra
             f"packing: {length} codes of {bits} bits need {packed_bytes(length, bits)} bytes, "
             f"the row has {packed.shape[-1]}"
         )
-    if bits < 8:
-        rows = _pad_last(packed[..., : packed_bytes(length, bits)], unit_bytes)
-        rows = rows.reshape(*rows.shape[:-1], rows.shape[-1] // unit_bytes, unit_bytes)
-        mask = jnp.uint8(2**bits - 1)
-        columns = []
-        for k in range(per_unit):
-            byte, shift = divmod(k * bits, 8)
-            column = rows[..., byte] >> shift
-            if shift + bits > 8:
-                column = column | (rows[..., byte + 1] << (8 - shift))
-            columns.append(column & mask)
-        codes = jnp.stack(columns, axis=-1)
-        codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] * per_unit)
-    else:
-        codes = packed
-    codes = codes[..., :length]
-    if not signed:
-        return codes
-    codes = jax.lax.bitcast_convert_type(codes, jnp.int8)
-    # Two's complement of b bits: move the sign to the top, then let the arithmetic shift spread it.
-    return codes if bits == 8 else (codes << (8 - bits)) >> (8 - bits)
+    dtype = jnp.int8 if signed else jnp.uint8
+    if bits == 8:
+        return jax.lax.bitcast_convert_type(packed[..., :length], dtype)
+    rows = _pad_last(packed[..., : packed_bytes(length, bits)], unit_bytes)
+    rows = rows.reshape(*rows.shape[:-1], rows.shape[-1] // unit_bytes, unit_bytes)
+    columns = []
+    for k in range(per_unit):
+        byte, shift = divmod(k * bits, 8)
+        # Move the code to the top of a byte; shifting back down then spreads the sign, or fills with zeros.
+        if shift + bits <= 8:
+            top = rows[..., byte] << (8 - bits - shift)
+        else:
+            top = ((rows[..., byte] >> shift) | (rows[..., byte + 1] << (8 - shift))) << (8 - bits)
+        columns.append(jax.lax.bitcast_convert_type(top, dtype) >> (8 - bits))
+    codes = jnp.stack(columns, axis=-1)
+    return codes.reshape(*codes.shape[:-2], codes.shape[-2] * per_unit)[..., :length]
