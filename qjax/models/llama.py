@@ -40,6 +40,17 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale[...]
 
 
+class Embed(nnx.Module):
+    """A table of rows, looked up by token and read once more by a tied output projection; its dtype is the model's."""
+
+    def __init__(self, count: int, size: int, rngs: nnx.Rngs) -> None:
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, size), jnp.float32))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Rows of tokens [B, T]: [B, T, size]."""
+        return jnp.take(self.embedding[...], tokens, axis=0)
+
+
 def _linear(ins: int, outs: int, bias: bool, dot_general: Callable, rngs: nnx.Rngs, gain: float = 1.0) -> nnx.Linear:
     init = nnx.initializers.variance_scaling(gain, "fan_in", "normal")
     return nnx.Linear(ins, outs, use_bias=bias, kernel_init=init, dot_general=dot_general, rngs=rngs)
@@ -133,8 +144,7 @@ class Llama(nnx.Module):
     ) -> None:
         self.config = config
         self.scan_layers = scan_layers
-        init = nnx.initializers.normal(0.02)
-        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, rngs=rngs)
+        self.embed = Embed(config.vocab_size, config.hidden_size, rngs)
         layers = [Layer(config, dot_general, rngs) for _ in range(config.num_hidden_layers)]
         if scan_layers:
             states = [nnx.state(layer) for layer in layers]
