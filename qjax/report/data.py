@@ -130,8 +130,17 @@ class Report:
         object.__setattr__(self, "scores", MappingProxyType(dict(self.scores)))
 
     def __hash__(self) -> int:
-        return hash((self.model, self.recipe, self.rows, self.float_bytes, self.stored_bytes, self.notes,
-                     tuple(sorted(self.scores.items()))))
+        return hash(
+            (
+                self.model,
+                self.recipe,
+                self.rows,
+                self.float_bytes,
+                self.stored_bytes,
+                self.notes,
+                tuple(sorted(self.scores.items())),
+            )
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A mappingproxy can be neither pickled nor deep-copied; the plain dict can.
@@ -201,8 +210,10 @@ class Report:
         """Inverse of `to_dict`. Raises DataError for a newer version, a missing or an unknown key."""
         version = d.get("version")
         if not isinstance(version, int) or not 1 <= version <= VERSION:
-            raise DataError(f"this report has version {version!r} and this qjax reads versions 1 to {VERSION}; "
-                            "read it with the qjax that wrote it, or quantize again")
+            raise DataError(
+                f"this report has version {version!r} and this qjax reads versions 1 to {VERSION}; "
+                "read it with the qjax that wrote it, or quantize again"
+            )
         known = {f.name for f in fields(cls)}
         _refuse(set(d) - known - {"version"}, "unknown", "report")
         _refuse({"rows", "float_bytes", "stored_bytes"} - set(d), "missing", "report")
@@ -306,5 +317,7 @@ def _plain(value: Any) -> Any:
 
 def _refuse(keys: set[str], what: str, where: str) -> None:
     if keys:
-        raise DataError(f"a {where} has {what} {'key' if len(keys) == 1 else 'keys'} {', '.join(sorted(keys))}; "
-                        "the file was not written by this version of qjax, quantize again to write a new one")
+        raise DataError(
+            f"a {where} has {what} {'key' if len(keys) == 1 else 'keys'} {', '.join(sorted(keys))}; "
+            "the file was not written by this version of qjax, quantize again to write a new one"
+        )

@@ -92,8 +92,18 @@ def group_rows(rows: Iterable[SiteRow], most: int = 40) -> tuple[Group, ...]:
 
 def _stated(row: SiteRow) -> Hashable:
     # A reason or note may name its own site; that must not keep equal layers apart.
-    return (row.op, row.shape, row.format, row.quantized, row.inputs, row.lowering, row.repeats, row.bytes_after,
-            row.note.replace(row.name, ""), row.reason.replace(row.name, ""))
+    return (
+        row.op,
+        row.shape,
+        row.format,
+        row.quantized,
+        row.inputs,
+        row.lowering,
+        row.repeats,
+        row.bytes_after,
+        row.note.replace(row.name, ""),
+        row.reason.replace(row.name, ""),
+    )
 
 
 def _coarse(row: SiteRow) -> Hashable:

@@ -16,8 +16,17 @@ from qjax.report.groups import Group, group_rows
 from qjax.report.text import decibel, said_of_inputs, score_title, score_value, shape_text, size, span, why
 
 _HEADS = (
-    ("Site", "site"), ("Op", ""), ("Shape", "s"), ("Stored as", "s"), ("Inputs", "m"), ("Bits", "n"), ("SQNR dB", "n"),
-    ("Before", "n"), ("After", "n"), ("Runs as", ""), ("Why, or what to know", "w"),
+    ("Site", "site"),
+    ("Op", ""),
+    ("Shape", "s"),
+    ("Stored as", "s"),
+    ("Inputs", "m"),
+    ("Bits", "n"),
+    ("SQNR dB", "n"),
+    ("Before", "n"),
+    ("After", "n"),
+    ("Runs as", ""),
+    ("Why, or what to know", "w"),
 )
 
 
@@ -25,15 +34,17 @@ def render_html(report: Report) -> str:
     """Return the page. Equal reports give equal bytes."""
     title = escape(" · ".join(t for t in (report.model or "model", report.recipe) if t))
     recipe = f" <small>{escape(report.recipe)}</small>" if report.recipe else ""
-    body = "\n".join((
-        f"<h1>{escape(report.model or 'model')}{recipe}</h1>",
-        f'<p class="muted">{_lead(report)}</p>',
-        _cards(report),
-        _figures(report),
-        _scores(report),
-        _notes(report),
-        _table(report),
-    ))
+    body = "\n".join(
+        (
+            f"<h1>{escape(report.model or 'model')}{recipe}</h1>",
+            f'<p class="muted">{_lead(report)}</p>',
+            _cards(report),
+            _figures(report),
+            _scores(report),
+            _notes(report),
+            _table(report),
+        )
+    )
     script = f"<script>{page.SCRIPT}</script>" if report.rows else ""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -81,8 +92,11 @@ def _figures(report: Report) -> str:
         ("Bits against error", "one point per site; equal bits are spread sideways", plots.bits_against_error(report)),
         ("Error by site", "higher is better; hover for the name", plots.error_by_site(report)),
     )
-    inner = "".join(f"<figure><figcaption>{name} <span>· {what}</span></figcaption>{svg}</figure>"
-                    for name, what, svg in figures if svg)
+    inner = "".join(
+        f"<figure><figcaption>{name} <span>· {what}</span></figcaption>{svg}</figure>"
+        for name, what, svg in figures
+        if svg
+    )
     return f'<div class="plots">{inner}</div>'
 
 
@@ -91,10 +105,15 @@ def _scores(report: Report) -> str:
         return '<h2>Scores</h2><p class="muted">Not scored yet: <code>qjax eval</code> measures and adds them.</p>'
     pairs = score_pairs(report.scores)
     paired = {n for name, *_ in pairs for n in (name, f"float_{name}")}
-    lines = [(score_title(n), score_value(n, before), score_value(n, after),
-              "" if math.isnan(kept) else f"{kept:.2f} %") for n, before, after, kept in pairs]
-    lines += [(score_title(n), "", score_value(n, v), "") for n, v in report.scores.items()
-              if n not in paired and n != "recovery"]
+    lines = [
+        (score_title(n), score_value(n, before), score_value(n, after), "" if math.isnan(kept) else f"{kept:.2f} %")
+        for n, before, after, kept in pairs
+    ]
+    lines += [
+        (score_title(n), "", score_value(n, v), "")
+        for n, v in report.scores.items()
+        if n not in paired and n != "recovery"
+    ]
     if not lines:
         lines = [(score_title(n), "", score_value(n, v), "") for n, v in report.scores.items()]
     columns = [True, any(r[1] for r in lines), True, any(r[3] for r in lines)]
@@ -102,10 +121,12 @@ def _scores(report: Report) -> str:
 
     def cells(tag: str, line: Sequence[str]) -> str:
         kept = [(i, c) for i, (c, keep) in enumerate(zip(line, columns, strict=True)) if keep]
-        return "<tr>" + "".join(f'<{tag}{" class=n" if i else ""}>{escape(c)}</{tag}>' for i, c in kept) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{' class=n' if i else ''}>{escape(c)}</{tag}>" for i, c in kept) + "</tr>"
 
-    return (f'<h2>Scores</h2><table class="scores"><thead>{cells("th", heads)}</thead>'
-            f'<tbody>{"".join(cells("td", line) for line in lines)}</tbody></table>')
+    return (
+        f'<h2>Scores</h2><table class="scores"><thead>{cells("th", heads)}</thead>'
+        f"<tbody>{''.join(cells('td', line) for line in lines)}</tbody></table>"
+    )
 
 
 def _notes(report: Report) -> str:
@@ -126,8 +147,11 @@ def _table(report: Report) -> str:
     head = "".join(f'<th class="{c}"><button type="button">{h}</button></th>' for h, c in _HEADS if h not in dropped)
     flat = "\n".join(_row(r, i, colours, dropped) for i, r in enumerate(report.rows))
     folded = "\n".join(
-        _row(g.rows[0], None, colours, dropped) if g.count == 1
-        else _group(g, [index[id(r)] for r in g.rows], colours, dropped) for g in groups)
+        _row(g.rows[0], None, colours, dropped)
+        if g.count == 1
+        else _group(g, [index[id(r)] for r in g.rows], colours, dropped)
+        for g in groups
+    )
     left = '<option value="float">left in float</option>' if report.left else ""
     merge = "" if len(groups) < len(report.rows) else " disabled"
     return (
@@ -145,13 +169,17 @@ def _row(row: SiteRow, index: int | None, colours: dict[str, str], dropped: froz
     bits = f"{row.bits_per_element:.2f}" if row.shape else ""
     shared = "shared" if row.leaf and not row.bytes_before else ""
     cells = (
-        (_breakable(row.name), row.name), escape(row.op), shape_text(row.shape),
-        _formats([(row.format, 1)], colours), escape(row.inputs),
+        (_breakable(row.name), row.name),
+        escape(row.op),
+        shape_text(row.shape),
+        _formats([(row.format, 1)], colours),
+        escape(row.inputs),
         (bits, bits),
         ("" if row.sqnr_db is None else decibel(row.sqnr_db), _number(row.sqnr_db)),
         (size(row.bytes_before) if row.bytes_before else shared, str(row.bytes_before or "")),
         (size(row.bytes_after) if row.bytes_before else shared, str(row.bytes_after or "")),
-        escape(row.lowering), escape("; ".join(t for t in (row.reason, row.note) if t)),
+        escape(row.lowering),
+        escape("; ".join(t for t in (row.reason, row.note) if t)),
     )
     mark = "" if index is None else f' id="r{index}"'
     return f'<tr class="{"done" if row.quantized else "float"}"{mark}>{_cells(cells, dropped)}</tr>'
@@ -159,10 +187,15 @@ def _row(row: SiteRow, index: int | None, colours: dict[str, str], dropped: froz
 
 def _group(group: Group, members: Sequence[int], colours: dict[str, str], dropped: frozenset[str]) -> str:
     first, sqnr, bits = group.rows[0], group.sqnr, group.bits
-    name = (f'<button type="button" class="open" aria-expanded="false">{_breakable(group.name)} '
-            f'<span class="count">×{group.count}</span></button>')
+    name = (
+        f'<button type="button" class="open" aria-expanded="false">{_breakable(group.name)} '
+        f'<span class="count">×{group.count}</span></button>'
+    )
     cells = (
-        (name, group.name), escape(first.op), shape_text(first.shape), _formats(group.formats, colours),
+        (name, group.name),
+        escape(first.op),
+        shape_text(first.shape),
+        _formats(group.formats, colours),
         "<br>".join(map(escape, group.distinct(lambda r: r.inputs))),
         ("" if bits is None else f"{bits:.2f}", "" if bits is None else str(bits)),
         ("" if sqnr is None else span(*sqnr), _number(None if sqnr is None else sqnr[0])),

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 SERIES = 8
 """Formats that get a colour of their own; further ones share the last."""
 
-_ROLES = {"ink": "#0a0a01", "muted": "#0a0a02", "grid": "#0a0a03", "paper": "#0a0a04",
-          **{f"c{i}": f"#0a0a1{i}" for i in range(SERIES)}}
+_ROLES = {
+    "ink": "#0a0a01",
+    "muted": "#0a0a02",
+    "grid": "#0a0a03",
+    "paper": "#0a0a04",
+    **{f"c{i}": f"#0a0a1{i}" for i in range(SERIES)},
+}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -108,8 +113,16 @@ def sizes(report: Report) -> str:
         ends = [0.0, 0.0]
         for label, before, after, role in parts:
             if before or after:
-                axes.barh([1, 0], [before, after], left=ends, height=0.62, color=_ROLES[role], label=label,
-                          edgecolor=_ROLES["paper"], linewidth=0.8)
+                axes.barh(
+                    [1, 0],
+                    [before, after],
+                    left=ends,
+                    height=0.62,
+                    color=_ROLES[role],
+                    label=label,
+                    edgecolor=_ROLES["paper"],
+                    linewidth=0.8,
+                )
                 ends = [ends[0] + before, ends[1] + after]
         longest = max(ends) or 1.0
         for y, end in ((1, ends[0]), (0, ends[1])):
@@ -121,8 +134,14 @@ def sizes(report: Report) -> str:
         axes.set_xticks([])
         for side in axes.spines.values():
             side.set_visible(False)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.02), ncols=3, handlelength=0.8, handleheight=0.8,
-                    columnspacing=1.4)
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.45, -0.02),
+            ncols=3,
+            handlelength=0.8,
+            handleheight=0.8,
+            columnspacing=1.4,
+        )
         return _svg(figure, "sizes")
 
 
@@ -170,8 +189,14 @@ def _heights(axes: Axes, rows: Sequence[SiteRow]) -> list[float]:
     ends = {math.inf: (high + gap, "exact"), -math.inf: (low - gap, "all error")}
     for y, label in (ends[v] for v in ends if v in values):
         axes.axhline(y, color=_ROLES["muted"], linewidth=0.8, linestyle=":", zorder=0)
-        axes.annotate(label, (0, y), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
-                      color=_ROLES["muted"])
+        axes.annotate(
+            label,
+            (0, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 3),
+            textcoords="offset points",
+            color=_ROLES["muted"],
+        )
     return [ends[v][0] if v in ends else v for v in values]
 
 
@@ -193,19 +218,33 @@ def _scatter(axes: Axes, rows: Sequence[SiteRow], x: Sequence[float], name: str)
     crowd = len(rows) > 120
     for k, fmt in enumerate(formats_of(rows)):
         members = [i for i, r in enumerate(rows) if r.format == fmt]
-        points = axes.scatter([x[i] for i in members], [y[i] for i in members], s=18 if crowd else 34,
-                              color=_ROLES[f"c{min(k, SERIES - 1)}"], alpha=0.75, linewidths=0, label=fmt)
+        points = axes.scatter(
+            [x[i] for i in members],
+            [y[i] for i in members],
+            s=18 if crowd else 34,
+            color=_ROLES[f"c{min(k, SERIES - 1)}"],
+            alpha=0.75,
+            linewidths=0,
+            label=fmt,
+        )
         points.set_gid(f"{name}-{k}")
     axes.set_ylabel("SQNR of the stored weight, dB")
     axes.margins(y=0.12)
     formats = formats_of(rows)
     columns = len(formats) if sum(map(len, formats)) + 4 * len(formats) <= 52 else min(3, math.ceil(len(formats) / 2))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, handletextpad=0.1, columnspacing=1.2,
-                borderaxespad=0.2)
+    axes.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=columns,
+        handletextpad=0.1,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
 
 
 def _tips(rows: Sequence[SiteRow]) -> list[list[str]]:
     """Tooltips in the order in which `_scatter` draws, one list per format."""
+
     def tip(r: SiteRow) -> str:
         return f"{r.name}\n{r.format}, {r.bits_per_element:.2f} bits, {decibel(float(r.sqnr_db or 0.0))} dB"
 

@@ -30,8 +30,16 @@ MOST_LINES = 48
 def render_text(report: Report, width: int = 100) -> str:
     """Return `report` as plain text of at most `width` columns (60 at least), without trailing blanks."""
     width = max(60, width)
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False,
-                      highlight=False, emoji=False, markup=False)
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        legacy_windows=False,
+        highlight=False,
+        emoji=False,
+        markup=False,
+    )
     for part in renderables(report, width):
         console.print(part)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -331,8 +339,12 @@ def _scores(report: Report) -> Any:
     if pairs:
         table.add_column("recovery", justify="right", no_wrap=True)
     for name, before, after, kept in pairs:
-        table.add_row(score_title(name), score_value(name, before), score_value(name, after),
-                      "" if math.isnan(kept) else f"{kept:.2f} %")
+        table.add_row(
+            score_title(name),
+            score_value(name, before),
+            score_value(name, after),
+            "" if math.isnan(kept) else f"{kept:.2f} %",
+        )
     for name, value in report.scores.items():
         # A lone recovery repeats what the paired row says already.
         if name not in paired and not (pairs and name == "recovery"):

@@ -1,0 +1,29 @@
+"""How good a model is, and how far a quantized one is from its float original.
+
+``perplexity``, ``divergence`` and ``accuracy`` take any callable ``fn(params, inputs) -> logits``; nothing here knows
+of quantization. Perplexity is too flat to rank methods: read KL divergence and top-1 agreement beside it.
+"""
+
+from qjax.evaluate.images import Accuracy, LabelledImages, accuracy, read_images
+from qjax.evaluate.language import Divergence, Perplexity, divergence, logit_divergence, perplexity
+from qjax.evaluate.metrics import recovery, sqnr_db
+from qjax.evaluate.progress import track
+from qjax.evaluate.text import TextBlocks, read_text, text_blocks
+
+__all__ = [
+    "Accuracy",
+    "Divergence",
+    "LabelledImages",
+    "Perplexity",
+    "TextBlocks",
+    "accuracy",
+    "divergence",
+    "logit_divergence",
+    "perplexity",
+    "read_images",
+    "read_text",
+    "recovery",
+    "sqnr_db",
+    "text_blocks",
+    "track",
+]
