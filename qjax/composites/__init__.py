@@ -5,18 +5,25 @@ softmax, norms) or by evaluating the formula (activations); names of functions a
 """
 
 from qjax.composites.activation import Activation
+from qjax.composites.attention import Attention, Factor, Mask, Operand
 from qjax.composites.base import Composite
 from qjax.composites.find import find_composites
 from qjax.composites.graph import Level, Node, Path, Value, inlined
+from qjax.composites.masks import Causal
 from qjax.composites.norm import Norm
 from qjax.composites.softmax import Softmax
 
 __all__ = [
     "Activation",
+    "Attention",
+    "Causal",
     "Composite",
+    "Factor",
     "Level",
+    "Mask",
     "Node",
     "Norm",
+    "Operand",
     "Path",
     "Softmax",
     "Value",

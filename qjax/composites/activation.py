@@ -130,20 +130,32 @@ def _candidates(anchor: Node) -> list[Node]:
 
 
 def _part_of_more(relu: Activation) -> bool:
-    """Whether the result meets its own operand again at once, as in softplus and CELU."""
-    for user in relu.output.users:
-        others = [v for v in user.inputs if v is not relu.output and not v.fixed]
-        if not others or user.name not in constants.ELEMENTWISE:
+    """Whether a ``max(x, 0)`` is a step of something else: softplus, CELU (meets ``x`` again), random numbers."""
+    value = relu.input
+    for _ in range(8):
+        node = value.node
+        if node is None or node.name not in constants.ELEMENTWISE:
+            break
+        value = next((v for v in node.inputs if not v.fixed), value)
+    if value.node is not None and value.node.name in ("bitcast_convert_type", "random_bits"):
+        return True
+    return any(_meets(user, relu) for user in relu.output.users)
+
+
+def _meets(user: Node, relu: Activation) -> bool:
+    """Whether ``user`` combines the result with another elementwise function of its operand."""
+    if user.name not in constants.ELEMENTWISE:
+        return False
+    for other in user.inputs:
+        if other is relu.output or other.fixed:
             continue
-        for other in others:
-            value = other
-            for _ in range(8):
-                if value is relu.input:
-                    return True
-                node = value.node
-                if node is None or node.name not in constants.ELEMENTWISE:
-                    break
-                value = next((v for v in node.inputs if not v.fixed), value)
+        for _ in range(8):
+            if other is relu.input:
+                return True
+            node = other.node
+            if node is None or node.name not in constants.ELEMENTWISE:
+                break
+            other = next((v for v in node.inputs if not v.fixed), other)
     return False
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jax.extend.core import Jaxpr
 
 from qjax.composites.activation import find_activations
+from qjax.composites.attention import find_attention
 from qjax.composites.base import Composite
 from qjax.composites.graph import Level, inlined
 from qjax.composites.norm import find_norms, variance_clips
@@ -31,7 +32,8 @@ def find_composites(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> list[Composite]
 def _find(level: Level) -> list[Composite]:
     softmaxes, norms = find_softmax(level), find_norms(level)
     taken = {node for composite in (*softmaxes, *norms) for node in composite.nodes} | variance_clips(level)
-    found: list[Composite] = [*softmaxes, *norms, *find_activations(level, taken)]
+    found: list[Composite] = [*find_attention(level, softmaxes), *softmaxes, *norms]
+    found += find_activations(level, taken)
     for unit in level.units:
         found += _find(unit)
     return sorted(found, key=lambda c: _order(c))
