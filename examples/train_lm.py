@@ -56,6 +56,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--max-context", type=int, default=512, help="context that the model declares (default 512)")
     p.add_argument("--float32", action="store_true", help="products in float32")
     p.add_argument("--every", type=float, default=180.0, help="seconds between checkpoints (default 180)")
+    p.add_argument("--stop-after", type=int, help="steps after which to leave; the same command goes on")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args()
 
@@ -259,6 +260,7 @@ def main() -> None:
         tie_word_embeddings=True,
         bos_token_id=bos,
     )
+    (o.work / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
     exact = Llama(config, rngs=nnx.Rngs(o.seed))
     model = exact if o.float32 else Llama(config, dot_general=product, rngs=nnx.Rngs(o.seed))
     optimizer, step, evaluate = make_steps(model, exact)
@@ -277,11 +279,11 @@ def main() -> None:
 
     end_file, end = o.work / "end", float(o.tokens)
     began = saved = reported = time.monotonic()
-    base, last_seen, losses = meta["seconds"], meta["seen"], []
+    base, last_seen, losses, first = meta["seconds"], meta["seen"], [], meta["step"]
     while True:
         if end_file.exists() and end_file.read_text().strip():
             end = float(end_file.read_text())
-        if meta["seen"] >= end:
+        if meta["seen"] >= end or meta["step"] - first == o.stop_after:
             break
         rows, meta["epoch"], meta["cursor"] = windows.batch(meta["epoch"], meta["cursor"], o.batch)
         rate = schedule(meta["seen"], end, o)
@@ -306,6 +308,9 @@ def main() -> None:
             report(log, meta, rate, mean, valid, speed, left)
             losses, last_seen, reported = [], meta["seen"], time.monotonic()
     save_checkpoint(checkpoint, (params, state), meta)
+    if meta["seen"] < end:
+        print(f"left at step {meta['step']}", flush=True)
+        return
     valid = validate(evaluate, params, valid_ids, bos, o.max_context, None)
     bits = valid / np.log(2) / bytes_per_token
     final = {**meta, "valid_nats": valid, "valid_perplexity": float(np.exp(valid)), "bits_per_byte": bits}

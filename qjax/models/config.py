@@ -40,6 +40,23 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"vocab_size": 151936, "max_position_embeddings": 32768, "head_dim": 128},
 }
 
+# Fields that config.json knows by the same name.
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+    "bos_token_id",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -153,6 +170,27 @@ class LlamaConfig:
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             architecture=name,
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """What :meth:`from_hf` reads back, in words that transformers 4 and 5 both understand."""
+        family = FAMILIES[self.architecture]
+        given = {
+            "architectures": [self.architecture],
+            "model_type": family,
+            **{name: getattr(self, name) for name in _SAME},
+            "attention_bias": self.o_bias,
+            "rope_scaling": self.rope_scaling.to_hf(),
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
+        }
+        if family == "llama":
+            given["mlp_bias"] = self.mlp_bias
+        elif family == "mistral":
+            given["sliding_window"] = self.window(0)
+        elif self.windows:
+            kinds = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
+            width = next(w for w in self.windows if w is not None)
+            given |= {"use_sliding_window": True, "sliding_window": width, "layer_types": kinds}
+        return given
 
 
 def _windows(family: str, given: dict[str, Any], layers: int) -> tuple[int | None, ...]:

@@ -93,6 +93,17 @@ class RopeScaling:
             given["original_max_position_embeddings"] = max_positions
         return cls(kind=kind, **given)
 
+    def to_hf(self) -> dict[str, Any] | None:
+        """The ``rope_scaling`` of a config.json: what differs from the defaults, or None where nothing is scaled."""
+        if self.kind == "default":
+            return None
+        fields = [f for f in dataclasses.fields(self) if f.name != "kind" and getattr(self, f.name) is not None]
+        always = ("factor", "low_freq_factor", "high_freq_factor") if self.kind == "llama3" else ("factor",)
+        changed = {
+            f.name: getattr(self, f.name) for f in fields if f.name in always or getattr(self, f.name) != f.default
+        }
+        return {"rope_type": self.kind, **changed}
+
 
 def _yarn_temperature(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

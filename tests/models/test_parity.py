@@ -102,8 +102,9 @@ def test_decoder(case, tmp_path, transformers):
     tokens = np.random.default_rng(1).integers(0, 67, (2, 24))
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
-    fn, params, _ = models.load(tmp_path)
+    fn, params, config = models.load(tmp_path)
     close(jax.jit(fn)(params, tokens), theirs)
+    assert type(config).from_hf(config.to_hf()) == config
 
 
 def test_greedy_text_is_the_same(tmp_path, transformers):
