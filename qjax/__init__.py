@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from qjax import models as models
     from qjax import passes as passes
     from qjax import testing as testing
+    from qjax.adapters import from_equinox as from_equinox
+    from qjax.adapters import from_linen as from_linen
+    from qjax.adapters import from_nnx as from_nnx
     from qjax.calibration import MSE as MSE
     from qjax.calibration import AbsMax as AbsMax
     from qjax.calibration import MinMax as MinMax
@@ -42,14 +45,11 @@ if TYPE_CHECKING:
     from qjax.program import Program as Program
     from qjax.program import trace as trace
     from qjax.transforms import Model as Model
-    from qjax.transforms import astype as astype
-    from qjax.transforms import combine as combine
-    from qjax.transforms import from_equinox as from_equinox
-    from qjax.transforms import from_linen as from_linen
-    from qjax.transforms import from_nnx as from_nnx
-    from qjax.transforms import partition as partition
     from qjax.transforms import plan as plan
     from qjax.transforms import quantize as quantize
+    from qjax.trees import astype as astype
+    from qjax.trees import combine as combine
+    from qjax.trees import partition as partition
 
 __version__ = "0.1.0"
 
@@ -60,12 +60,12 @@ _HOME = {
     "quantize": "qjax.transforms",
     "plan": "qjax.transforms",
     "Model": "qjax.transforms",
-    "from_nnx": "qjax.transforms",
-    "from_linen": "qjax.transforms",
-    "from_equinox": "qjax.transforms",
-    "partition": "qjax.transforms",
-    "combine": "qjax.transforms",
-    "astype": "qjax.transforms",
+    "from_nnx": "qjax.adapters",
+    "from_linen": "qjax.adapters",
+    "from_equinox": "qjax.adapters",
+    "partition": "qjax.trees",
+    "combine": "qjax.trees",
+    "astype": "qjax.trees",
     "save": "qjax.checkpoint",
     "load": "qjax.checkpoint",
     "Int": "qjax.formats",
