@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ def _keys(path: tuple) -> tuple:
 
 
 @functools.lru_cache(maxsize=32)
-def _skeleton(cls: type[nnx.Module], config: Any, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+def _skeleton(cls: Callable[..., Any], config: Any, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
     module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **dict(options)))
     return nnx.split(module)
 
@@ -48,18 +49,18 @@ def to_params(state: Any) -> Params:
     return with_lists(tree)
 
 
-def abstract_params(cls: type[nnx.Module], config: Any, dtype: Any = jnp.float32, **options: Any) -> Params:
+def abstract_params(cls: Callable[..., Any], config: Any, dtype: Any = jnp.float32, **options: Any) -> Params:
     """Shapes of the parameters of ``cls(config, **options)`` as a tree of ``jax.ShapeDtypeStruct``."""
     state = _skeleton(cls, config, tuple(sorted(options.items())))[1]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), to_params(state))
 
 
-def init_params(cls: type[nnx.Module], config: Any, seed: int = 0, **options: Any) -> Params:
+def init_params(cls: Callable[..., Any], config: Any, seed: int = 0, **options: Any) -> Params:
     """Fresh random parameters."""
     return to_params(nnx.state(cls(config, rngs=nnx.Rngs(seed), **options)))
 
 
-def bind(cls: type[nnx.Module], config: Any, params: Params, **options: Any) -> Any:
+def bind(cls: Callable[..., Any], config: Any, params: Params, **options: Any) -> Any:
     """The module with these parameters in it.
 
     Raises:

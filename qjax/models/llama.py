@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from qjax.models.config import ACTIVATIONS, LlamaConfig
 from qjax.models.rope import cos_sin, rotate
@@ -286,9 +287,8 @@ def init_cache(
 
 def cache_room(cache: Any) -> int | None:
     """How many more tokens a cache of :func:`init_cache` can take; None for a cache of another make."""
-    layers = cache.get("layers") if isinstance(cache, dict) else None
-    first = layers[0] if isinstance(layers, list) and layers else layers
-    keys = first.get("k") if isinstance(first, dict) else None
-    if not hasattr(keys, "shape") or isinstance(cache["length"], jax.core.Tracer):
+    if not isinstance(cache, dict) or set(cache) != {"layers", "length"} or isinstance(cache["length"], Tracer):
         return None
-    return keys.shape[-3] - int(cache["length"])
+    layers = cache["layers"]
+    first = layers[0] if isinstance(layers, list) else layers
+    return first["k"].shape[-3] - int(cache["length"])
