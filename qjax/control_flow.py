@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import primitives
 
 from qjax import ops
 from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, scan_arity
@@ -63,18 +62,10 @@ def _split_selected(values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def do_remat(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
     """remat: policies that name dots see the quantized dot as one."""
     p = eqn.params
-    policy = p["policy"]
-
-    def sees_dots(prim: Any, *avals: Any, **params: Any) -> Any:
-        if ops.is_dot(prim):
-            plain = {"dimension_numbers": (((len(avals[0].shape) - 1,), (1,)), ((), ()))}
-            return policy(primitives.dot_general_p, *avals, **{**params, **plain})
-        return policy(prim, *avals, **params)
-
     function = jax.checkpoint(
         _body(rw, p["jaxpr"], (*here, ("jaxpr", 0)), context, values),
         prevent_cse=p["prevent_cse"],
-        policy=sees_dots if policy is not None else None,
+        policy=ops.remat_policy(p["policy"]) if p["policy"] is not None else None,
     )
     return function(*_free(values))
 

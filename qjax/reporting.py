@@ -131,9 +131,7 @@ def _leaf_row(
         return row, key
     part = _slice_value(value, leaf, key) if leaf is not None else value
     nbytes = _slice_bytes(part, leaf, key)
-    choice = ops.choose(
-        site.op, stored.fmt, act, x_shape=site.shapes[1 - _side(site, plan)], w_shape=site.weight_shape or ()
-    )
+    choice = _choice(site, plan, stored.fmt, act, rewritten.implementation)
     notes = [stored.note, choice.note, *sorted(rewritten.notes.get(site.name, ()))]
     row = SiteRow(
         name=site.name,
@@ -154,9 +152,21 @@ def _leaf_row(
     return row, key
 
 
-def _side(site: Site, plan: Plan) -> int:
-    side = plan.program.analysis.reads[site.read].side
-    return 1 if side is None else side
+def _choice(site: Site, plan: Plan, fmt: Any, act: Any, implementation: str | None) -> ops.Choice:
+    """Which lowering runs the site here, and what is known of its speed."""
+    if site.op == "embedding":
+        return ops.Choice("rows", "")
+    leaf_shape = plan.program.leaf_avals[plan.program.leaf_names.index(site.leaf or "")].shape
+    ranges = {axis: size for axis, _, size in plan.program.analysis.reads[site.read].ref.ranges}  # type: ignore[union-attr]
+    size = {axis: ranges.get(axis, n) for axis, n in enumerate(leaf_shape)}
+    stack = tuple(size[a] for a in site.batch_axes)
+    k, n = math.prod(size[a] for a in site.in_axes), math.prod(size[a] for a in site.out_axes)
+    x_shape = site.shapes[1 - (plan.program.analysis.reads[site.read].side or 0)]
+    rows = math.prod(site.out_shape) // max(n, 1) if site.op != "dot" else math.prod(x_shape) // max(k * math.prod(stack), 1)
+    settings = None
+    return ops.choose(
+        site.op, fmt, act, (*stack, rows, n, k), jax.default_backend(), implementation=implementation, settings=settings
+    )
 
 
 def _slice_value(value: Any, leaf: LeafPlan, key: tuple[int, ...]) -> Any:

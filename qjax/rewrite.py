@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
@@ -33,6 +34,7 @@ from qjax.errors import LayoutError
 from qjax.formats import QArray, QStack, is_quantized
 from qjax.program import Program
 from qjax.selection import Selected, dense
+from qjax.sharding import quantized_specs
 from qjax.sites import Path
 from qjax.steps import Context
 
@@ -332,6 +334,25 @@ def _gather(eqn: Any, values: list[Any]) -> Any:
     return jnp.transpose(taken, source).astype(out.dtype)
 
 
+def _on_children(eqn: Any, values: list[Any]) -> Any:
+    """An equation that does the same to every array, whatever its shape: it passes to codes and scales."""
+    if isinstance(values[0], Selected):
+        raise LayoutError("a selected slice has no children of its own")
+    return jax.tree.map(lambda child: bind(eqn, [child])[0], values[0])
+
+
+def _constrained(eqn: Any, values: list[Any]) -> Any:
+    sharding = eqn.params["sharding"]
+    if not isinstance(sharding, jax.sharding.NamedSharding) or not isinstance(values[0], QArray):
+        raise LayoutError("only named shardings of a weight have a quantized form")
+    specs = quantized_specs(values[0], sharding.spec, sharding.mesh)
+    return jax.tree.map(
+        lambda child, spec: lax.with_sharding_constraint(child, jax.sharding.NamedSharding(sharding.mesh, spec)),
+        values[0],
+        specs,
+    )
+
+
 VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "convert_element_type": _cast,
     "transpose": lambda eqn, values: selection.transpose(values[0], tuple(eqn.params["permutation"])),
@@ -342,6 +363,8 @@ VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "split": _split,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
+    "sharding_constraint": _constrained,
+    **{name: _on_children for name in ("pvary", "pcast")},
     **{name: lambda eqn, values: values[0] for name in ("copy", "copy_p", "stop_gradient", "name")},
 }
 """Primitive -> how a quantized first operand passes through it, exactly; LayoutError where it cannot."""

@@ -83,7 +83,9 @@ def slice_axis(value: Any, axis: int, start: int, limit: int) -> Any:
     if isinstance(value, Selected):
         return value.map(lambda v: slice_axis(v, axis, start, limit))
     if isinstance(value, QStack):
-        return value.slice_stack(axis, start, limit - start) if axis == value.axis else _no_stack_view("slices")
+        if axis != value.axis or limit != start + 1:
+            return _no_stack_view("ranges")
+        return expand_dims(slice_of(value, axis, start), (axis,))
     if isinstance(value, QArray):
         return value.slice_axis(axis, start, limit)
     return lax.slice_in_dim(value, start, limit, axis=axis)
@@ -93,7 +95,10 @@ def transpose(value: Any, permutation: tuple[int, ...]) -> Any:
     """Permute the axes."""
     if isinstance(value, Selected):
         return value.map(lambda v: transpose(v, permutation))
-    return value.transpose(permutation) if is_quantized(value) else lax.transpose(value, permutation)
+    if isinstance(value, QStack):
+        parts = tuple(transpose(p, permutation) for p in value.parts)
+        return QStack(parts, permutation.index(value.axis), value.assign)
+    return value.transpose(permutation) if isinstance(value, QArray) else lax.transpose(value, permutation)
 
 
 def reshape(value: Any, shape: tuple[int, ...]) -> Any:
@@ -138,7 +143,7 @@ def is_stack_axis(value: Any, axis: int) -> bool:
     """Whether ``axis`` of a quantized value counts stacked matrices."""
     if isinstance(value, QStack):
         return axis == value.axis
-    return isinstance(value, QArray) and value.is_stack_axis(axis)
+    return isinstance(value, QArray) and axis in value.stack_axes
 
 
 def _no_stack_view(what: str) -> Any:

@@ -262,6 +262,8 @@ class _Walker:
             for v in ins:
                 if v.ref is not None:
                     self.opaque(eqn, v.ref, here, scope, loops)
+        if not eqn.outvars:
+            return []
         known = provenance.known_result(eqn, [v.known for v in ins])
         if name == "optimization_barrier":
             return list(ins)
