@@ -321,20 +321,32 @@ def quantize_array(
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise FormatError(f"only float arrays are quantized; this one is {w.dtype.name} {w.shape}")
     ins, stacks = _axes(in_axes), _axes(stack_axes)
-    return _quantize(w, aux, None if weight is None else jnp.asarray(weight), fmt, ins, stacks)
+    # The transpose is a step of its own: fused into the reductions and the rounding that follow, XLA on CPU would
+    # read the weight across its rows several times over, which takes three times as long.
+    x = _canonical_matrix(w, ins, stacks)
+    if weight is not None:
+        weight = _canonical_matrix(jnp.broadcast_to(jnp.asarray(weight), w.shape), ins, stacks)
+    return _quantize(x, aux, weight, fmt, w.shape, ins, stacks)
 
 
 def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
     return (axes,) if isinstance(axes, int) else tuple(int(a) for a in axes)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+_canonical_matrix = jax.jit(canonical_matrix, static_argnums=(1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _quantize(
-    w: Array, aux: Aux | None, weight: Array | None, fmt: Format, in_axes: tuple[int, ...], stack_axes: tuple[int, ...]
+    x: Array,  # [*stack, N, K]
+    aux: Aux | None,
+    weight: Array | None,  # [*stack, N, K]
+    fmt: Format,
+    shape: tuple[int, ...],
+    in_axes: tuple[int, ...],
+    stack_axes: tuple[int, ...],
 ) -> QArray:
-    x = canonical_matrix(w, in_axes, stack_axes).astype(jnp.float32)
+    dtype, x = x.dtype, x.astype(jnp.float32)
     if aux is None:
-        if weight is not None:
-            weight = canonical_matrix(jnp.broadcast_to(weight, w.shape), in_axes, stack_axes).astype(jnp.float32)
-        aux = fmt.fit(x, weight)
-    return assemble(fmt.encode(x, aux), aux, fmt, shape=w.shape, in_axes=in_axes, stack_axes=stack_axes, dtype=w.dtype)
+        aux = fmt.fit(x, None if weight is None else weight.astype(jnp.float32))
+    return assemble(fmt.encode(x, aux), aux, fmt, shape=shape, in_axes=in_axes, stack_axes=stack_axes, dtype=dtype)
