@@ -71,6 +71,10 @@ class TextBlocks:
         """Highest token id."""
         return int(max(b.max() for b in self.blocks))
 
+    def first(self, count: int | None) -> TextBlocks:
+        """The first `count` blocks; all of them for None."""
+        return TextBlocks(self.blocks[:count], self.protocol, self.context)
+
     def batches(self, tokens_per_batch: int) -> tuple[Batch, ...]:
         """Pad blocks of similar length together: at most `MAX_SHAPES` shapes, most padding avoided.
 

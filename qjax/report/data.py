@@ -300,15 +300,6 @@ def recovery(score: float, float_score: float, higher_is_better: bool = True) ->
     return 100.0 * top / bottom if bottom > 0 else math.nan
 
 
-def score_pairs(scores: Mapping[str, float]) -> tuple[tuple[str, float, float, float], ...]:
-    """Return (name, float score, quantized score, recovery in percent) for every score with a ``float_`` partner."""
-    return tuple(
-        (name, scores[f"float_{name}"], value, recovery(value, scores[f"float_{name}"], name not in LOWER_IS_BETTER))
-        for name, value in scores.items()
-        if f"float_{name}" in scores
-    )
-
-
 def _plain(value: Any) -> Any:
     if hasattr(value, "item"):  # a NumPy or JAX scalar
         value = value.item()

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from html import escape
 
 from qjax.report import page, plots
-from qjax.report.data import Report, SiteRow, score_pairs
+from qjax.report.data import Report, SiteRow
 from qjax.report.groups import Group, group_rows
-from qjax.report.text import decibel, said_of_inputs, score_title, score_value, shape_text, size, span, why
+from qjax.report.scores import score_lines, score_pairs, score_title, score_value
+from qjax.report.text import decibel, said_of_inputs, shape_text, size, span, why
 
 _HEADS = (
     ("Site", "site"),
@@ -103,19 +104,7 @@ def _figures(report: Report) -> str:
 def _scores(report: Report) -> str:
     if not report.scores:
         return '<h2>Scores</h2><p class="muted">Not scored yet: <code>qjax eval</code> measures and adds them.</p>'
-    pairs = score_pairs(report.scores)
-    paired = {n for name, *_ in pairs for n in (name, f"float_{name}")}
-    lines = [
-        (score_title(n), score_value(n, before), score_value(n, after), "" if math.isnan(kept) else f"{kept:.2f} %")
-        for n, before, after, kept in pairs
-    ]
-    lines += [
-        (score_title(n), "", score_value(n, v), "")
-        for n, v in report.scores.items()
-        if n not in paired and n != "recovery"
-    ]
-    if not lines:
-        lines = [(score_title(n), "", score_value(n, v), "") for n, v in report.scores.items()]
+    lines = [(x.title, x.before, x.after, x.kept) for x in score_lines(report.scores)]
     columns = [True, any(r[1] for r in lines), True, any(r[3] for r in lines)]
     heads = ("", "float", "quantized", "recovery")
 
@@ -166,7 +155,7 @@ def _table(report: Report) -> str:
 
 
 def _row(row: SiteRow, index: int | None, colours: dict[str, str], dropped: frozenset[str]) -> str:
-    bits = f"{row.bits_per_element:.2f}" if row.shape else ""
+    bits = f"{row.bits_per_element:.2f}" if row.leaf else ""
     shared = "shared" if row.leaf and not row.bytes_before else ""
     cells = (
         (_breakable(row.name), row.name),

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from qjax.report.data import Report, SiteRow, score_pairs
-from qjax.report.text import decibel, score_title, score_value, size
+from qjax.report.data import Report, SiteRow
+from qjax.report.scores import score_pairs, score_title, score_value
+from qjax.report.text import decibel, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

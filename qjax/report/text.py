@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qjax.report.data import LOWER_IS_BETTER, Report, SiteRow, score_pairs
+from qjax.report.data import Report, SiteRow
 from qjax.report.groups import Group, group_rows
+from qjax.report.scores import score_lines
 
 MOST_LINES = 48
 """Lines per table before a report in a terminal stops and points at the HTML form."""
@@ -62,7 +63,7 @@ def renderables(report: Report, width: int) -> tuple[Any, ...]:
         lines = [*notes.lines(), *(_marked("•", n) for n in report.notes)]
         parts += [_heading("Notes", ""), Padding(Stack(*lines), (0, 0, 1, 2))]
     if report.scores:
-        parts += [_heading("Scores", ""), _scores(report)]
+        parts += [_heading("Scores", ""), scores_table(report.scores)]
     return tuple(parts)
 
 
@@ -88,44 +89,6 @@ def decibel(value: float) -> str:
     if math.isnan(value):
         return "NaN"
     return "exact" if value == math.inf else "-∞" if value == -math.inf else f"{value:.1f}"
-
-
-def score_value(name: str, value: float) -> str:
-    """A score as text: rates and recoveries in percent, counts whole, the rest with four figures."""
-    base = name.removeprefix("float_")
-    if math.isnan(value):
-        return "NaN"
-    if base in ("agreement", "top1", "top5"):
-        return f"{100 * value:.2f} %"
-    if base == "recovery" or base.endswith("_recovery"):
-        return f"{value:.2f} %"
-    if float(value).is_integer() and base not in LOWER_IS_BETTER:
-        return f"{int(value):,}"
-    if base in ("perplexity", "nll"):
-        return f"{value:.4f}" if value < 100 else f"{value:.1f}"
-    return f"{value:.4g}"
-
-
-SCORE_TITLES = {
-    "perplexity": "Perplexity",
-    "nll": "Negative log-likelihood (nats)",
-    "kl": "KL divergence to float (nats per token)",
-    "kl_stderr": "… its standard error",
-    "agreement": "Top-1 agreement with float",
-    "top1": "Top-1 accuracy",
-    "top5": "Top-5 accuracy",
-    "recovery": "Recovery of the float score",
-    "tokens": "Tokens scored",
-    "images": "Images scored",
-    "correct": "Images right",
-}
-
-
-def score_title(name: str) -> str:
-    """What a score is called in a table."""
-    if name.startswith("float_"):
-        return f"{score_title(name[6:])}, float model"
-    return SCORE_TITLES.get(name, name.replace("_", " "))
 
 
 def summary(report: Report) -> str:
@@ -328,26 +291,18 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-def _scores(report: Report) -> Any:
-    pairs = score_pairs(report.scores)
-    paired = {n for name, *_ in pairs for n in (name, f"float_{name}")}
+def scores_table(scores: Mapping[str, float], head: str = "quantized") -> Table:
+    """Scores as a rich table, float scores and recovery beside those of the model that `head` names."""
+    lines = score_lines(scores)
+    columns = [_Column("score", tuple(x.title for x in lines)), _Column("float", tuple(x.before for x in lines), True)]
+    columns += [
+        _Column(head, tuple(x.after for x in lines), True),
+        _Column("recovery", tuple(x.kept for x in lines), True),
+    ]
     table = _table()
-    table.add_column("score")
-    if pairs:
-        table.add_column("float", justify="right", no_wrap=True)
-    table.add_column("quantized", justify="right", no_wrap=True)
-    if pairs:
-        table.add_column("recovery", justify="right", no_wrap=True)
-    for name, before, after, kept in pairs:
-        table.add_row(
-            score_title(name),
-            score_value(name, before),
-            score_value(name, after),
-            "" if math.isnan(kept) else f"{kept:.2f} %",
-        )
-    for name, value in report.scores.items():
-        # A lone recovery repeats what the paired row says already.
-        if name not in paired and not (pairs and name == "recovery"):
-            gap = [""] if pairs else []
-            table.add_row(score_title(name), *gap, score_value(name, value), *gap)
+    columns = [c for c in columns if any(c.cells)]
+    for c in columns:
+        table.add_column(c.head, justify="right" if c.right else "left", no_wrap=c.right)
+    for cells in zip(*(c.cells for c in columns), strict=True):
+        table.add_row(*cells)
     return table

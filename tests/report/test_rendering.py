@@ -9,7 +9,8 @@ from rich.console import Console
 
 from qjax.report import Report, SiteRow
 from qjax.report.groups import group_rows, ranges
-from qjax.report.text import score_value, size
+from qjax.report.scores import score_value
+from qjax.report.text import size
 
 
 def _row(name, **more):

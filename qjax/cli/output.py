@@ -1,0 +1,72 @@
+"""Where things are printed: results on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print one JSON object; figures that JSON cannot hold (NaN, infinity) become null."""
+    print(json.dumps(_strict(data), ensure_ascii=False, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_rich(thing: Any) -> None:
+    """Print a rich renderable on stdout: coloured on a terminal, plain text of 100 columns in a file or pipe."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else max(60, int(shutil.get_terminal_size((100, 24)).columns))
+    Console(width=width, highlight=False, emoji=False, markup=False).print(thing)
+
+
+def say(text: str) -> None:
+    """Tell on stderr what is going on."""
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show that something is going on, on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def counting(text: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr, moved by calling ``(done, total, what)``; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=None, what="")
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, what=what)

@@ -1,0 +1,173 @@
+"""The arguments of every command, with examples. Only argparse is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DESCRIPTION = """\
+Quantize JAX models from Hugging Face folders, measure what it costs, and run them.
+
+A FOLDER is a Hugging Face model folder (config.json, safetensors, tokenizer.json) or one that `qjax quantize` wrote."""
+
+EXAMPLES = """\
+examples:
+  qjax recipes                                          the presets
+  qjax inspect models/stories260k                       what can be quantized
+  qjax quantize models/stories260k --recipe W8A16       writes ./stories260k-W8A16
+  qjax eval stories260k-W8A16 --text stories.txt        perplexity, KL to the float model, agreement
+  qjax eval vit-tiny-W8A8 --images imagenet-sample      top-1 and top-5
+  qjax generate stories260k-W8A16 --prompt "Once upon a time"
+
+Each command has its own examples: qjax quantize --help. With --json, stdout is one JSON object. QJAX_DEBUG=1 shows
+tracebacks."""
+
+
+def build_parser(version: str) -> argparse.ArgumentParser:
+    """The whole command line. The chosen command's name is in ``args.command``."""
+    parser = argparse.ArgumentParser("qjax", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_Raw)
+    parser.add_argument("--version", action="version", version=f"qjax {version}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for add in (_inspect, _quantize, _eval, _generate, _recipes):
+        add(commands)
+    return parser
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=100)
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, summary: str, more: str, examples: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.{more}",
+        epilog=f"examples:\n{examples}",
+        formatter_class=_Raw,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    return parser
+
+
+def _inspect(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "list the sites of a model: what can be quantized, and how large it is",
+        " For a quantized folder: its report.",
+        "  qjax inspect models/stories260k\n"
+        "  qjax inspect models/stories260k --recipe W4A16       what this recipe would store, without doing it\n"
+        "  qjax inspect stories260k-W4A16                       the report of a quantized folder\n"
+        "  qjax inspect models/stories260k --json | jq '.sites[].name'",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--recipe", help="preset or .toml file: also say what it would do")
+
+
+def _quantize(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "quantize",
+        "quantize a model and save it as a folder that needs nothing else",
+        "\nThe folder holds the packed weights, config and tokenizer, and the report as text, JSON and HTML.",
+        "  qjax quantize models/stories260k --recipe W8A16                 writes ./stories260k-W8A16\n"
+        "  qjax quantize models/stories260k --recipe W4A16 --out small --text stories.txt\n"
+        "                                                 and compare with the float model on a text\n"
+        "  qjax quantize models/vit-tiny --recipe W8A8 --images imagenet-sample\n"
+        "  qjax quantize models/stories260k --recipe mine.toml",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
+    parser.add_argument(
+        "--recipe", required=True, help="preset in any case (`qjax recipes` lists them), or a .toml file"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder to write (default: ./NAME-RECIPE); an older qjax folder is replaced"
+    )
+    _data(
+        parser,
+        "also compare with the float model on this text: perplexity, KL divergence, agreement",
+        "also compare with the float model on these images",
+    )
+
+
+def _eval(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "eval",
+        "score a model on a text (perplexity) or on labelled images (top-1, top-5)",
+        "\nFor a quantized folder whose float model is still where it was, the float score, KL divergence and top-1"
+        "\nagreement are measured too, and the folder's report is brought up to date."
+        "\n\nJSON keys: perplexity, nll, tokens; top1 and top5 from 0 to 1, correct, images; where compared: kl,"
+        "\nagreement, recovery (percent), float_perplexity or float_top1.",
+        "  qjax eval models/stories260k --text stories.txt\n"
+        "  qjax eval stories260k-W4A16 --text book.txt --protocol B\n"
+        "  qjax eval vit-tiny-W8A8 --images imagenet-sample       a folder with labels.csv, or an .npz file\n"
+        "  qjax eval stories260k-W4A16 --text stories.txt --json | jq .perplexity",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    _data(
+        parser,
+        "UTF-8 text to score",
+        "labelled images: a folder with labels.csv, or an .npz file with images and labels",
+    )
+    parser.add_argument("--no-float", action="store_true", help="do not compare with the float model")
+
+
+def _generate(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        "continue a prompt",
+        "",
+        '  qjax generate models/stories260k --prompt "Once upon a time"\n'
+        '  qjax generate stories260k-W4A16 --prompt "Once" --max-tokens 200 --temperature 0.8 --seed 1\n'
+        '  echo "Once upon a time" | qjax generate stories260k-W4A16 --prompt -',
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads it from stdin")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=128, metavar="N", help="at most so many new tokens (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the draws when the temperature is not 0 (default: 0)"
+    )
+
+
+def _recipes(commands: argparse._SubParsersAction) -> None:
+    _command(commands, "recipes", "list the presets", "", "  qjax recipes\n  qjax recipes --json")
+
+
+def _data(parser: argparse.ArgumentParser, text: str, images: str) -> None:
+    parser.add_argument("--text", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--images", type=Path, metavar="DIR", help=images)
+    parser.add_argument(
+        "--protocol",
+        type=str.upper,
+        choices=("A", "B"),
+        default="A",
+        help="A: pieces between blank lines, each scored alone; B: the whole text in blocks (default: A)",
+    )
+    parser.add_argument(
+        "--context", type=_positive, metavar="N", help="tokens per block (default: the model's, at most 2048)"
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N blocks or images")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not zero or a positive number")
+    return value
