@@ -17,7 +17,7 @@ from jax.extend import core as jex
 
 from qjax import provenance
 from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
-from qjax.composites import Composite, find_composites
+from qjax.composites import Attention, Composite, Norm, find_composites
 from qjax.provenance import Index, Known, Ref
 
 Path = tuple[Any, ...]
@@ -173,6 +173,9 @@ def analyze(closed: Any, leaf_names: list[str], leaf_shapes: list[tuple[int, ...
         for i in range(len(closed.in_avals))
     ]
     walker.closed(closed, args, (), "", ())
+    for i, read in enumerate(walker.reads):
+        if read.op == "matmul" and read.path in walker.parts:
+            walker.reads[i] = dataclasses.replace(read, kind=walker.parts[read.path])
     return Analysis(walker.reads, walker.loops, walker.other_uses, walker.slicing)
 
 
@@ -180,6 +183,7 @@ class _Walker:
     def __init__(self, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]]):
         self.leaf_shapes = leaf_shapes
         self.slicing: list[Slicing] = []
+        self.parts: dict[Path, str] = {}  # the two products of each attention
         self.segments = [tuple(n.split("/")) for n in leaf_names]
         self.reads: list[Read] = []
         self.loops: dict[int, Loop] = {}
@@ -199,7 +203,12 @@ class _Walker:
         env: dict[Any, Val] = dict(zip(constvars_and_invars(jaxpr), args, strict=True))
         composites = {}
         if root:
-            composites = _by_output(find_composites(inner))
+            found = find_composites(inner, consts_of(jaxpr))
+            composites = {c.output_path: c for c in found}
+            for c in found:
+                if isinstance(c, Attention):
+                    self.parts[(*path, *c.scores.path)] = "scores"
+                    self.parts[(*path, *c.values.path)] = "values"
         self.run(inner, env, path, scope, loops, composites, len(path))
         return [self.read(env, v) for v in inner.outvars]
 
@@ -453,6 +462,8 @@ class _Walker:
         near = outs[0].near
         if found.op == "norm" and any(v.leaves and not v.data for v in ins):
             near = _nearest([v for v in ins if v.leaves and not v.data])  # named after its own scale
+            if near is not None and isinstance(found, Norm) and found.scale is not None and found.bias is not None:
+                near = Near(near.segments[:-1], near.index)  # this is its bias; what scale and bias have in common
         out = tuple(eqn.outvars[0].aval.shape)
         self.reads.append(
             Read(
@@ -672,8 +683,4 @@ def _flops(op: str, eqn: Any) -> int:
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (lc, _), _ = dn.dot_dimension_numbers
     return 2 * out * math.prod(lhs[d] for d in lc)
-
-
-def _by_output(found: list[Composite]) -> dict[Path, Composite]:
-    return {c.output_path: c for c in found}
 
