@@ -55,10 +55,12 @@ def render_html(report: Report) -> str:
 
 
 def _lead(report: Report) -> str:
-    done, left = len(report.quantized), len(report.left)
-    text = f"{done:,} of {done + left:,} sites quantized" if report.rows else "no site was found"
+    done, left = len(report.quantized), sum(bool(r.leaf) for r in report.left)
+    free = len(report.left) - left
+    text = f"{done:,} of {done + left:,} sites with weights quantized" if report.rows else "no site was found"
     text += escape(said_of_inputs(report))
-    return text + (f"; {left:,} left in float, {'its' if left == 1 else 'each with its'} reason below" if left else "")
+    text += f"; {left:,} left in float, {'its' if left == 1 else 'each with its'} reason below" if left else ""
+    return text + (f"; {free:,} {'site' if free == 1 else 'sites'} without weights in float" if free else "")
 
 
 def _cards(report: Report) -> str:
@@ -87,15 +89,22 @@ def _cards(report: Report) -> str:
 
 
 def _figures(report: Report) -> str:
+    pairs = plots.scores(report)
+    spread = "one point per site; equal bits are spread sideways"
     figures = (
-        ("Size", "bytes as stored, scales included", plots.sizes(report)),
-        ("Scores", "float against quantized", plots.scores(report)),
-        ("Bits against error", "one point per site; equal bits are spread sideways", plots.bits_against_error(report)),
-        ("Error by site", "higher is better; hover for the name", plots.error_by_site(report)),
+        (
+            "Size",
+            "bytes as stored, scales included",
+            plots.sizes(report, wide=not pairs),
+            "" if pairs else ' class="wide"',
+        ),
+        ("Scores", "float against quantized", pairs, ""),
+        ("Bits against error", spread, plots.bits_against_error(report), ""),
+        ("Error by site", "higher is better; hover for the name", plots.error_by_site(report), ""),
     )
     inner = "".join(
-        f"<figure><figcaption>{name} <span>· {what}</span></figcaption>{svg}</figure>"
-        for name, what, svg in figures
+        f"<figure{mark}><figcaption>{name} <span>· {what}</span></figcaption>{svg}</figure>"
+        for name, what, svg, mark in figures
         if svg
     )
     return f'<div class="plots">{inner}</div>'
@@ -146,6 +155,7 @@ def _table(report: Report) -> str:
     return (
         '<h2>Sites</h2><div class="tools"><input type="search" id="find" placeholder="filter: name, format, reason …" '
         'aria-label="filter sites"><select id="which" aria-label="which sites"><option value="all">all sites</option>'
+        '<option value="weight">with weights</option>'
         f'<option value="done">quantized</option>{left}</select>'
         f'<label><input type="checkbox" id="merge" checked{merge}> fold equal layers</label>'
         '<span class="muted" id="shown"></span></div>'
@@ -171,7 +181,7 @@ def _row(row: SiteRow, index: int | None, colours: dict[str, str], dropped: froz
         escape("; ".join(t for t in (row.reason, row.note) if t)),
     )
     mark = "" if index is None else f' id="r{index}"'
-    return f'<tr class="{"done" if row.quantized else "float"}"{mark}>{_cells(cells, dropped)}</tr>'
+    return f'<tr class="{_kind(row)}"{mark}>{_cells(cells, dropped)}</tr>'
 
 
 def _group(group: Group, members: Sequence[int], colours: dict[str, str], dropped: frozenset[str]) -> str:
@@ -194,7 +204,12 @@ def _group(group: Group, members: Sequence[int], colours: dict[str, str], droppe
         escape(why(group, lambda r: (r.reason, r.note))),
     )
     data = ",".join(map(str, members))
-    return f'<tr class="{"done" if first.quantized else "float"}" data-members="{data}">{_cells(cells, dropped)}</tr>'
+    return f'<tr class="{_kind(first)}" data-members="{data}">{_cells(cells, dropped)}</tr>'
+
+
+def _kind(row: SiteRow) -> str:
+    """Classes that the page's style and filter know."""
+    return ("done" if row.quantized else "float") + (" weight" if row.leaf else "")
 
 
 def _cells(cells: Sequence[str | tuple[str, str]], dropped: frozenset[str]) -> str:

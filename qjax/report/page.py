@@ -27,6 +27,7 @@ p { margin: 4px 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px;
   margin-top: 14px; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 12px 14px; }
+figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: 13px; font-weight: 600; margin-bottom: 6px; }
 figcaption span { font-weight: 400; color: var(--muted); }
 svg { width: 100%; height: auto; display: block; }

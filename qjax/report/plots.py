@@ -100,8 +100,13 @@ def error_by_site(report: Report) -> str:
         return _svg(figure, "order", _tips(rows))
 
 
-def sizes(report: Report) -> str:
-    """Bytes before and after: quantized weights, weights left in float, other parameters; "" without parameters."""
+def sizes(report: Report, wide: bool = False) -> str:
+    """Bytes before and after: quantized weights, weights left in float, other parameters; "" without parameters.
+
+    Args:
+        report: the report.
+        wide: for the page's whole width.
+    """
     if not report.float_bytes:
         return ""
     parts = (
@@ -110,7 +115,7 @@ def sizes(report: Report) -> str:
         ("norms, biases, …", report.other_bytes, report.other_bytes, "c7"),
     )
     with _style():
-        figure, axes = _figure(5.4, 2.1)
+        figure, axes = _figure(9.0 if wide else 5.4, 1.6 if wide else 2.1)
         ends = [0.0, 0.0]
         for label, before, after, role in parts:
             if before or after:
@@ -127,10 +132,12 @@ def sizes(report: Report) -> str:
                 ends = [ends[0] + before, ends[1] + after]
         longest = max(ends) or 1.0
         for y, end in ((1, ends[0]), (0, ends[1])):
-            axes.text(end + 0.015 * longest, y, size(end), va="center", ha="left", color=_ROLES["ink"])
+            axes.text(
+                end + (0.007 if wide else 0.015) * longest, y, size(end), va="center", ha="left", color=_ROLES["ink"]
+            )
         axes.set_yticks([1, 0])
         axes.set_yticklabels(["float", report.recipe or "quantized"], color=_ROLES["ink"])
-        axes.set_xlim(0, 1.18 * longest)
+        axes.set_xlim(0, (1.09 if wide else 1.18) * longest)
         axes.grid(False)
         axes.set_xticks([])
         for side in axes.spines.values():

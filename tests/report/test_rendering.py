@@ -195,7 +195,7 @@ def test_page_is_whole_and_self_contained(any_report):
 
 def test_every_site_is_in_the_page_once(large_report):
     html = large_report.html()
-    ids = re.findall(r'<tr class="(?:done|float)" id="r(\d+)"', html)
+    ids = re.findall(r'<tr class="(?:done|float)(?: weight)?" id="r(\d+)"', html)
     assert ids == [str(i) for i in range(len(large_report.rows))]
 
 
