@@ -92,3 +92,31 @@ def _has_explicit_axes(sharding: Any) -> bool:
     mesh = getattr(sharding, "mesh", None)
     kinds = getattr(mesh, "axis_types", None) or ()
     return any("Explicit" in str(k) for k in kinds)
+
+
+def is_plain(aval: Any) -> bool:
+    """Return whether an abstract value knows of no mesh: neither an explicit sharding nor varying axes."""
+    return aval.sharding.mesh.empty
+
+
+def strip_type(aval: Any) -> jax.ShapeDtypeStruct:
+    """Return an abstract value as a hashable shape, dtype, sharding and, inside shard_map, varying axes."""
+    if aval.sharding.mesh.empty:
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding, manual_axis_type=aval.mat)
+
+
+def partitioned_devices(ctx: Any) -> int:
+    """Return the number of devices over which the compiler may still partition the op that is being lowered.
+
+    Inside shard_map only the mesh axes that are not manual count, so a fully manual body is on one device.
+    """
+    context = ctx.module_context.axis_context
+    mesh = getattr(context, "mesh", None)
+    if mesh is not None:
+        manual = getattr(context, "manual_axes", frozenset())
+        count = 1
+        for name, size in mesh.shape.items():
+            count *= 1 if name in manual else size
+        return count
+    return getattr(context, "num_devices", 1)

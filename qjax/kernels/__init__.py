@@ -1,0 +1,30 @@
+"""What computes a quantized op, a folder an op: `reference` is the oracle, the other files are lowerings.
+
+Every lowering, ours or a stranger's, stands in one table (`qjax.kernels.registry`), from which a quantized op picks
+the first that can run on the platform, the formats and the shapes at hand.
+"""
+
+from qjax.kernels import conv, dot, ragged_dot  # noqa: F401 (they fill the table)
+from qjax.kernels.registry import (
+    Act,
+    Choice,
+    Lowering,
+    LoweringTable,
+    Problem,
+    choose,
+    lowering_table,
+    register_lowering,
+    select,
+)
+
+__all__ = [
+    "Act",
+    "Choice",
+    "Lowering",
+    "LoweringTable",
+    "Problem",
+    "choose",
+    "lowering_table",
+    "register_lowering",
+    "select",
+]

@@ -1,0 +1,295 @@
+"""The table of lowerings: which function computes which quantized op, where, and when.
+
+A lowering is a plain traceable function ``function(problem, x, w, act) -> array`` (ragged_dot adds ``group_sizes``)
+that is registered for an op, a number format and a platform, with a condition on the problem:
+
+    @register_lowering("dot", Int, "cpu", when=lambda p: p.weight.code_bits == 4 or "codes of 4 bits only")
+    def my_dot(problem, x, w, act): ...
+
+An op asks `select` when it is compiled. Candidates are tried by priority, then platform-specific before general, then
+latest registered first, and the first whose condition holds is taken; the oracle is always last. A lowering that the
+user names either runs or raises the reason why it cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qjax import plugins
+from qjax.errors import LoweringError, near
+from qjax.formats import Aux, Format
+from qjax.kernels.figures import describe
+
+Act = tuple[Format, Aux]
+"""A format of activations and the aux that was fitted to them."""
+
+Function = Callable[..., Any]
+When = Callable[["Problem"], "bool | str"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a lowering may look at when it says whether it can run. Everything here is static.
+
+    Attributes:
+        op: "dot", "dot_transposed" (y = x @ W[N, K], summed over N: the gradient of dot), "conv" or "ragged_dot".
+        platform: "cpu", "cuda", "rocm", "tpu", ...
+        weight: format of the weight.
+        act: format of the activations if they are quantized too, else None.
+        rows: rows of x in one matrix product, all row dimensions together; None if it is not known when compiling.
+        n: output elements of one row. For a convolution: output channels.
+        k: elements that are summed over.
+        stack: sizes of the stack axes (batched weights), () for one matrix.
+        x_dtype: dtype of x.
+        out_dtype: dtype of the result.
+        devices: devices over which the compiler may still partition the op: 1 on one device and inside shard_map.
+        settings: further static settings of the op, such as the strides of a convolution.
+    """
+
+    op: str
+    platform: str
+    weight: Format
+    act: Format | None
+    rows: int | None
+    n: int
+    k: int
+    stack: tuple[int, ...] = ()
+    x_dtype: np.dtype = np.dtype(np.float32)
+    out_dtype: np.dtype = np.dtype(np.float32)
+    devices: int = 1
+    settings: Any = None
+
+    @property
+    def matrices(self) -> int:
+        """Number of matrices in the stack, 1 without a stack."""
+        return math.prod(self.stack)
+
+    def __str__(self) -> str:
+        """Say the problem in words."""
+        act = f" x {self.act.name} activations" if self.act else ""
+        stack = f" x {self.matrices}" if self.stack else ""
+        return f"{self.op} of {self.weight.name} weights [{self.n}, {self.k}]{stack}{act}, {self.rows or 'any'} rows, on {self.platform}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """One entry of the table. See `register_lowering`."""
+
+    name: str
+    op: str
+    function: Function
+    format: type[Format] | tuple[type[Format], ...] | None = None
+    platform: str | None = None
+    when: When | None = None
+    priority: int = 0
+    about: str = ""
+    order: int = 0
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this lowering cannot run, or None if it can."""
+        if problem.op != self.op:
+            return f"it is a lowering of {self.op}"
+        if self.platform is not None and problem.platform != self.platform:
+            return f"it runs on {self.platform}"
+        if self.format is not None and not isinstance(problem.weight, self.format):
+            kinds = self.format if isinstance(self.format, tuple) else (self.format,)
+            return f"it reads {' or '.join(k.__name__ for k in kinds)} weights"
+        verdict = True if self.when is None else self.when(problem)
+        if verdict is True:
+            return None
+        return verdict if isinstance(verdict, str) else "its condition on shapes and formats does not hold"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `choose` answers.
+
+    Attributes:
+        name: the lowering that would run.
+        note: one sentence on its speed against float and why, from measured figures; empty if none is known.
+        slower: whether it is expected to be slower than the float op.
+    """
+
+    name: str
+    note: str = ""
+    slower: bool = False
+
+
+_TABLE: dict[str, list[Lowering]] = {}
+_platform_hooks: list[Callable[[str], None]] = []
+_counter = 0
+
+
+def register_lowering(
+    op: str,
+    format: type[Format] | tuple[type[Format], ...] | None = None,
+    platform: str | None = None,
+    when: When | None = None,
+    *,
+    name: str | None = None,
+    priority: int = 10,
+    about: str = "",
+) -> Callable[[Function], Function]:
+    """Register a traceable function as a lowering of a quantized op; used as a decorator.
+
+    Register at import. A function that was already compiled keeps the lowering that it was compiled with
+    (``jax.clear_caches()`` forgets it).
+
+    Args:
+        op: "dot", "dot_transposed", "conv" or "ragged_dot".
+        format: the class of weight formats it reads, several in a tuple, or None for all.
+        platform: "cpu", "cuda", "rocm", "tpu", or None for all.
+        when: ``when(problem)`` returns True if it can run, else False or, better, the reason as a sentence.
+        name: how `implementation=` calls it; by default the function's name.
+        priority: higher is tried first. The lowerings of qjax stand at 0 to 9, the oracle at -1.
+        about: one line for the printed table.
+
+    The function is called as ``function(problem, x, w, act)``: x float [*stack, *rows, K]; w a QArray in its
+    canonical view [*stack, N, K] (of a convolution: as the user sees it); act None or ``(format, aux)``. It returns
+    [*stack, *rows, N] in ``problem.out_dtype``. `qjax.testing.check_lowering` compares it with the oracle.
+    """
+
+    def register(function: Function) -> Function:
+        global _counter
+        _counter += 1
+        entry = Lowering(
+            name or function.__name__, op, function, format, platform, when, priority, about, order=_counter
+        )
+        rows = _TABLE.setdefault(op, [])
+        rows[:] = [e for e in rows if (e.name, e.platform) != (entry.name, platform)]
+        rows.append(entry)
+        rows.sort(key=lambda e: (-e.priority, e.platform is None, -e.order))
+        if platform is not None:
+            for hook in _platform_hooks:
+                hook(platform)
+        return function
+
+    return register
+
+
+def on_new_platform(hook: Callable[[str], None]) -> None:
+    """Call ``hook(platform)`` whenever a lowering for a platform is registered (the ops listen)."""
+    _platform_hooks.append(hook)
+
+
+def select(problem: Problem, implementation: str | None = None) -> Lowering:
+    """Return the lowering that computes a problem.
+
+    Args:
+        problem: what is to be computed.
+        implementation: the name of a lowering, or None to choose.
+
+    Raises:
+        LoweringError: if the named one does not exist or cannot run, with the reason.
+    """
+    rows = _TABLE.get(problem.op, [])
+    if implementation is None:
+        plugins.load()
+        for entry in rows:
+            if entry.refuses(problem) is None:
+                return entry
+        raise LoweringError(f"no lowering for {problem}; register one with qjax.register_lowering({problem.op!r}, ...)")
+    named = [e for e in rows if e.name == implementation]
+    if not named:
+        plugins.load()
+        named = [e for e in rows if e.name == implementation]
+    if not named:
+        known = [e.name for e in rows]
+        raise LoweringError(
+            f"implementation={implementation!r} of {problem.op}{near(implementation, known)}; "
+            f"there are {', '.join(dict.fromkeys(known))}, or None to choose"
+        )
+    reasons = []
+    for entry in named:
+        why = entry.refuses(problem)
+        if why is None:
+            return entry
+        reasons.append(why)
+    raise LoweringError(
+        f"implementation={implementation!r} cannot compute the {problem}: {'; '.join(dict.fromkeys(reasons))}. "
+        "Leave implementation=None to choose one that can"
+    )
+
+
+def choose(
+    op: str,
+    w_fmt: Format,
+    act_fmt: Format | None,
+    shapes: tuple[int, ...],
+    platform: str,
+    *,
+    x_dtype: Any = np.float32,
+    devices: int = 1,
+    settings: Any = None,
+    implementation: str | None = None,
+) -> Choice:
+    """Say which lowering would run, and in words how fast it is beside the float op.
+
+    Args:
+        op: as in `Problem`.
+        w_fmt: format of the weight.
+        act_fmt: format of the activations, or None.
+        shapes: ``(*stack, rows, N, K)``.
+        platform: "cpu", "cuda", ...
+        x_dtype: dtype of the activations.
+        devices: devices over which the compiler may partition the op.
+        settings: further static settings (a convolution's `ConvSpec`).
+        implementation: the name of a lowering, or None to choose.
+
+    Raises:
+        LoweringError: as `select` does.
+    """
+    *stack, rows, n, k = shapes
+    dtype = np.dtype(x_dtype)
+    problem = Problem(op, platform, w_fmt, act_fmt, rows, n, k, tuple(stack), dtype, dtype, devices, settings)
+    entry = select(problem, implementation)
+    note, slower = describe(
+        op=op,
+        name=entry.name,
+        platform=platform,
+        bits=w_fmt.code_bits,
+        integer=w_fmt.is_integer,
+        grouped=w_fmt.per == "group",
+        weight=w_fmt.name,
+        act=act_fmt.name if act_fmt else "",
+        rows=rows,
+    )
+    return Choice(entry.name, note, slower)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweringTable:
+    """The lowerings in the order in which they are tried; prints as a table."""
+
+    rows: tuple[Lowering, ...]
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        head = ("op", "name", "platform", "weights", "about")
+        body = [(e.op, e.name, e.platform or "any", _format_names(e.format), e.about) for e in self.rows]
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head) - 1)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
+            for line in [head, *body]
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def _format_names(kinds: type[Format] | tuple[type[Format], ...] | None) -> str:
+    if kinds is None:
+        return "any"
+    return ", ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+
+
+def lowering_table(op: str | None = None, platform: str | None = None) -> LoweringTable:
+    """Return the lowerings of an op (None: all) that may run on a platform (None: any), in the order of trial."""
+    plugins.load()
+    rows = [e for name in sorted(_TABLE) if op in (None, name) for e in _TABLE[name]]
+    return LoweringTable(tuple(e for e in rows if platform is None or e.platform in (None, platform)))

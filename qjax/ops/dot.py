@@ -1,0 +1,235 @@
+"""q_dot: the product of activations and a packed weight, and the scales of dynamically quantized activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from qjax import _compat
+from qjax.errors import LayoutError, QjaxWarning
+from qjax.formats import Aux, Format, QArray
+from qjax.kernels import Act, Problem, select
+from qjax.kernels.dot.reference import dot_reference
+from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dot(QuantizedOp):
+    """y[*stack, *rows, N] from x [*stack, *rows, K] and W [*stack, N, K]; transposed: K and N change places."""
+
+    transpose: bool = False
+
+    @property
+    def name(self) -> str:
+        return "q_dot_transposed" if self.transpose else "q_dot"
+
+    def problem(self, spec: Spec, operands: Operands, platform: str, devices: int) -> Problem:
+        x, w = operands.x, operands.w
+        stacks = w.codes.ndim - 2
+        rows = math.prod(x.shape[stacks:-1])
+        return Problem(
+            op="dot_transposed" if self.transpose else "dot",
+            platform=platform,
+            weight=w.fmt,
+            act=spec.act,
+            rows=rows if isinstance(rows, int) else None,
+            n=w.codes.shape[-2],
+            k=w.length,
+            stack=tuple(w.codes.shape[:-2]),
+            x_dtype=np.dtype(x.dtype),
+            out_dtype=spec.out_dtype,
+            devices=devices,
+            settings=spec,
+        )
+
+    def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
+        w = operands.w
+        return (*operands.x.shape[:-1], w.length if self.transpose else w.codes.shape[-2])
+
+    def reference(self, spec: Spec, operands: Operands) -> Array:
+        problem = self.problem(spec, operands, "any", 1)
+        return dot_reference(problem, operands.x, operands.w, operands.act(spec))
+
+    def batch(self, spec: Spec, operands: Operands, dims: Operands, size: int) -> tuple[Spec, Operands, int] | None:
+        weights = jax.tree.leaves(dims.w)
+        stacks = operands.w.codes.ndim - 2
+        if all(d is NO_AXIS for d in weights):  # one more dimension of rows; each example keeps its own scales
+            x = _with_axis(operands.x, dims.x, size, stacks)
+            aux = jax.tree.map(lambda a, d: _with_axis(a, d, size, stacks, share=True), operands.aux, dims.aux)
+            sharding = _sharding_with_axis(spec.out_sharding, stacks)
+            return (
+                dataclasses.replace(spec, out_sharding=sharding),
+                dataclasses.replace(operands, x=x, aux=aux),
+                stacks,
+            )
+        front = lambda a, d: _with_axis(a, d, size, 0)  # noqa: E731
+        batched = Operands(
+            front(operands.x, dims.x),
+            jax.tree.map(front, operands.aux, dims.aux),
+            jax.tree.map(front, operands.w, dims.w),
+        )
+        return dataclasses.replace(spec, out_sharding=_sharding_with_axis(spec.out_sharding, 0)), batched, 0
+
+    def transposed(self, spec: Spec, operands: Operands, x_aval: Any) -> tuple[LinearOp, Spec] | None:
+        other = q_dot_op if self.transpose else q_dot_transposed_op
+        sharding = None if x_aval.sharding.mesh.empty else x_aval.sharding
+        return other, dataclasses.replace(spec, out_dtype=np.dtype(x_aval.dtype), out_sharding=sharding)
+
+
+q_dot_op = quantized_linear(_Dot())
+q_dot_transposed_op = quantized_linear(_Dot(transpose=True))
+
+
+def _with_axis(a: Any, dim: Any, size: int, place: int, share: bool = False) -> Any:
+    """Move a batch axis to ``place``, or make one: broadcast, or of size 1 if it may be shared."""
+    if dim is not NO_AXIS:
+        return jnp.moveaxis(a, dim, place)
+    a = jnp.expand_dims(a, place)
+    return a if share else jnp.broadcast_to(a, (*a.shape[:place], size, *a.shape[place + 1 :]))
+
+
+def _sharding_with_axis(sharding: Any, place: int) -> Any:
+    """Insert an unsharded axis into the sharding of a result."""
+    if sharding is None:
+        return None
+    spec = list(sharding.spec)
+    spec.insert(place, None)
+    return jax.NamedSharding(sharding.mesh, jax.P(*spec))
+
+
+def q_dot(
+    x: Array,
+    w: QArray,
+    *,
+    act: Act | None = None,
+    out_dtype: DTypeLike | None = None,
+    precision: Any = None,
+    implementation: str | None = None,
+    out_sharding: Any = None,
+    site: str = "",
+) -> Array:
+    """Multiply activations by a quantized weight: y[.., n] = sum over k of x[.., k] * W[n, k].
+
+    Weight-only, the result is that of `jax.lax.dot_general` on the dequantized weight in the dtype of x, up to the
+    order of summation. With ``act``, x is encoded first: integer codes on both sides become a real int8 x int8 ->
+    int32 product, float8 codes a float8 product, both scaled in float32 afterwards; other pairs are dequantized.
+    The derivative in x is that of the weight-only product (straight-through); float scales have theirs; residuals
+    of a backward pass are the packed codes and, for derivatives of scales, x. A jaxpr shows one ``q_dot`` equation;
+    `qjax.ops.remat_policy` makes policies that save dots treat it as one.
+
+    Args:
+        x: float [*stack, *rows, K]; stack as in w, any number of row axes.
+        w: viewed canonically, [*stack, N, K].
+        act: ``(format, aux)``; aux as `activation_aux` or calibration made it, [*stack, *rows or 1, groups].
+        out_dtype: dtype of the result, by default that of x.
+        precision: of float products, as in `jax.lax.dot_general`.
+        implementation: name of a lowering (`qjax.ops.lowering_table`), or None to choose.
+        out_sharding: as in `jax.lax.dot_general`, on explicit meshes.
+        site: name for messages.
+
+    Returns:
+        [*stack, *rows, N].
+
+    Raises:
+        LayoutError: if x does not fit w, with both shapes.
+        LoweringError: if the named implementation cannot run, with the reason.
+    """
+    w = w if _is_canonical(w) else w.canonical()
+    stacks = w.codes.ndim - 2
+    stack = w.codes.shape[:stacks]
+    at = f"{site}: " if site else ""
+    if x.ndim < stacks + 1 or tuple(x.shape[:stacks]) != tuple(stack) or x.shape[-1] != w.length:
+        raise LayoutError(
+            f"{at}q_dot of activations {tuple(x.shape)} with a weight of stack {tuple(stack)}, "
+            f"{w.codes.shape[-2]} outputs and {w.length} inputs; the activations have to be [*stack, *rows, inputs]"
+        )
+    spec = Spec(
+        out_dtype=np.dtype(x.dtype if out_dtype is None else out_dtype),
+        act=act[0] if act else None,
+        precision=precision,
+        implementation=implementation,
+        out_sharding=out_sharding,
+    )
+    operands = Operands(x, dict(act[1]) if act else {}, w)
+    vector = x.ndim == stacks + 1
+    if vector:
+        operands = dataclasses.replace(operands, x=jnp.expand_dims(x, stacks))
+    if implementation is not None or act is not None:
+        _check_choice(q_dot_op.definition.problem(spec, operands, jax.default_backend(), 1), implementation, at)
+    y = q_dot_op.bind(spec, operands)
+    return lax.squeeze(y, (stacks,)) if vector else y
+
+
+def _is_canonical(w: QArray) -> bool:
+    layout = w.layout
+    return (
+        not layout.in_tail
+        and len(layout.order) == w.codes.ndim
+        and layout.order[-2:] == (("o", 0), ("i", 0))
+        and all(label == ("s", k) for k, label in enumerate(layout.order[:-2]))
+    )
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _check_choice(problem: Problem, implementation: str | None, at: str) -> None:
+    """Refuse a named implementation that cannot run now, and say once where quantized activations gain nothing."""
+    lowering = select(problem, implementation)
+    if implementation is not None or problem.act is None:
+        return
+    kinds = [jnp.issubdtype(f.code_dtype, jnp.integer) for f in (problem.act, problem.weight)]
+    same = kinds[0] == kinds[1] and problem.act.affine and problem.weight.affine
+    if same and lowering.name in ("dequantize", "dequantize_blocks", "reference"):
+        wanted = "int_dot" if kinds[0] else "float8_dot"
+        reasons = [e.refuses(problem) for e in _entries(wanted)]
+        key = (at, wanted)
+        if key not in _warned:
+            _warned.add(key)
+            warnings.warn(
+                f"{at}{problem} is computed in float: {next(filter(None, reasons), 'no kernel fits')}",
+                QjaxWarning,
+                stacklevel=3,
+            )
+
+
+def _entries(name: str) -> list[Any]:
+    from qjax.kernels import lowering_table
+
+    return [e for e in lowering_table("dot").rows if e.name == name]
+
+
+def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0) -> Aux:
+    """Fit the scales of activations to themselves: what ``dynamic`` means.
+
+    Plain jnp under `stop_gradient`. A scale per tensor covers the logical tensor: under `vmap` each example has its
+    own; on a mesh it is the maximum over all shards, inside shard_map too (a `pmax` over the axes over which x is
+    known to vary, which needs ``check_vma=True``).
+
+    Args:
+        x: float [*stack, *rows, K].
+        fmt: the format; per "tensor" means all rows of one element of the stack.
+        stack_ndim: how many leading axes are stack axes.
+
+    Returns:
+        aux of the rank of x, [*stack, *rows or 1, groups or 1].
+    """
+    x = lax.stop_gradient(x)
+    if fmt.per != "tensor" or x.size == 0:
+        return fmt.fit(x.astype(jnp.float32))
+    axes = tuple(range(stack_ndim, x.ndim))
+    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)).astype(jnp.float32)
+    low = jnp.min(finite, axis=axes, keepdims=True, initial=0.0)
+    high = jnp.max(finite, axis=axes, keepdims=True, initial=0.0)
+    shards = _compat.varying_axes(x, tuple(jax.sharding.get_abstract_mesh().axis_names))
+    if shards:
+        low, high = lax.pmin(low, shards), lax.pmax(high, shards)
+    return fmt.from_range(low, high)
