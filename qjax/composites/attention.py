@@ -39,20 +39,18 @@ class Mask:
     """One condition on which scores stay; a mask has all of them joined by "and".
 
     Attributes:
-        operand: the predicate, before it is broadcast; for ``additive``, a constant summand.
+        operand: the predicate, before it is broadcast; with ``factor``, a constant summand.
         keep: which truth value keeps a score.
-        fill: number that replaces a removed score or is added to it.
-        additive: whether ``operand`` is the summand itself (zero: stays).
+        fill: number that replaces a removed score or is added to it; -inf for a constant summand.
+        factor: number that a constant summand is multiplied by (zero: the score stays); None for a predicate.
         fixed: whether it can be computed from constants alone.
-        causal: offset and window, if it is a causal mask.
     """
 
     operand: Operand
     keep: bool
     fill: float
-    additive: bool
+    factor: float | None
     fixed: bool
-    causal: masks.Causal | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Attention(Composite):
         softcap: ``cap(s) = softcap * tanh(s / softcap)``; None for no cap.
         masks: conditions on scores.
         biases: summands; gains: run-time factors.
-        causal: whether a mask is causal (a narrower window included).
+        causal: offset and window, if a mask that is known without data is causal.
         padded: whether a mask depends on data.
         groups: query heads per key head, repeated keys included.
         scores, softmax, values: nodes of the two products and the softmax between; all the same fused node and None
@@ -97,7 +95,7 @@ class Attention(Composite):
     masks: tuple[Mask, ...]
     biases: tuple[Factor, ...]
     gains: tuple[Factor, ...]
-    causal: bool
+    causal: masks.Causal | None
     padded: bool
     groups: int
     scores: Node
@@ -130,12 +128,11 @@ def find_attention(level: Level, softmaxes: list[Softmax]) -> list[Attention]:
         if not readers:
             continue
         soft = ax.leaves([softmax.labels[softmax.axes[0]]])
-        scores = find_scores(softmax.logits, list(softmax.logit_labels), soft)
-        if scores is not None:
-            for reader in readers:
-                match = _assemble(level, softmax, scores, *reader)
-                if match is not None:
-                    found.append(match)
+        for scores in find_scores(softmax.logits, list(softmax.logit_labels), soft):
+            matches = [match for reader in readers if (match := _assemble(level, softmax, scores, *reader)) is not None]
+            if matches:
+                found += matches
+                break
     return found
 
 
@@ -164,7 +161,7 @@ def _assemble(
     (batch, free), contracted = product_dims(scores.product), scores.product.params["dimension_numbers"][0]
     ks, qs = scores.key_side, 1 - scores.key_side
     q, k, v = scores.product.inputs[qs], scores.product.inputs[ks], values.inputs[1 - side]
-    if not contracted[0] or q.ndim < 2 or _is_layer(q, k, v, batch):
+    if not contracted[0] or q.ndim < 2 or _is_layer(q, k, v, batch) or _circular(scores):
         return None
 
     # Axes of every dimension of q, k and v.
@@ -202,9 +199,8 @@ def _assemble(
     if set(telling([p_labels[d] for d in p_free])) != set(ax.proper(query_axes)):
         return None
 
-    conditions = [(c, _causal(c, frees[qs], soft)) for c in scores.conditions]
-    told = next((query for _, (kind, query) in conditions if kind is not None), None)
-    role = roles(q, q_labels, shared_axes, query_axes, ax.leaves(feature), told)
+    causal, tokens = _causal(scores.conditions, frees[qs], soft)
+    role = roles(q, q_labels, shared_axes, query_axes, ax.leaves(feature), tokens)
     role.update({a: "group" for a in groups})
     role.update({a: "key" for a in soft} | {a: "feature" for a in ax.leaves(feature)})
     role.update({a: "value" for d in v_free for a in ax.leaves([v_labels[d]])})
@@ -227,10 +223,10 @@ def _assemble(
         scale=scores.scale,
         prescale=prescale,
         softcap=scores.softcap,
-        masks=tuple(_mask(numbering, c, kind) for c, (kind, _) in conditions),
+        masks=tuple(_mask(numbering, c) for c in scores.conditions),
         biases=tuple(_factor(numbering, t) for t in scores.biases),
         gains=tuple(_factor(numbering, t) for t in scores.gains),
-        causal=any(kind is not None for _, (kind, _) in conditions),
+        causal=causal,
         padded=any(not c.value.fixed for c in scores.conditions),
         groups=ax.size(a for a, name in role.items() if name == "group"),
         scores=scores.product,
@@ -275,6 +271,21 @@ def _is_layer(q: Value, k: Value, v: Value, batch: tuple[tuple[int, ...], ...]) 
     return not batch[0] and ax.root(k).node is None and ax.root(v).node is None and ax.root(q).node is not None
 
 
+def _circular(scores: Scores) -> bool:
+    """Whether a mask, bias or gain is computed from the scores themselves, as in top-k attention."""
+    product = scores.product
+    stack = [t.value for t in (*scores.biases, *scores.gains, *scores.conditions)]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop().node
+        if node is product:
+            return True
+        if node is not None and node not in seen and node.index > product.index:
+            seen.add(node)
+            stack += node.inputs
+    return False
+
+
 def _prescale(value: Value) -> float:
     """Return the constant that ``value`` has just been multiplied by."""
     factor = 1.0
@@ -295,23 +306,26 @@ def _repeated(k: Value, labels: Labels, batch: Labels) -> list[Axis]:
     return [a for a in ax.leaves(batch) if a.size != 1 and a not in present]
 
 
-def _causal(condition: Condition, free: Labels, soft: list[Axis]) -> tuple[masks.Causal | None, list[Axis] | None]:
+def _causal(
+    conditions: tuple[Condition, ...], free: Labels, soft: list[Axis]
+) -> tuple[masks.Causal | None, list[Axis] | None]:
     """Return the kind of causal mask and the query dimension that it is causal along."""
+    fixed = [c for c in conditions if c.value.fixed]
     for label in free:
         query = ax.proper(ax.leaves([label]))
-        if query and (kind := masks.causal(condition, query, soft)) is not None:
-            return kind, query
+        for together in [fixed, *([c] for c in fixed if len(fixed) > 1)]:
+            if query and (kind := masks.causal(together, query, soft)) is not None:
+                return kind, query
     return None, None
 
 
-def _mask(numbering: _Numbering, condition: Condition, kind: masks.Causal | None) -> Mask:
+def _mask(numbering: _Numbering, condition: Condition) -> Mask:
     return Mask(
         operand=numbering.operand(condition.value, condition.labels),
         keep=condition.keep,
         fill=condition.fill,
-        additive=condition.factor is not None,
+        factor=condition.factor,
         fixed=condition.value.fixed,
-        causal=kind,
     )
 
 
@@ -363,7 +377,7 @@ def _fused(node: Node) -> Attention | None:
         masks=(),
         biases=biases,
         gains=(),
-        causal="CAUSAL" in kind,
+        causal=_fused_causal(kind, params.get("sliding_window_length")),
         padded="PADDING" in kind,
         groups=groups,
         scores=node,
@@ -371,3 +385,7 @@ def _fused(node: Node) -> Attention | None:
         values=node,
         probabilities=None,
     )
+
+
+def _fused_causal(kind: str, window: int | None) -> masks.Causal | None:
+    return masks.Causal(0, window or None) if "CAUSAL" in kind or window else None

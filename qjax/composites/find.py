@@ -26,16 +26,17 @@ def find_composites(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> list[Composite]
     Returns:
         Attention, softmax (also inside attention), activations and norms.
     """
-    return _find(inlined(jaxpr, consts))
+    return composites_of(inlined(jaxpr, consts))
 
 
-def _find(level: Level) -> list[Composite]:
+def composites_of(level: Level) -> list[Composite]:
+    """Return the composites of a flat level; see :func:`find_composites`."""
     softmaxes, norms = find_softmax(level), find_norms(level)
     taken = {node for composite in (*softmaxes, *norms) for node in composite.nodes} | variance_clips(level)
     found: list[Composite] = [*find_attention(level, softmaxes), *softmaxes, *norms]
     found += find_activations(level, taken)
     for unit in level.units:
-        found += _find(unit)
+        found += composites_of(unit)
     return sorted(found, key=lambda c: _order(c))
 
 

@@ -29,20 +29,19 @@ class Causal:
     window: int | None
 
 
-def causal(condition: Condition, query: Sequence[Axis], key: Sequence[Axis]) -> Causal | None:
-    """Return what kind of causal mask a condition is, or None if it is none or depends on data.
+def causal(conditions: Sequence[Condition], query: Sequence[Axis], key: Sequence[Axis]) -> Causal | None:
+    """Return what kind of causal mask the conditions make together, or None if they make none or depend on data.
 
     Args:
-        condition: one condition of a mask.
+        conditions: of a mask, joined by "and".
         query: the axes that make up the query positions, outermost first.
         key: the axes that make up the key positions.
     """
     rows, columns = ax.size(query), ax.size(key)
-    value = condition.value
-    if not value.fixed or rows < 2 or columns < 2:
+    if not conditions or not all(c.value.fixed for c in conditions) or rows < 2 or columns < 2:
         return None
-    first = _kept(condition, query, key, np.zeros(columns, int), np.arange(columns))
-    last = _kept(condition, query, key, np.full(columns, rows - 1), np.arange(columns))
+    first = _all(conditions, query, key, np.zeros(columns, int), np.arange(columns))
+    last = _all(conditions, query, key, np.full(columns, rows - 1), np.arange(columns))
     if not last.any() or not first.any():
         return None
     edge = int(np.flatnonzero(last)[-1])
@@ -58,7 +57,7 @@ def causal(condition: Condition, query: Sequence[Axis], key: Sequence[Axis]) -> 
     expected = s <= t + offset
     if window is not None:
         expected &= s > t + offset - window
-    if not np.array_equal(_kept(condition, query, key, t, s), expected):
+    if not np.array_equal(_all(conditions, query, key, t, s), expected):
         return None
     return Causal(offset, window)
 
@@ -79,6 +78,12 @@ def _places(rows: int, columns: int, offset: int, window: int | None) -> tuple[n
     t, s = (np.concatenate(parts) for parts in zip(*picks, strict=True))
     inside = (s >= 0) & (s < columns)
     return t[inside], s[inside]
+
+
+def _all(
+    conditions: Sequence[Condition], query: Sequence[Axis], key: Sequence[Axis], t: np.ndarray, s: np.ndarray
+) -> np.ndarray:
+    return np.logical_and.reduce([_kept(c, query, key, t, s) for c in conditions])
 
 
 def _kept(

@@ -36,7 +36,9 @@ def roles(
         feature: axes that are contracted.
         query: the token axes, if a causal mask has told them.
     """
-    sides, together = _origin(q, labels)
+    sides, together, place = _origin(q, labels)
+    if not all(a in place for a in batch):
+        place = {a: d for d, label in enumerate(labels) for a in ax.leaves([label])}
     found: dict[Axis, str] = {}
     feature_sides = {sides[a] for a in feature if a in sides}
     if len(feature_sides) == 1:
@@ -47,14 +49,13 @@ def roles(
         for axis in free:
             if axis in sides:
                 found[axis] = "group" if sides[axis] == weight else "query"
-    for dim in together:  # split off one dimension of an input: with the features, they are heads
+    for dim in together.values():  # split off one dimension of an input: with the features, they are heads
         if any(a in feature for a in dim):
             found.update({a: "head" for a in dim if a in batch})
             found.update({a: "group" for a in dim if a in free})
         elif len(dim) > 1 and any(a in batch for a in dim) and any(a in free for a in dim):
             found.update({a: "head" for a in dim if a in batch})
             found.update({a: "group" for a in dim if a in free})
-    place = {a: d for d, label in enumerate(labels) for a in ax.leaves([label])}
     _usual_order(found, place, batch, free)
     if query is not None and set(query) <= set(free):
         found.update({a: "query" if a in query else "group" for a in free})
@@ -68,8 +69,8 @@ def _usual_order(found: dict[Axis, str], place: dict[Axis, int], batch: Sequence
     open_ = [a for a in batch if a not in found]
     if open_ and "head" not in found.values():
         last = max(open_, key=lambda a: place.get(a, -1))
-        tokens_first = any(place.get(a, -1) < place.get(last, -1) for a in free)
-        if len(batch) > 1 or tokens_first:
+        # A single shared axis in front is the batch; behind anything else (a batch of one, tokens) it is the head.
+        if len(batch) > 1 or place.get(last, 0) > 0:
             found[last] = "head"
     for axis in batch:
         found.setdefault(axis, "batch")
@@ -83,27 +84,29 @@ def _usual_order(found: dict[Axis, str], place: dict[Axis, int], batch: Sequence
         found.setdefault(axis, "query")
 
 
-def _origin(value: Value, labels: Labels) -> tuple[dict[Axis, str], list[list[Axis]]]:
+def _origin(value: Value, labels: Labels) -> tuple[dict[Axis, str], dict[int, list[Axis]], dict[Axis, int]]:
     """Walk back to the projection or input that ``value`` was made from.
 
     Returns:
-        For each axis, which side of the projection's product it comes from (empty without a projection), and the axes
-        of each dimension of the input (empty with one).
+        For each axis, which side of the projection's product it comes from (empty without a projection); the axes of
+        each dimension of the input (empty without one); and for each axis its dimension in what was reached.
     """
-    alias: dict[Axis, Axis] = {}  # axis of a slice -> axis of the whole
+    alias: dict[Axis, list[Axis]] = {}  # axis of a whole -> axes of the slice that was taken
     for _ in range(_STEPS):
         value, labels = ax.strip(value, labels)
         node = value.node
-        if node is None:
-            return {}, [[_whole(a, alias) for a in ax.leaves([label])] for label in labels]
-        if node.name == "dot_general":
-            return _sides(node, labels, alias), []
-        source = _source(node, value)
+        source = _source(node, value) if node is not None else None
         if source is None:
             break
         labels = [_resized(label, n, alias) for label, n in zip(labels, source.shape, strict=True)]
         value = source
-    return {}, []
+    dims = {d: [b for a in ax.leaves([label]) for b in _sliced(a, alias)] for d, label in enumerate(labels)}
+    place = {a: d for d, axes in dims.items() for a in axes}
+    if value.node is None:
+        return {}, dims, place
+    if value.node.name == "dot_general":
+        return _sides(value.node, dims), {}, place
+    return {}, {}, place
 
 
 def _source(node: Node, value: Value) -> Value | None:
@@ -115,25 +118,23 @@ def _source(node: Node, value: Value) -> Value | None:
     return None
 
 
-def _resized(label: tuple[Axis, ...], size: int, alias: dict[Axis, Axis]) -> tuple[Axis, ...]:
+def _resized(label: tuple[Axis, ...], size: int, alias: dict[Axis, list[Axis]]) -> tuple[Axis, ...]:
     axes = ax.leaves([label])
     if ax.size(axes) == size:
         return label
     new = Axis(size)
-    if len(ax.proper(axes)) == 1:
-        alias[new] = ax.proper(axes)[0]
+    alias[new] = axes
     return (new,)
 
 
-def _whole(axis: Axis, alias: dict[Axis, Axis]) -> Axis:
-    while axis in alias:
-        axis = alias[axis]
-    return axis
+def _sliced(axis: Axis, alias: dict[Axis, list[Axis]]) -> list[Axis]:
+    """Return the axes that ``axis`` was before it was traced back through slices."""
+    if axis not in alias:
+        return [axis]
+    return [b for a in alias[axis] for b in _sliced(a, alias)]
 
 
-def _sides(node: Node, labels: Labels, alias: dict[Axis, Axis]) -> dict[Axis, str]:
+def _sides(node: Node, dims: dict[int, list[Axis]]) -> dict[Axis, str]:
     batch, free = product_dims(node)
     sides = ["batch"] * len(batch[0]) + ["lhs"] * len(free[0]) + ["rhs"] * len(free[1])
-    return {
-        _whole(a, alias): side for label, side in zip(labels, sides, strict=True) for a in ax.leaves([label])
-    }
+    return {a: sides[d] for d, axes in dims.items() for a in axes}

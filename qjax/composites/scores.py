@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -86,40 +87,42 @@ class _State:
     nodes: tuple[Node, ...] = ()
 
 
-def find_scores(logits: Value, labels: Labels, soft: list[Axis]) -> Scores | None:
-    """Return how ``logits`` come from a product of queries and keys, or None if they do not.
+def find_scores(logits: Value, labels: Labels, soft: list[Axis]) -> Iterator[Scores]:
+    """Yield the ways in which ``logits`` come from a product of queries and keys (two, if a bias is a product too).
 
     Args:
         logits: operand of a softmax.
         labels: axes of its dimensions.
         soft: the axes that the softmax sums over.
     """
-    return _back(logits, labels, _State(), soft, _STEPS)
+    yield from _back(logits, labels, _State(), soft, _STEPS)
 
 
-def _back(value: Value, labels: Labels, state: _State, soft: list[Axis], budget: int) -> Scores | None:
+def _back(value: Value, labels: Labels, state: _State, soft: list[Axis], budget: int) -> Iterator[Scores]:
     while budget > 0:
         budget -= 1
         passed: list[Node] = []
         value, labels = ax.strip(value, labels, passed)
         node = value.node
         if node is None or value.fixed:
-            return None
+            return
         state = dataclasses.replace(state, nodes=(*state.nodes, *passed, node))
         if node.name == "dot_general":
             side = _key_side(node, labels, soft)
             scale = state.factor if state.cap is None else state.factor * state.cap
-            return None if side is None else Scores(
-                product=node,
-                labels=labels,
-                key_side=side,
-                scale=scale,
-                softcap=state.cap,
-                gains=state.gains,
-                biases=state.biases,
-                conditions=state.conditions,
-                nodes=state.nodes,
-            )
+            if side is not None:
+                yield Scores(
+                    product=node,
+                    labels=labels,
+                    key_side=side,
+                    scale=scale,
+                    softcap=state.cap,
+                    gains=state.gains,
+                    biases=state.biases,
+                    conditions=state.conditions,
+                    nodes=state.nodes,
+                )
+            return
         if (found := ax.scaled(node)) is not None:
             value = found[0]
             state = dataclasses.replace(state, factor=state.factor * found[1])
@@ -130,24 +133,24 @@ def _back(value: Value, labels: Labels, state: _State, soft: list[Axis], budget:
             hidden = masked_fill(node)
             # Below a soft-cap a fill is not a mask: tanh brings it back to the cap.
             if hidden is None or state.cap is not None or hidden[0].shape != node.output.shape:
-                return None
+                return
             scores, fill, keep = hidden
             if fill * state.factor > MASKED:
-                return None
+                return
             below = ax.shared(node.inputs[0], node.output.shape, labels)
             split = _conditions(node.inputs[0], below, keep, fill * state.factor)
             value, state = scores, dataclasses.replace(state, conditions=(*state.conditions, *split))
         elif node.name in ("mul", "div"):
             gained = _gain(node, labels, soft)
             if gained is None or state.cap is not None:
-                return None
+                return
             value, term = gained
             state = dataclasses.replace(state, gains=(*state.gains, term))
         elif node.name in ("add", "sub") and state.cap is None and not state.gains:
-            return _sum(node, labels, state, soft, budget)
+            yield from _sum(node, labels, state, soft, budget)
+            return
         else:
-            return None
-    return None
+            return
 
 
 def _key_side(node: Node, labels: Labels, soft: list[Axis]) -> int | None:
@@ -171,7 +174,7 @@ def product_dims(node: Node) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[i
     return tuple(tuple(b) for b in batch), free
 
 
-def _sum(node: Node, labels: Labels, state: _State, soft: list[Axis], budget: int) -> Scores | None:
+def _sum(node: Node, labels: Labels, state: _State, soft: list[Axis], budget: int) -> Iterator[Scores]:
     """Go on along the summand that leads to a product; the other one is a bias or an additive mask."""
     sign = -1.0 if node.name == "sub" else 1.0
     choices = [(node.inputs[0], node.inputs[1], sign)]
@@ -185,12 +188,10 @@ def _sum(node: Node, labels: Labels, state: _State, soft: list[Axis], budget: in
         if conditions:
             after = dataclasses.replace(state, conditions=(*state.conditions, *conditions))
         else:
-            bias = Term(other, tuple(below), factor * state.factor)
+            source, above = ax.strip(other, below)
+            bias = Term(source, tuple(above), factor * state.factor)
             after = dataclasses.replace(state, biases=(*state.biases, bias))
-        found = _back(scores, labels, after, soft, budget)
-        if found is not None:
-            return found
-    return None
+        yield from _back(scores, labels, after, soft, budget)
 
 
 def _gain(node: Node, labels: Labels, soft: list[Axis]) -> tuple[Value, Term] | None:
@@ -204,7 +205,7 @@ def _gain(node: Node, labels: Labels, soft: list[Axis]) -> tuple[Value, Term] | 
         below = ax.shared(gain, node.output.shape, labels)
         source, above = ax.strip(gain, below)
         if len(ax.proper(ax.leaves(above))) <= 1 and not set(soft) & set(ax.leaves(above)) and source is not scores:
-            return scores, Term(gain, tuple(below), power)
+            return scores, Term(source, tuple(above), power)
     return None
 
 
@@ -247,19 +248,16 @@ def _additive(value: Value, labels: Labels, factor: float) -> list[Condition]:
         factor *= found[1]
         source, below = ax.strip(found[0], below)
     node = source.node
-    if node is None or len(node.inputs) < 2:
-        return []
-    operands = [(v, ax.shared(v, source.shape, below)) for v in node.inputs]
-    if node.name == "select_n" and len(node.inputs) == 3:
+    if node is not None and node.name == "select_n" and len(node.inputs) == 3:
         chosen = [uniform(v) for v in node.inputs[1:]]
         for keep in (False, True):
             stay, gone = chosen[keep], chosen[not keep]
             if stay == 0.0 and gone is not None and gone * factor <= MASKED:
-                return _conditions(*operands[0], keep, gone * factor)
-    if node.name == "sub":  # (1 - keep) * -1e9 or (keep - 1) * 1e9, as long as it is known to be 0 or 1
-        for predicate, one, fill in ((1, 0, factor), (0, 1, -factor)):
-            if uniform(node.inputs[one]) == 1.0 and fill <= MASKED and ax.root(node.inputs[predicate]).dtype == bool:
-                return _conditions(*operands[predicate], True, fill)
+                return _conditions(node.inputs[0], ax.shared(node.inputs[0], source.shape, below), keep, gone * factor)
+    if node is not None and node.name == "sub":  # (1 - keep) * -1e9 or (keep - 1) * 1e9, of a keep known to be 0 or 1
+        for predicate, one, fill in (*node.inputs[::-1], factor), (*node.inputs, -factor):
+            if uniform(one) == 1.0 and fill <= MASKED and ax.root(predicate).dtype == bool:
+                return _conditions(predicate, ax.shared(predicate, source.shape, below), True, fill)
     return []
 
 
