@@ -45,11 +45,13 @@ class Format:
         group: length of a group along K, or None.
         affine: whether ``decode`` is ``(code - zero) * scale`` with the code read as a number (``zero`` absent: 0), so
             that a product can be formed on codes and scaled afterwards.
+        symmetric: whether only the magnitude of a range counts, so that an observer may look at magnitudes alone.
         row_aux: names in aux whose last axis does not run along K (a codebook per row, say).
     """
 
     key: ClassVar[str] = ""
     affine: ClassVar[bool] = False
+    symmetric: bool = True
     row_aux: ClassVar[tuple[str, ...]] = ()
 
     code_bits: int

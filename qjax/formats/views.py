@@ -326,8 +326,8 @@ def canonical(q: QArray) -> QArray:
     outs = q.codes.ndim - stacks - q.view.count("i")
 
     def apply(a: Array) -> Array:
-        rows = math.prod(a.shape[stacks : stacks + outs])
-        return jnp.reshape(a, (*a.shape[:stacks], rows, a.shape[-1]))
+        shape = (*a.shape[:stacks], math.prod(a.shape[stacks : stacks + outs]), a.shape[-1])
+        return a if a.shape == shape else jnp.reshape(a, shape)
 
     layout = Layout((*(("s", k) for k in range(stacks)), ("o", 0), ("i", 0)), (), q.layout.pad)
     return dataclasses.replace(q, codes=apply(q.codes), aux={k: apply(a) for k, a in q.aux.items()}, layout=layout)

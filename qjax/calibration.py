@@ -1,0 +1,324 @@
+"""Observers: how the range of the numbers in a block is chosen.
+
+A format turns a range into scales; an observer chooses the range. Two ways lead to it.
+
+At once, for a weight or a sample that is there in full:
+
+    aux = observer.fit(x, fmt)
+
+In a stream, for activations that pass by batch by batch, on many devices, inside loops:
+
+    state = observer.init(fmt, x.shape)
+    state = observer.update(state, x, fmt)          # as often as there are batches
+    aux = fmt.from_range(*observer.range(state, fmt))
+
+States form a monoid: `init` is neutral, `merge` is associative and commutative, and ``update(s, x)`` is
+``merge(s, update(init, x))``. `merge` is the elementwise maximum or sum of the arrays, which `Observer.collective`
+names, so the same state merges over devices by ``jax.lax.pmax`` or ``psum``, over a scan as a carry, and over hosts by
+any reduction. Only finite elements count.
+
+`AbsMax` and `MinMax` keep one or two numbers per block. `Percentile` and `MSE` need the distribution: a stream is
+condensed into a histogram of magnitudes whose 4080 bins are the leading twelve bits of float32 (sixteen bins an
+octave, from zero to the largest number, the same for all data, which is what makes states of different batches
+addable); all the data at once is judged exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from qjax.errors import FormatError
+from qjax.formats.base import Aux, Format
+from qjax.formats.blocks import grouped
+from qjax.formats.numerics import finite_part
+
+__all__ = ["MSE", "AbsMax", "MinMax", "Observer", "Percentile"]
+
+State = dict[str, Array]
+
+_SHIFT = 19  # of the 31 bits of a magnitude, the 12 leading ones number its bin
+_BINS = 0x7F800000 >> _SHIFT  # the bins below infinity
+_EDGES = np.minimum((np.arange(_BINS + 1, dtype=np.uint32) << _SHIFT).view(np.float32), np.finfo(np.float32).max)
+
+
+class Observer:
+    """Base of observers. Subclasses are frozen dataclasses and define `init`, `update` and `range`, or more.
+
+    Attributes:
+        collective: "max" or "sum", how states merge.
+    """
+
+    collective: ClassVar[str] = "max"
+
+    def init(self, fmt: Format, shape: Sequence[int]) -> State:
+        """Return the state before any data, for x of this shape [*stack, N, K]."""
+        raise NotImplementedError(f"{type(self).__name__} has to define init")
+
+    def update(self, state: State, x: Array, fmt: Format) -> State:
+        """Return the state after another x [*stack, N, K] of any float dtype."""
+        raise NotImplementedError(f"{type(self).__name__} has to define update")
+
+    def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
+        """Return (low, high), float32 blocked arrays with low <= 0 <= high, for ``fmt.from_range``."""
+        raise NotImplementedError(f"{type(self).__name__} has to define range")
+
+    def merge(self, a: State, b: State) -> State:
+        """Return the state of both streams together."""
+        return jax.tree.map(jnp.maximum if self.collective == "max" else jnp.add, a, b)
+
+    def fit(self, x: Array, fmt: Format, weight: Array | None = None) -> Aux:
+        """Return aux for x [*stack, N, K], all of it at once.
+
+        Args:
+            x: float32.
+            fmt: the format.
+            weight: importance per element, broadcastable to x; used by observers that weigh errors.
+        """
+        return fmt.from_range(*self.range(self.update(self.init(fmt, x.shape), x, fmt), fmt))
+
+
+def _blocked_shape(fmt: Format, shape: Sequence[int]) -> tuple[int, ...]:
+    spec = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    return jax.eval_shape(lambda x: fmt.reduce(x, jnp.sum), spec).shape
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMax(Observer):
+    """The largest magnitude, on both sides."""
+
+    def init(self, fmt: Format, shape: Sequence[int]) -> State:
+        """Return {"absmax": zeros}."""
+        return {"absmax": jnp.zeros(_blocked_shape(fmt, shape), jnp.float32)}
+
+    def update(self, state: State, x: Array, fmt: Format) -> State:
+        """Take the maximum with x's."""
+        low, high = fmt.range_of(x)
+        return {"absmax": jnp.maximum(state["absmax"], jnp.maximum(high, -low))}
+
+    def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
+        """Return (-absmax, absmax)."""
+        return -state["absmax"], state["absmax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax(Observer):
+    """The smallest and the largest element, with 0 between them: what formats do without an observer."""
+
+    def init(self, fmt: Format, shape: Sequence[int]) -> State:
+        """Return {"below": zeros, "above": zeros}: how far the range reaches on each side of 0."""
+        zeros = jnp.zeros(_blocked_shape(fmt, shape), jnp.float32)
+        return {"below": zeros, "above": zeros}
+
+    def update(self, state: State, x: Array, fmt: Format) -> State:
+        """Take the maxima with x's."""
+        low, high = fmt.range_of(x)
+        return {"below": jnp.maximum(state["below"], -low), "above": jnp.maximum(state["above"], high)}
+
+    def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
+        """Return (-below, above)."""
+        return -state["below"], state["above"]
+
+
+class _Distribution(Observer):
+    """What `Percentile` and `MSE` share: a histogram of magnitudes per block and side."""
+
+    collective = "sum"
+
+    def init(self, fmt: Format, shape: Sequence[int]) -> State:
+        """Return {"below": counts, "above": counts}, float32 [*blocked, 4080]; one entry if the format is symmetric.
+
+        Raises:
+            FormatError: for formats with groups, whose histograms would outgrow the data.
+        """
+        if fmt.per == "group":
+            raise FormatError(
+                f"{fmt.name}: {type(self).__name__} keeps a histogram per scale, too much for groups in a stream; "
+                "use AbsMax or MinMax, or a format per tensor or channel (weights are fitted at once, in any format)"
+            )
+        empty = jnp.zeros((*_blocked_shape(fmt, shape), _BINS), jnp.float32)
+        return {"above": empty} if fmt.symmetric else {"below": empty, "above": empty}
+
+    def update(self, state: State, x: Array, fmt: Format) -> State:
+        """Add x's counts."""
+        blocks, valid = _blocks(x.astype(jnp.float32), fmt)
+        sides = {"above": valid} if fmt.symmetric else {"below": valid & (blocks < 0), "above": valid & (blocks >= 0)}
+        return {name: state[name] + _histogram(jnp.abs(blocks), side) for name, side in sides.items()}
+
+
+def _blocks(x: Array, fmt: Format) -> tuple[Array, Array]:
+    """Return the elements of each block, [*blocked, n], and which of them are finite and no padding."""
+    if fmt.per == "group":
+        real = grouped(jnp.ones(x.shape, bool), fmt.group)
+        x = grouped(x, fmt.group)
+        return x, real & jnp.isfinite(x)
+    x = x.reshape(*x.shape[:-2], 1, 1, -1) if fmt.per == "tensor" else x[..., None, :]
+    return x, jnp.isfinite(x)
+
+
+def _histogram(size: Array, valid: Array) -> Array:
+    """Count magnitudes per block: [*blocked, n] -> float32 [*blocked, 4080]."""
+    blocks, n = math.prod(size.shape[:-1]), size.shape[-1]
+    bins = lax.bitcast_convert_type(size, jnp.uint32).astype(jnp.int32) >> _SHIFT
+    bins = jnp.where(valid, bins, _BINS).reshape(blocks, n)
+    rows = jnp.broadcast_to(jnp.arange(blocks)[:, None], bins.shape)
+    # Counted in integers, which are exact; sums of many batches are then floats, whose error does not matter.
+    counts = jnp.zeros((blocks, _BINS), jnp.int32).at[rows, bins].add(1, mode="drop")
+    return counts.astype(jnp.float32).reshape(*size.shape[:-1], _BINS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(_Distribution):
+    """A percentile of the magnitudes, so that a few outliers do not set the scale.
+
+    Symmetric formats: of |x|, on both sides. Others: ``percentile`` of the elements lie below the upper end, and as
+    many above the lower end. From a stream the percentile is interpolated within a bin, a sixteenth of an octave.
+
+    Args:
+        percentile: over 50, up to 100 (which is the range itself).
+    """
+
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if isinstance(self.percentile, bool) or not 50 < self.percentile <= 100:
+            raise FormatError(f"Percentile: percentile={self.percentile!r}; above 50 and up to 100, such as 99.99")
+
+    def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
+        """Return the range from counts."""
+        share = self.percentile / 100
+        above = state["above"].sum(-1)
+        if fmt.symmetric:
+            high = _ranked(state["above"], share * (above - 1))
+            return -high, high
+        below = state["below"].sum(-1)
+        rank = share * (above + below - 1)
+        return -_ranked(state["below"], rank - above), _ranked(state["above"], rank - below)
+
+    def fit(self, x: Array, fmt: Format, weight: Array | None = None) -> Aux:
+        """Return aux from the exact percentile (linear between neighbours, as `numpy.percentile`)."""
+        blocks, valid = _blocks(x.astype(jnp.float32), fmt)
+        if blocks.shape[-1] == 0:
+            return fmt.fit(x)
+        share = self.percentile / 100
+        values = jnp.where(valid, jnp.abs(blocks) if fmt.symmetric else blocks, jnp.nan)
+        high = jnp.maximum(jnp.nan_to_num(jnp.nanquantile(values, share, axis=-1)), 0.0)
+        if fmt.symmetric:
+            return fmt.from_range(-high, high)
+        low = jnp.minimum(jnp.nan_to_num(jnp.nanquantile(values, 1 - share, axis=-1)), 0.0)
+        return fmt.from_range(low, high)
+
+
+def _ranked(counts: Array, rank: Array) -> Array:
+    """Return the magnitude at a fractional rank, counted from 0: [*blocked, 4080], [*blocked] -> [*blocked].
+
+    The elements of a bin are taken to be evenly spaced, the last at its upper edge; a negative rank gives 0.
+    """
+    upto = jnp.cumsum(counts, axis=-1)
+    edges = jnp.asarray(_EDGES)
+
+    def element(k: Array) -> Array:
+        index = jnp.minimum(jnp.sum(upto <= k[..., None], axis=-1), _BINS - 1)
+        here, until = (jnp.take_along_axis(a, index[..., None], axis=-1)[..., 0] for a in (counts, upto))
+        inside = jnp.clip((k + 1 - (until - here)) / jnp.maximum(here, 1.0), 0.0, 1.0)
+        return edges[index] + inside * (edges[index + 1] - edges[index])
+
+    top = upto[..., -1] - 1
+    rank = jnp.minimum(rank, top)
+    first = jnp.floor(rank)
+    low, high = element(jnp.maximum(first, 0.0)), element(jnp.clip(first + 1, 0.0, jnp.maximum(top, 0.0)))
+    return jnp.where(rank >= 0, low + (rank - first) * (high - low), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MSE(_Distribution):
+    """The range, shrunk by the factor that gives the least rounding error.
+
+    Candidates are 1, 1 - 1/grid, .. above 1 - maxshrink; the error of a block is the sum of |x - decoded|**norm, each
+    element times its importance where one is given. The settings are those of llm-compressor's MSE observer. What all
+    blocks share (NVFP4's global scale) stays that of the whole range. From a stream, bins stand for their elements.
+
+    Args:
+        maxshrink: how far the range may shrink, above 0 and below 1.
+        grid: candidates per unit of shrinkage, 1 or more.
+        norm: the exponent, above 0.
+    """
+
+    maxshrink: float = 0.2
+    grid: int = 100
+    norm: float = 2.4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.maxshrink < 1:
+            raise FormatError(f"MSE: maxshrink={self.maxshrink!r}; above 0 and below 1, such as 0.2")
+        if isinstance(self.grid, bool) or not isinstance(self.grid, int) or self.grid < 1:
+            raise FormatError(f"MSE: grid={self.grid!r}; a number of steps, 1 or more")
+        if not self.norm > 0:
+            raise FormatError(f"MSE: norm={self.norm!r}; above 0, such as 2.4")
+
+    @property
+    def shrinks(self) -> np.ndarray:
+        """The candidate factors, float32, 1 first."""
+        steps = max(1, round(self.maxshrink * self.grid))
+        return (1 - np.arange(steps) / self.grid).astype(np.float32)
+
+    def fit(self, x: Array, fmt: Format, weight: Array | None = None) -> Aux:
+        """Return aux for the best factor of each block."""
+        low, high = fmt.range_of(x)
+        shared = fmt.shared_aux(low, high)
+        x = finite_part(x.astype(jnp.float32))
+        low, high = self._search(x, weight, low, high, fmt, shared, lambda errors: fmt.reduce(errors, jnp.sum))
+        return fmt.from_range(low, high, shared)
+
+    def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
+        """Return the shrunk range, judged on the middles of the bins."""
+        middles = jnp.asarray((_EDGES[:-1] * 0.5 + _EDGES[1:] * 0.5).astype(np.float32))
+        high = _ranked(state["above"], jnp.sum(state["above"], -1) - 1)
+        if fmt.symmetric:
+            points, counts, low = middles, state["above"], -high
+        else:
+            points = jnp.concatenate([-middles, middles])
+            counts = jnp.concatenate([state["below"], state["above"]], axis=-1)
+            low = -_ranked(state["below"], jnp.sum(state["below"], -1) - 1)
+        # One row of points per block, which `per` tensor, channel and token all read as one block a row.
+        rows = counts[..., 0, :]
+        points = jnp.where(rows > 0, jnp.broadcast_to(points, rows.shape), 0.0)
+        return self._search(points, rows, low, high, fmt, {}, lambda errors: jnp.sum(errors, axis=-1, keepdims=True))
+
+    def _search(
+        self,
+        x: Array,  # [*stack, N, K]
+        weight: Array | None,
+        low: Array,  # blocked
+        high: Array,  # blocked
+        fmt: Format,
+        shared: Aux,
+        total: Callable[[Array], Array],  # sums errors of elements over blocks
+    ) -> tuple[Array, Array]:
+        """Return the best (low, high) per block."""
+        # Errors relative to the range: powers of very large or small ones would overflow or vanish.
+        size = jnp.maximum(high, -low)
+        unit = fmt.spread(jnp.where(size > 0, 1.0 / size, 0.0), x.shape[-1])
+
+        def error(shrink: Array) -> Array:
+            aux = fmt.from_range(low * shrink, high * shrink, shared)
+            off = jnp.abs(x - fmt.decode(fmt.encode(x, aux), aux)) * unit
+            off = jnp.square(off) if self.norm == 2 else jnp.exp(self.norm * jnp.log(off))
+            return total(off if weight is None else off * weight)
+
+        def step(best: tuple[Array, Array], shrink: Array) -> tuple[tuple[Array, Array], None]:
+            least, factor = best
+            here = error(shrink)
+            better = here < least
+            return (jnp.where(better, here, least), jnp.where(better, shrink, factor)), None
+
+        first = (error(jnp.float32(1.0)), jnp.ones(size.shape, jnp.float32))
+        (_, factor), _ = lax.scan(step, first, jnp.asarray(self.shrinks[1:]))
+        return low * factor, high * factor

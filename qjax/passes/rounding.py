@@ -1,0 +1,66 @@
+"""Rounding: from one float matrix to codes and scales.
+
+A rounding is a pure function on one canonical matrix [N, K] (or a stack of them), with no knowledge of the program
+around it. Those that look at activations say so by ``needs_batches``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax import Array
+
+from qjax.calibration import Observer
+from qjax.errors import FormatError
+from qjax.formats import Aux, Format
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """What every rounding offers."""
+
+    needs_batches: ClassVar[bool]
+
+    def round(
+        self, w: Array, fmt: Format, *, observer: Observer | None = None, weight: Array | None = None
+    ) -> tuple[Array, Aux]:
+        """Return (codes, aux) for w: see `RTN.round`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RTN:
+    """Round to nearest.
+
+    Args:
+        observer: how the range of each block is chosen; None takes all of it.
+    """
+
+    observer: Observer | None = None
+
+    needs_batches: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.observer is not None and not isinstance(self.observer, Observer):
+            raise FormatError(f"RTN: observer={self.observer!r}; an observer such as qjax.MSE()")
+
+    def round(
+        self, w: Array, fmt: Format, *, observer: Observer | None = None, weight: Array | None = None
+    ) -> tuple[Array, Aux]:
+        """Round a matrix.
+
+        Args:
+            w: float32 [N, K], K contracted; stack axes may stand in front.
+            fmt: the format.
+            observer: goes before the rounding's own.
+            weight: importance per element, broadcastable to w.
+
+        Returns:
+            Codes [N, K] of ``fmt.code_dtype`` and aux, as `qjax.formats.assemble` takes them.
+        """
+        w = w.astype(jnp.float32)
+        observer = observer or self.observer
+        aux = fmt.fit(w, weight) if observer is None else observer.fit(w, fmt, weight)
+        return fmt.encode(w, aux), aux
