@@ -159,9 +159,7 @@ def _meets(user: Node, relu: Activation) -> bool:
     return False
 
 
-def _formula(
-    end: Node, anchor: Node, curves: tuple[str, ...], known: dict[tuple, str | None]
-) -> Activation | None:
+def _formula(end: Node, anchor: Node, curves: tuple[str, ...], known: dict[tuple, str | None]) -> Activation | None:
     """Return the activation that ``end`` computes from a single value, if any."""
     shape = end.output.shape
     inside: list[Node] = []
@@ -192,9 +190,7 @@ def _formula(
     return None
 
 
-def _recognise(
-    x: Value, inside: list[Node], curves: tuple[str, ...], known: dict[tuple, str | None]
-) -> str | None:
+def _recognise(x: Value, inside: list[Node], curves: tuple[str, ...], known: dict[tuple, str | None]) -> str | None:
     """Name the function that the nodes compute from ``x``; equal formulas are evaluated once."""
     nodes = sorted(inside, key=lambda n: n.index)
     number: dict[Value, int] = {x: -1}

@@ -105,15 +105,18 @@ def apply(name: str, params: dict[str, Any], operands: Sequence[Any], keep_float
         return ELEMENTWISE[name](operands[0], params["y"])
     if name == "convert_element_type":
         target = np.dtype(params["new_dtype"])
-        x = np.asarray(operands[0])
-        if keep_floats and x.dtype.kind == "f" and target.kind not in "biu":
-            return x
-        return x.astype(np.float64 if keep_floats and target.kind not in "biu" else target)
+        return _cast(np.asarray(operands[0]), np.dtype(float) if keep_floats and target.kind not in "biu" else target)
     with np.errstate(all="ignore"):
         return ELEMENTWISE[name](*operands)
 
 
-_UNKNOWN = object()
+def _cast(x: np.ndarray, target: np.dtype) -> np.ndarray:
+    if target.kind in "iu" and x.dtype.kind not in "biu":  # XLA saturates and turns NaN into zero, NumPy wraps
+        limits = np.iinfo(target)
+        x = np.nan_to_num(x.astype(np.float64), nan=0.0)
+        whole = np.trunc(np.clip(x, float(limits.min), float(limits.max)))
+        return np.where(x >= float(limits.max), limits.max, whole.astype(np.int64)).astype(target)
+    return x.astype(target)
 
 
 def uniform(value: Value) -> float | None:
@@ -170,7 +173,7 @@ def at(value: Value, index: Sequence[np.ndarray]) -> np.ndarray:
     if name not in STRUCTURAL:
         operands = [at(v, _shared(v, index)) for v in node.inputs]
         if name == "convert_element_type":
-            return operands[0].astype(params["new_dtype"])
+            return _cast(operands[0], np.dtype(params["new_dtype"]))
         return np.asarray(apply(name, params, operands))
     source = node.inputs[0]
     return at(source, _source_index(name, params, source.shape, value.shape, index))

@@ -38,14 +38,18 @@ _CALLS = {
 }
 
 # A custom_vjp_call is an author's unit; it is looked through only if its body is a small formula made of these.
-_FORMULA = frozenset(constants.ELEMENTWISE) | constants.STRUCTURAL | {
-    "reduce_sum",
-    "reduce_max",
-    "stop_gradient",
-    "copy",
-    "copy_p",
-    "iota",
-}
+_FORMULA = (
+    frozenset(constants.ELEMENTWISE)
+    | constants.STRUCTURAL
+    | {
+        "reduce_sum",
+        "reduce_max",
+        "stop_gradient",
+        "copy",
+        "copy_p",
+        "iota",
+    }
+)
 _FORMULA_EQUATIONS = 64
 
 # cuDNN attention is one primitive inside a custom_vjp_call.
@@ -196,9 +200,7 @@ def _level(jaxpr: Jaxpr, consts: list[Any], scope: Path) -> Level:
     named: dict[str, list[Node]] = {}
     variables = _compat.constvars_and_invars(jaxpr)
     known = len(consts) if len(consts) == len(jaxpr.constvars) else 0
-    inputs = tuple(
-        _constant(v, consts[i], scope) if i < known else Value(v, scope) for i, v in enumerate(variables)
-    )
+    inputs = tuple(_constant(v, consts[i], scope) if i < known else Value(v, scope) for i, v in enumerate(variables))
     outputs = _walk(jaxpr, inputs, scope, nodes, named)
     units = tuple(
         _level(_compat.open_jaxpr(body), _compat.consts_of(body), (*node.path, ("call_jaxpr", 0)))

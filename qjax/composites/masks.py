@@ -86,9 +86,7 @@ def _all(
     return np.logical_and.reduce([_kept(c, query, key, t, s) for c in conditions])
 
 
-def _kept(
-    condition: Condition, query: Sequence[Axis], key: Sequence[Axis], t: np.ndarray, s: np.ndarray
-) -> np.ndarray:
+def _kept(condition: Condition, query: Sequence[Axis], key: Sequence[Axis], t: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Whether the scores of queries ``t`` and keys ``s`` stay; other axes (batch, heads) are looked at in turns."""
     coordinates: dict[Axis, np.ndarray] = {}
     for axes, positions in ((query, t), (key, s)):

@@ -270,7 +270,7 @@ class _Finder:
             if user.output.shape != stat.x.shape or len(user.inputs) != 2:
                 break
             other = user.inputs[1] if user.inputs[0] is end else user.inputs[0]
-            parameter = self.parameter(other, stat)
+            parameter = self.parameter(other, stat, user.name == "add", scale)
             if parameter is None:
                 break
             if user.name == "mul" and scale is None and bias is None:
@@ -295,11 +295,18 @@ class _Finder:
             bias=bias,
         )
 
-    def parameter(self, value: Value, stat: _Stat) -> Value | None:
+    def parameter(self, value: Value, stat: _Stat, add: bool = False, after: Value | None = None) -> Value | None:
         """Return the scale or bias behind ``value``: something that varies along the normalised axes only.
 
-        With every other dimension of size one (one token), a gate or a residual looks the same; then it counts only
-        if it has no more dimensions than are normalised, or is an input that nothing else reads.
+        With every other dimension of size one (one token), a gate or a residual looks the same. Then it counts only if
+        it has no more dimensions than are normalised, or is an input that nothing else reads; a bias in that doubt
+        also has to follow a scale of its own shape, in a LayerNorm.
+
+        Args:
+            value: the other operand of a product or sum.
+            stat: the statistic that the normalisation divides by.
+            add: whether it is added.
+            after: the scale found before.
         """
         shape = stat.x.shape
         if value.fixed and uniform(value) is not None or value.ndim != len(shape):
@@ -315,7 +322,11 @@ class _Finder:
         rest = math.prod(n for d, n in enumerate(shape) if d not in stat.axes)
         if rest > 1 or source.ndim == len(stat.axes) < len(shape):
             return source
-        return source if source.node is None and len(source.users) == 1 else None
+        if source.node is not None or len(source.users) != 1:
+            return None
+        if add and not (stat.centered and after is not None and after.shape == source.shape):
+            return None
+        return source
 
 
 def _uncast(value: Value) -> Value:
