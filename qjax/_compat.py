@@ -79,6 +79,8 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     varying = frozenset(a for aval in avals for a in aval.mat.varying)
     if varying:
         kwargs["manual_axis_type"] = jax.sharding.ManualAxisType(varying=varying)
+        mesh = next(a.sharding.mesh for a in avals if a.mat.varying)
+        kwargs["sharding"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     if len(avals) == 1 and avals[0].shape == x.shape:
         sharding = getattr(avals[0], "sharding", None)
         if sharding is not None and _has_explicit_axes(sharding):
@@ -120,3 +122,20 @@ def partitioned_devices(ctx: Any) -> int:
             count *= 1 if name in manual else size
         return count
     return getattr(context, "num_devices", 1)
+
+
+def vary_together(arrays: Sequence[Any]) -> list[Any]:
+    """Inside shard_map, let arrays vary over the same manual axes, as jax's own operations do with their operands.
+
+    The transposed operation then sums the cotangent of an operand that was the same on all shards.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual:
+        return list(arrays)
+    varying = [varying_axes(a, manual) for a in arrays]
+    union = tuple(a for a in manual if any(a in own for own in varying))
+    out = []
+    for array, own in zip(arrays, varying, strict=True):
+        missing = tuple(a for a in union if a not in own)
+        out.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
+    return out

@@ -9,9 +9,11 @@ noted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -56,7 +58,7 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     rows = [x.shape[d] for d in xfree]
     batch_shape = [x.shape[d] for d in batch]
     xt = lax.transpose(x, (*batch, *xfree, *contract))
-    xt = xt.reshape(*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract))
+    xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
     result = ops.q_dot(
         xt,
         canonical,
@@ -67,7 +69,8 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
         site=where,
     )
     # [*batch, M, N] -> [*batch, *rows, *free axes of the weight in stored order] -> the equation's order
-    result = result.reshape(*batch_shape, *rows, *(weight.shape[d] for d in order.free))
+    shape = weight.shape
+    result = _reshape(result, (*batch_shape, *rows, *(shape[d] for d in order.free)))
     nb = len(batch)
     batch_at = {d: i for i, d in enumerate(order.batch)}
     free_at = {d: nb + len(rows) + i for i, d in enumerate(order.free)}
@@ -89,7 +92,7 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
         return ops.q_conv(
             x,
             weight,
-            act=_act(act, x, conv=p["dimension_numbers"].lhs_spec),
+            act=_act(act, x),
             window_strides=p["window_strides"],
             padding=p["padding"],
             lhs_dilation=p["lhs_dilation"],
@@ -133,10 +136,18 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
     )
 
 
-def _act(act: Act | None, x: Any, conv: Any = None) -> Any:
-    if act is None:
-        return None
-    return act.fmt, ops.activation_aux(x, act.fmt) if conv is None else ops.conv_activation_aux(x, act.fmt, conv)
+def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
+    return x if x.shape == shape else lax.reshape(x, shape)
+
+
+def _act(act: Act | None, x: Any) -> Any:
+    return None if act is None else (act.fmt, scales_of(x, act.fmt))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def scales_of(x: Any, fmt: Any) -> Any:
+    """`ops.activation_aux`, traced once per shape: a model has hundreds of products of a few shapes."""
+    return ops.activation_aux(x, fmt)
 
 
 def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str, side: int = 0) -> Any:
@@ -166,7 +177,7 @@ def rounded(x: Any, act: Act, axes: tuple[int, ...]) -> Any:
     there = (*kept, *axes)
     moved = lax.transpose(x, there)
     flat = moved.astype(jnp.float32).reshape(math.prod(x.shape[d] for d in kept), -1)
-    aux = ops.activation_aux(flat, act.fmt)
+    aux = scales_of(flat, act.fmt)
     near = act.fmt.decode(act.fmt.encode(flat, aux), aux).reshape(moved.shape).astype(x.dtype)
     near = lax.transpose(near, tuple(there.index(d) for d in range(x.ndim)))
     return x + lax.stop_gradient(near - x)

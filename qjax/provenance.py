@@ -26,7 +26,7 @@ Atom = tuple[int, int, int]
 Dim = tuple[Atom, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Index:
     """One leaf axis sliced away at a single position.
 
@@ -43,7 +43,7 @@ class Index:
     event: int = -1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Ref:
     """A value that is an exact view of one parameter leaf.
 
@@ -75,7 +75,7 @@ class Ref:
         return tuple(axes)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Known:
     """An integer (or boolean) value that analysis knows.
 

@@ -39,7 +39,7 @@ OPAQUE = {
 """Primitives whose insides qjax does not look into."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Near:
     """The common ground of the weights just upstream of a value: path segments, and loop indices if all share them."""
 
@@ -47,7 +47,7 @@ class Near:
     index: tuple[Index, ...] | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Val:
     """What analysis knows of one value.
 
