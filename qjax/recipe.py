@@ -216,18 +216,19 @@ def _formats_of(rule: Rule) -> Iterable[tuple[str, Any]]:
 
 
 def _check_format(fmt: Any, setting: str, refuse: Any) -> None:
-    if isinstance(fmt, type) or not all(callable(getattr(fmt, m, None)) for m in ("fit", "encode", "decode")):
+    from qjax.formats import Format  # imported by whoever made the format; not by importing qjax
+
+    if not isinstance(fmt, Format):
         raise refuse(f"{setting} is a number format such as Int(8), Float8('e4m3fn') or NF4(), not {fmt!r}")
-    per = getattr(fmt, "per", None)
-    if setting == "weights" and per == "token":
+    if setting == "weights" and fmt.per == "token":
         raise refuse(
             f"{fmt!r} has one scale per token, and weights have no tokens; use per='channel', 'tensor' or group"
         )
-    if setting == "inputs" and per == "channel":
+    if setting == "inputs" and fmt.per == "channel":
         raise refuse(
             f"{fmt!r} has one scale per output channel of a weight, and inputs have tokens; use per='token' or 'tensor'"
         )
-    if setting != "weights" and getattr(fmt, "weights_only", False):
+    if setting != "weights" and fmt.weights_only:
         raise refuse(f"{fmt!r} is for weights only; use Int, Float8 or MXFP8 for {setting}")
 
 

@@ -19,8 +19,9 @@ The shape, in TOML::
 
 A format is a table with the key ``format`` and its settings; ``{ dynamic = <format> }`` and ``{ static = <format>,
 observer = <observer> }`` say where a scale comes from; roundings, observers and passes are tables with the class name
-under ``rounding``, ``observer`` or ``pass``, and their settings. Settings at their default are left out, and a key
-that nothing reads is refused, so that a misspelled setting cannot be ignored.
+under ``rounding``, ``observer`` or ``pass`` (``module:Class`` for those of other packages), and their settings.
+Settings at their default are left out, and a key that nothing reads is refused, so that a misspelled setting cannot
+be ignored.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ import dataclasses
 import functools
 import importlib
 import json
+import sys
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from qjax import plugins
 from qjax.errors import QjaxError, RecipeError, near
 from qjax.recipe import Dynamic, Recipe, Rule, Static
 
@@ -215,8 +218,10 @@ def _format_from_dict(data: Any, where: str) -> Any:
 
 
 def _object_to_dict(value: Any, kind: str) -> dict[str, Any]:
-    """A rounding, observer or pass: its class name under ``kind``, and the settings that differ from the default."""
-    data: dict[str, Any] = {kind: type(value).__name__}
+    """A rounding, observer or pass: its class under ``kind``, and the settings that differ from the default."""
+    cls = type(value)
+    ours = getattr(importlib.import_module(_HOMES[kind]), cls.__name__, None) is cls
+    data: dict[str, Any] = {kind: cls.__name__ if ours else f"{cls.__module__}:{cls.__qualname__}"}
     for item in dataclasses.fields(value):
         setting = getattr(value, item.name)
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
@@ -227,20 +232,35 @@ def _object_to_dict(value: Any, kind: str) -> dict[str, Any]:
 
 def _object_from_dict(data: Any, kind: str, where: str) -> Any:
     data = dict(_table(data, where))
-    name = data.pop(kind, None)
-    home = importlib.import_module(_HOMES[kind])
-    known = [n for n in home.__all__ if dataclasses.is_dataclass(getattr(home, n))]
-    if name not in known:
-        raise RecipeError(f"{where}: no {kind} is named {name!r}{near(str(name), known) or ' in ' + _HOMES[kind]}")
-    cls = getattr(home, name)
-    settings = [item.name for item in dataclasses.fields(cls) if item.init]
-    _known_keys(data, settings, f"{where} ({name})")
+    cls = _class_named(data.pop(kind, None), kind, where)
+    known = [item.name for item in dataclasses.fields(cls) if item.init]
+    _known_keys(data, known, f"{where} ({cls.__name__})")
     for key in _HOMES.keys() & data.keys():
         data[key] = _object_from_dict(data[key], key, f"{where}: {key}")
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-    except TypeError as error:
-        raise RecipeError(f"{where} ({name}): {error}") from error
+    except (TypeError, QjaxError) as error:
+        raise RecipeError(f"{where} ({cls.__name__}): {error}") from error
+
+
+def _class_named(name: Any, kind: str, where: str) -> Any:
+    """The class that ``name`` stands for: one of ours by its name, another package's as ``module:Class``.
+
+    A module that nobody has imported is not imported here: a recipe may come with a stranger's checkpoint, and data
+    must not decide what code runs.
+    """
+    home = importlib.import_module(_HOMES[kind])
+    known = [n for n in home.__all__ if dataclasses.is_dataclass(getattr(home, n))]
+    if name in known:
+        return getattr(home, name)
+    module_name, colon, class_name = str(name).partition(":")
+    if not colon:
+        raise RecipeError(f"{where}: no {kind} is named {name!r}{near(str(name), known)}; there are {', '.join(known)}")
+    plugins.load()
+    cls = getattr(sys.modules.get(module_name), class_name, None)
+    if not dataclasses.is_dataclass(cls):
+        raise RecipeError(f"{where}: {name!r} is not loaded; import {module_name} first, or install it as a plugin")
+    return cls
 
 
 def _table(data: Any, where: str) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import time
 
 import hypothesis.strategies as st
@@ -165,9 +166,8 @@ def test_the_first_matching_rule_decides():
     )
     decisions = recipe.decide(LLAMA)
     assert list(decisions) == [site.name for site in LLAMA]
-    up, query, head, scores = (
-        decisions[n] for n in ("layers/1/mlp/up/kernel", "layers/1/attn/q_proj/kernel", "lm_head/kernel", LLAMA[-2].name)
-    )
+    up, query = decisions["layers/1/mlp/up/kernel"], decisions["layers/1/attn/q_proj/kernel"]
+    head, scores = decisions["lm_head/kernel"], decisions["layers/1/attn/scores"]
     assert (up.rule, up.weights, up.inputs, up.rounding, up.quantizes) == (1, INT4, None, qjax.RTN(), True)
     assert (query.weights, query.weight_observer, query.inputs) == (INT8, qjax.AbsMax(), Dynamic(TOKEN))
     assert head.skip and not head.quantizes and head.reason == "skipped by rule 0 ('lm_head/**')"
@@ -200,7 +200,7 @@ def test_linear_means_products_with_a_parameter():
         ([Rule("layers/*/attn/q_prj/kernel", weights=INT8)], "did you mean 'q_proj'"),
         ([Rule("re:layer/1/.*", weights=INT8)], "'layer'; did you mean 'layers'"),
         ([Rule("zzz*", weights=INT8)], "sites are named like 'layers/0"),
-        ([Rule("embed/**", weights=INT8)], "names of 1 sites, such as 'embed/embedding', but their op is embedding; set"),
+        ([Rule("embed/**", weights=INT8)], "names of 1 sites, such as 'embed/embedding', but their op is embedding"),
         ([Rule("**", op="softmax", outputs=TOKEN)], "no site of that op .it has attention, dot, embedding"),
         (
             [Rule("**", weights=INT8), Rule("**/mlp/**", weights=INT4)],
@@ -273,6 +273,28 @@ def test_the_hash_is_of_what_is_said():
     renamed = qjax.Recipe(WHOLE.rules, name="other")
     assert WHOLE.hash == renamed.hash == qjax.Recipe.from_toml(WHOLE.to_toml()).hash
     assert WHOLE.hash != qjax.Recipe(WHOLE.rules[1:]).hash
+
+
+@dataclasses.dataclass(frozen=True)
+class Stochastic:
+    """A rounding of another package."""
+
+    seed: int = 0
+
+
+def test_roundings_of_other_packages_are_found_where_they_are_loaded():
+    recipe = qjax.Recipe([Rule("**", weights=INT8, rounding=Stochastic(3))])
+    text = recipe.to_toml()
+    assert f'rounding = "{__name__}:Stochastic", seed = 3' in text and qjax.Recipe.from_toml(text) == recipe
+    with pytest.raises(RecipeError, match="import antigravity first"):
+        qjax.Recipe.from_toml(text.replace(__name__, "antigravity"))
+    assert "antigravity" not in sys.modules
+
+
+def test_settings_of_roundings_and_observers_survive():
+    rounding = qjax.RTN(observer=qjax.Percentile(99.5))
+    recipe = qjax.Recipe([Rule("**", weights=INT8, rounding=rounding)])
+    assert qjax.Recipe.from_toml(recipe.to_toml()) == recipe and "99.5" in recipe.to_toml()
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,14 @@ class Format:
         affine: whether ``decode`` is ``(code - zero) * scale`` with the code read as a number (``zero`` absent: 0), so
             that a product can be formed on codes and scaled afterwards.
         symmetric: whether only the magnitude of a range counts, so that an observer may look at magnitudes alone.
+        weights_only: whether a recipe refuses the format for activations: encoding them as they pass would cost more
+            than the product gains.
         row_aux: names in aux whose last axis does not run along K (a codebook per row, say).
     """
 
     key: ClassVar[str] = ""
     affine: ClassVar[bool] = False
+    weights_only: ClassVar[bool] = False
     symmetric: bool = True
     row_aux: ClassVar[tuple[str, ...]] = ()
 

@@ -68,6 +68,7 @@ class NF4(Format):
 
     code_bits = 4
     per = "group"
+    weights_only = True
 
     def __post_init__(self) -> None:
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:

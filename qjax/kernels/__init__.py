@@ -4,6 +4,10 @@ Every lowering, ours or a stranger's, stands in one table (`qjax.kernels.registr
 the first that can run on the platform, the formats and the shapes at hand.
 """
 
+from qjax._guard import only_inside_qjax
+
+only_inside_qjax(__name__)
+
 from qjax.kernels import conv, dot, ragged_dot  # noqa: F401 (they fill the table)
 from qjax.kernels.registry import (
     Act,

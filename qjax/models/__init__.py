@@ -1,5 +1,9 @@
 """Models to quantize: Llama-family decoders and vision transformers, read from Hugging Face folders without torch."""
 
+from qjax._guard import only_inside_qjax
+
+only_inside_qjax(__name__)
+
 from qjax.models.config import LlamaConfig
 from qjax.models.functional import stack_layers, unstack_layers
 from qjax.models.hf import abstract, load, read_config, save_weights
