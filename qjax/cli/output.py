@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -30,8 +31,14 @@ def print_rich(thing: Any) -> None:
     """Print a rich renderable on stdout: coloured on a terminal, plain text of 100 columns in a file or pipe."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else max(60, int(shutil.get_terminal_size((100, 24)).columns))
-    Console(width=width, highlight=False, emoji=False, markup=False).print(thing)
+    options: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False}
+    if sys.stdout.isatty():
+        Console(**options).print(thing)
+        return
+    console = Console(file=io.StringIO(), width=max(60, shutil.get_terminal_size((100, 24)).columns), **options)
+    with console.capture() as capture:
+        console.print(thing)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def say(text: str) -> None:

@@ -94,8 +94,9 @@ def _with_detail(name: str, value: float, scores: Mapping[str, float]) -> str:
     text = score_value(name, value)
     prefix = "float_" if name.startswith("float_") else ""
     error, count = scores.get("kl_stderr", math.nan), scores.get(f"{prefix}correct")
-    if name == "kl" and not math.isnan(error):
-        return f"{text} ± {error:.1g}"
+    if name == "kl" and error > 0 and math.isfinite(value):
+        digits = -math.floor(math.log10(error))  # as many as the error leaves sure
+        return f"{value:.{digits}f} ± {error:.{digits}f}" if 0 <= digits <= 7 else f"{value:.4g} ± {error:.1g}"
     if name == f"{prefix}top1" and count is not None:
         return f"{text} ({int(count):,})"
     return text

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qjax.report import Report, SiteRow
 from qjax.report.groups import group_rows, ranges
-from qjax.report.scores import score_value
+from qjax.report.scores import score_lines, score_value
 from qjax.report.text import size
 
 
@@ -152,6 +152,29 @@ def test_size(n, text):
 )
 def test_score_value(name, value, text):
     assert score_value(name, value) == text
+
+
+@pytest.mark.parametrize(
+    "kl, stderr, text",
+    [
+        (0.0004878, 4.2e-6, "0.000488 ± 0.000004"),
+        (0.1567, 0.00121, "0.157 ± 0.001"),
+        (1.3e-9, 2e-11, "1.3e-09 ± 2e-11"),
+    ],
+)
+def test_divergence_shows_the_digits_that_are_sure(kl, stderr, text):
+    (line,) = score_lines({"kl": kl, "kl_stderr": stderr})
+    assert line.after == text
+
+
+def test_scores_in_lines():
+    lines = score_lines(
+        {"top1": 0.8, "correct": 4.0, "float_top1": 1.0, "float_correct": 5.0, "images": 5.0, "recovery": 80.0}
+    )
+    assert [(x.name, x.before, x.after, x.kept) for x in lines] == [
+        ("top1", "100.00 % (5)", "80.00 % (4)", "80.00 %"),
+        ("images", "", "5", ""),
+    ]
 
 
 # -- page --------------------------------------------------------------------------------------------------------------
