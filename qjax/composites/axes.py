@@ -91,21 +91,20 @@ def regroup(labels: Sequence[Label], shape: Sequence[int]) -> Labels | None:
         if size == 1:
             out.append((pending.popleft(),) if pending and pending[0].size == 1 else (Axis(1),))
             continue
+        # Sizes may be symbolic (exported at any batch size): only equality and divisibility are asked for.
         label: list[Axis] = []
-        have = 1
-        while have < size:
-            if not pending or size % have:
+        need = size
+        while need != 1:
+            if not pending:
                 return None
-            axis, need = pending.popleft(), size // have
-            if axis.size > need:
-                if axis.size % need:
+            axis = pending.popleft()
+            if axis.size != need and need % axis.size != 0:
+                if axis.size % need != 0:
                     return None
                 axis, rest = axis.split(need)
                 pending.appendleft(rest)
             label.append(axis)
-            have *= axis.size
-        if have != size:
-            return None
+            need = need // axis.size
         out.append(tuple(label))
     return None if proper(pending) else out
 

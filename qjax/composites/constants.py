@@ -131,6 +131,8 @@ def uniform(value: Value) -> float | None:
 
 
 def _uniform(value: Value) -> float | None:
+    if value.source is not None:
+        return uniform(value.source)
     if value.node is None:
         array = np.asarray(value.const)
         if array.size != 1 or array.dtype.kind == "c":
@@ -164,6 +166,8 @@ def at(value: Value, index: Sequence[np.ndarray]) -> np.ndarray:
         Their elements, of a shape that broadcasts to the coordinates' common shape.
     """
     node = value.node
+    if value.source is not None:
+        return at(value.source, index)
     if node is None:
         array = np.asarray(value.const)
         return array[tuple(index)] if array.ndim else array

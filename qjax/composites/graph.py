@@ -65,10 +65,11 @@ class Value:
         node: the node that computes it; ``None`` for inputs of the level, literals and constants.
         users: nodes that read it, in program order; a node that reads it twice is listed twice.
         const: the concrete literal or constant, if known.
+        source: for an input that is known to be a value of the level outside, that value.
         fixed: whether it can be computed without any input of the level.
     """
 
-    __slots__ = ("_uniform", "atom", "const", "fixed", "node", "scope", "shape", "users")
+    __slots__ = ("_uniform", "atom", "const", "fixed", "node", "scope", "shape", "source", "users")
 
     def __init__(self, atom: Any, scope: Path, node: Node | None = None, const: Any = None, fixed: bool = False):
         self.atom = atom
@@ -76,6 +77,7 @@ class Value:
         self.node = node
         self.const = const
         self.fixed = fixed
+        self.source: Value | None = None
         self.users: list[Node] = []
         self.shape: tuple[int, ...] = getattr(atom.aval, "shape", ())
 
@@ -185,25 +187,29 @@ class Level:
         )
 
 
-def inlined(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> Level:
+def inlined(jaxpr: Jaxpr, consts: Sequence[Any] = (), scope: Path = (), outside: Sequence[Value | None] = ()) -> Level:
     """Return the flat view of one control-flow level; linear in the number of equations reached.
 
     Args:
         jaxpr: an open jaxpr, or a closed one (then its own constants are used).
         consts: values of ``jaxpr.constvars``, where known. They let masks and other constants be evaluated.
+        scope: put in front of every path.
+        outside: for each of ``jaxpr.invars`` the value of the enclosing level that it is, None where it differs from
+            step to step. Only values that are fixed there matter.
     """
-    return _level(_compat.open_jaxpr(jaxpr), list(consts) or _compat.consts_of(jaxpr), ())
-
-
-def _level(jaxpr: Jaxpr, consts: list[Any], scope: Path) -> Level:
+    consts = list(consts) or _compat.consts_of(jaxpr)
+    jaxpr = _compat.open_jaxpr(jaxpr)
     nodes: list[Node] = []
     named: dict[str, list[Node]] = {}
     variables = _compat.constvars_and_invars(jaxpr)
     known = len(consts) if len(consts) == len(jaxpr.constvars) else 0
     inputs = tuple(_constant(v, consts[i], scope) if i < known else Value(v, scope) for i, v in enumerate(variables))
+    for value, source in zip(inputs[len(variables) - len(outside) :], outside, strict=True):
+        if source is not None and source.fixed:
+            value.fixed, value.const, value.source = True, source.const, source
     outputs = _walk(jaxpr, inputs, scope, nodes, named)
     units = tuple(
-        _level(_compat.open_jaxpr(body), _compat.consts_of(body), (*node.path, ("call_jaxpr", 0)))
+        inlined(body, scope=(*node.path, ("call_jaxpr", 0)))
         for node in named.get("custom_vjp_call", ())
         if (body := node.params.get("call_jaxpr")) is not None
     )

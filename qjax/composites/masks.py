@@ -7,6 +7,7 @@ columns, and at random places; small ones are looked at everywhere.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from qjax.composites.softmax import MASKED
 
 _EVERYWHERE = 1 << 14
 _RANDOM = 2048
+_STAND_IN = 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Causal:
     window: int | None
 
 
+def concrete(axes: Sequence[Axis]) -> list[int]:
+    """Return sizes of axes, with a stand-in for symbolic ones: masks know positions, not lengths."""
+    return [a.size if isinstance(a.size, int) else _STAND_IN for a in axes]
+
+
 def causal(conditions: Sequence[Condition], query: Sequence[Axis], key: Sequence[Axis]) -> Causal | None:
     """Return what kind of causal mask the conditions make together, or None if they make none or depend on data.
 
@@ -37,7 +44,7 @@ def causal(conditions: Sequence[Condition], query: Sequence[Axis], key: Sequence
         query: the axes that make up the query positions, outermost first.
         key: the axes that make up the key positions.
     """
-    rows, columns = ax.size(query), ax.size(key)
+    rows, columns = math.prod(concrete(query)), math.prod(concrete(key))
     if not conditions or not all(c.value.fixed for c in conditions) or rows < 2 or columns < 2:
         return None
     first = _all(conditions, query, key, np.zeros(columns, int), np.arange(columns))
@@ -91,15 +98,15 @@ def _kept(condition: Condition, query: Sequence[Axis], key: Sequence[Axis], t: n
     coordinates: dict[Axis, np.ndarray] = {}
     for axes, positions in ((query, t), (key, s)):
         rest = positions
-        for axis in reversed(axes):
-            rest, coordinates[axis] = np.divmod(rest, axis.size)
+        for axis, size in zip(reversed(axes), reversed(concrete(axes)), strict=True):
+            rest, coordinates[axis] = np.divmod(rest, size)
     index = []
     for label in condition.labels:
         i = np.zeros(len(t), int)
         for axis in ax.leaves([label]):
             if axis not in coordinates:
-                coordinates[axis] = np.arange(len(t)) * 7919 % axis.size
-            i = i * axis.size + coordinates[axis]
+                coordinates[axis] = np.arange(len(t)) * 7919 % concrete([axis])[0]
+            i = i * concrete([axis])[0] + coordinates[axis]
         index.append(i)
     found = np.broadcast_to(np.asarray(at(condition.value, index)), t.shape)
     if condition.factor is not None:

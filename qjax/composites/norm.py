@@ -320,7 +320,7 @@ class _Finder:
         if not varying or not set(varying) <= along:
             return None
         rest = math.prod(n for d, n in enumerate(shape) if d not in stat.axes)
-        if rest > 1 or source.ndim == len(stat.axes) < len(shape):
+        if rest != 1 or source.ndim == len(stat.axes) < len(shape):
             return source
         if source.node is not None or len(source.users) != 1:
             return None

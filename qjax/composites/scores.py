@@ -183,14 +183,8 @@ def _sum(node: Node, labels: Labels, state: _State, soft: list[Axis], budget: in
     for scores, other, factor in choices:
         if scores.shape != node.output.shape or scores.fixed:
             continue
-        below = ax.shared(other, node.output.shape, labels)
-        conditions = _additive(other, below, factor * state.factor)
-        if conditions:
-            after = dataclasses.replace(state, conditions=(*state.conditions, *conditions))
-        else:
-            source, above = ax.strip(other, below)
-            bias = Term(source, tuple(above), factor * state.factor)
-            after = dataclasses.replace(state, biases=(*state.biases, bias))
+        biases, conditions = _summands(other, ax.shared(other, node.output.shape, labels), factor * state.factor)
+        after = dataclasses.replace(state, biases=(*state.biases, *biases), conditions=(*state.conditions, *conditions))
         yield from _back(scores, labels, after, soft, budget)
 
 
@@ -223,31 +217,52 @@ def _conditions(value: Value, labels: Labels, keep: bool, fill: float) -> list[C
         if node is None or len(out) + len(stack) > 16:
             out.append(whole)
             continue
-        operands = [(v, ax.shared(v, source.shape, below)) for v in node.inputs]
+        parts: list[tuple[Value, bool]] = []
         if node.name == ("and" if keep else "or") and source.dtype == bool:
-            stack += [(v, under, keep) for v, under in reversed(operands)]
+            parts = [(v, keep) for v in node.inputs]
         elif node.name == "not" and source.dtype == bool:
-            stack.append((*operands[0], not keep))
+            parts = [(node.inputs[0], not keep)]
         elif node.name in ("ne", "eq") and uniform(node.inputs[1]) == 0.0:
-            stack.append((*operands[0], keep == (node.name == "ne")))
+            parts = [(node.inputs[0], keep == (node.name == "ne"))]
         elif node.name == "select_n" and source.dtype == bool and keep and uniform(node.inputs[1]) == 0.0:
-            stack += [(*operands[2], keep), (*operands[0], keep)]  # where(a, b, False)
-        else:
+            parts = [(v, keep) for v in node.inputs[::2]]  # where(a, b, False)
+        if not parts:
             out.append(whole)
+        stack += [(v, ax.shared(v, source.shape, below), kept) for v, kept in reversed(parts)]
     return out
 
 
-def _additive(value: Value, labels: Labels, factor: float) -> list[Condition]:
+def _summands(value: Value, labels: Labels, factor: float) -> tuple[list[Term], list[Condition]]:
+    """Split what is added to scores into biases and masks: ``mask_bias + position_bias`` is one of each."""
+    biases: list[Term] = []
+    conditions: list[Condition] = []
+    stack = [(value, labels, factor)]
+    while stack:
+        value, labels, factor = stack.pop()
+        source, below = ax.strip(value, labels)
+        node = source.node
+        found = _additive(source, below, factor)
+        if found is not None:
+            conditions += found
+        elif node is not None and node.name == "add" and not source.fixed and len(stack) < 8:
+            stack += [(v, ax.shared(v, source.shape, below), factor) for v in reversed(node.inputs)]
+        else:
+            biases.append(Term(source, tuple(below), factor))
+    return biases, conditions
+
+
+def _additive(source: Value, below: Labels, factor: float) -> list[Condition] | None:
     """Return the conditions of a mask that is added: zero where scores stay, hugely negative elsewhere."""
-    source, below = ax.strip(value, labels)
     if source.fixed:
         if not source.shape or not _hides(source, factor):
-            return []
+            return None
         return [Condition(source, tuple(below), False, -float("inf"), factor)]
     while source.node is not None and (found := ax.scaled(source.node)) is not None:
         factor *= found[1]
         source, below = ax.strip(found[0], below)
     node = source.node
+    if source.dtype == bool and factor <= MASKED:  # hidden * -1e9
+        return _conditions(source, below, False, factor)
     if node is not None and node.name == "select_n" and len(node.inputs) == 3:
         chosen = [uniform(v) for v in node.inputs[1:]]
         for keep in (False, True):
@@ -258,16 +273,17 @@ def _additive(value: Value, labels: Labels, factor: float) -> list[Condition]:
         for predicate, one, fill in (*node.inputs[::-1], factor), (*node.inputs, -factor):
             if uniform(one) == 1.0 and fill <= MASKED and ax.root(predicate).dtype == bool:
                 return _conditions(predicate, ax.shared(predicate, source.shape, below), True, fill)
-    return []
+    return None
 
 
 def _hides(value: Value, factor: float) -> bool:
     """Whether a constant summand is zero or hugely negative at every place looked at."""
-    elements = math.prod(value.shape)
+    shape = [n if isinstance(n, int) else 31 for n in value.shape]  # symbolic lengths: any will do
+    elements = math.prod(shape)
     if elements <= _LOOKS:
         flat = np.arange(elements)
     else:
         flat = np.unique(np.random.default_rng(0).integers(0, elements, _LOOKS))
-    numbers = factor * np.asarray(at(value, np.unravel_index(flat, value.shape)), np.float64)
+    numbers = factor * np.asarray(at(value, np.unravel_index(flat, shape)), np.float64)
     gone = numbers <= MASKED
     return bool(np.any(gone) and np.all(gone | (numbers == 0.0)))

@@ -12,6 +12,9 @@ import pytest
 from flax import linen, nnx
 from jax import lax
 
+from qjax import _compat
+from qjax.composites import find_composites, find_nested
+
 B, T, S, H, D = 2, 6, 6, 4, 8
 TRIL = np.tril(np.ones((T, S), bool))
 dpa = functools.partial(jax.nn.dot_product_attention, implementation="xla")
@@ -221,6 +224,59 @@ def test_biases(find, rand):
     assert match.causal is not None
 
 
+def gemma(q, k, v, mask, table):
+    q = q.reshape(B, T, 2, 2, D)
+    z = jnp.einsum("BTKGH,BSKH->BTKGS", q, k[:, :, ::2]).reshape(B, T, 4, S)
+    z = jnp.where(mask[:, :, None, :], jnp.tanh(z / 50.0) * 50.0, -2.3819763e38)
+    p = jax.nn.softmax(z, axis=-1).astype(k.dtype).reshape(B, T, 2, 2, S)
+    return jnp.einsum("BTKGS,BSKH->BTKGH", p, v[:, :, ::2]).reshape(B, T, 4, D)
+
+
+def t5x(q, k, v, mask, table):
+    hidden = lax.select(mask[:, None] > 0, jnp.zeros((B, 1, T, S)), jnp.full((B, 1, T, S), -1e10))
+    z = jnp.einsum("bqhd,bkhd->bhqk", q, k) + (hidden + table)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(z), v)
+
+
+def nano(q, k, v, mask, table):
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    tril = jnp.tril(jnp.ones((T, S))).reshape(1, 1, T, S)
+    z = jnp.where(tril == 0, float("-inf"), (q @ k.swapaxes(-2, -1)) * (1.0 / math.sqrt(D)))
+    return jax.nn.softmax(z, axis=-1) @ v
+
+
+def hidden_times(q, k, v, mask, table):
+    z = jnp.einsum("bqhd,bkhd->bhqk", q, k) + (~mask[:, None]).astype(q.dtype) * -1e9
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(z), v)
+
+
+def looked_up(q, k, v, mask, table):
+    z = jnp.where(mask[:, jnp.arange(T)[::-1]][:, None], jnp.einsum("bqhd,bkhd->bhqk", q, k), -1e9)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(z), v)
+
+
+@pytest.mark.parametrize("fn", [gemma, t5x, nano, hidden_times, looked_up])
+def test_codebases(find, rand, fn):
+    """As it stands in well-known code."""
+    mask = jnp.asarray(np.random.default_rng(3).random((B, T, S)) > 0.3).at[..., 0].set(True)
+    args = rand(B, T, H, D), rand(B, S, H, D), rand(B, S, H, D), mask, rand(1, H, T, S)
+    (match,) = find(fn, *args, op="attention")
+    assert match.padded == (fn is not nano) and (match.causal is not None) == (fn is nano)
+    assert match.groups == (2 if fn is gemma else 1) and len(match.biases) == (fn is t5x)
+    assert [mask.keep for mask in match.masks] == [True] if fn is not nano else [False]
+
+
+def test_top_k_attention_is_declined(find, rand):
+    """The mask is made from the scores: no single op could take it as an operand."""
+
+    def fn(q, k, v):
+        z = jnp.einsum("bthd,bshd->bhts", q, k)
+        z = jnp.where(z >= jnp.sort(z, axis=-1)[..., -3:-2], z, -1e9)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(z), v)
+
+    assert find(fn, *(rand(B, T, H, D) for _ in range(3)), op="attention") == []
+
+
 def test_bias_made_by_a_product(find, rand):
     """Both summands come from products; only one has keys."""
     q, k, v, w = rand(B, T, H, D), rand(B, S, H, D), rand(B, S, H, D), rand(D, S)
@@ -428,6 +484,52 @@ def test_control_flow(find_deep, rand):
         assert [c.op for c in find_deep(fn, q)].count("attention") == count
 
 
+def test_constants_from_outside_a_loop_are_known_inside(rand):
+    """A mask made once, before the scan over layers."""
+    q, keys = rand(B, T, H, D), rand(3, B, S, H, D)
+
+    def fn(q, keys):
+        mask = jnp.tril(jnp.ones((T, S), bool))
+
+        def layer(c, k):
+            return lax.cond(c.sum() > 0, lambda c: einsum(c, k, k, mask), lambda c: dpa(c, k, k, mask=mask[None]), c)
+
+        step = jax.checkpoint(lambda c, k: (layer(c, k), None))
+        return lax.while_loop(lambda c: c.sum() > 9, lambda c: lax.scan(step, c, keys)[0], q)
+
+    closed = jax.make_jaxpr(fn)(q, keys)
+    first, second = [c for c in find_nested(closed) if c.op == "attention"]
+    assert first.causal is not None and second.causal is not None and not first.padded
+    for match, branch in ((first, 0), (second, 1)):
+        steps = [step for step in match.output_path if not isinstance(step, int)]
+        assert ("body_jaxpr", 0) in steps and ("branches", branch) in steps
+        eqn, jaxpr = None, closed
+        for step in match.output_path:
+            if isinstance(step, int):
+                eqn = _compat.open_jaxpr(jaxpr).eqns[step]
+            else:
+                jaxpr = dict(_compat.sub_jaxprs(eqn.params))[step]
+        assert eqn is match.output.node.eqn
+
+
+def test_symbolic_sizes():
+    """A model exported at any batch size and length has the same attention."""
+    from jax import export
+
+    batch, tokens = export.symbolic_shape("b, t")
+    q = jax.ShapeDtypeStruct((batch, tokens, H, D), jnp.float32)
+
+    def merged(q, k, v):
+        q, k, v = (a.transpose(0, 2, 1, 3).reshape(-1, a.shape[1], D) for a in (q, k, v))
+        z = (q @ k.transpose(0, 2, 1)).reshape(-1, H, q.shape[1], k.shape[1])
+        z = z + jnp.where(jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1]), 0.0, -1e9)
+        return jax.nn.softmax(z).reshape(-1, q.shape[1], k.shape[1]) @ v
+
+    for fn in (merged, functools.partial(dpa, is_causal=True)):
+        (match,) = [c for c in find_composites(jax.make_jaxpr(fn)(q, q, q)) if c.op == "attention"]
+        assert match.causal is not None and dict(match.axes)["head"] == H
+
+
 def test_inside_a_custom_vjp(find_deep, rand):
     @jax.custom_vjp
     def flash(q, k, v):
@@ -550,8 +652,6 @@ def test_cudnn(monkeypatch, rand):
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *a: 91300)
     monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *a, **k: None)
-    from qjax.composites import find_composites
-
     q, k = rand(B, 8, 4, 16).astype(jnp.bfloat16), rand(B, 8, 2, 16).astype(jnp.bfloat16)
     fn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     (match,) = find_composites(jax.make_jaxpr(lambda q, k: fn(q, k, k, is_causal=True))(q, k))

@@ -9,6 +9,8 @@ import pytest
 from flax import linen, nnx
 from jax import lax
 
+from qjax.composites import find_composites
+
 B, T, D = 2, 3, 8
 
 
@@ -199,3 +201,12 @@ def test_batch_and_group_norm_are_declined(find, rand, variables):
     for module in (linen.BatchNorm(use_running_average=False), linen.BatchNorm(True), linen.GroupNorm(2)):
         tree = variables(module.init, x)
         assert find(lambda v, x, m=module: m.apply(v, x, mutable=True)[0], tree, x, op="norm") == []
+
+
+def test_symbolic_batch():
+    from jax import export
+
+    (batch,) = export.symbolic_shape("b")
+    x, w = jax.ShapeDtypeStruct((batch, D), jnp.float32), jax.ShapeDtypeStruct((D,), jnp.float32)
+    (match,) = find_composites(jax.make_jaxpr(lambda x, w: two_pass(x, w, w))(x, w))
+    assert match.kind == "layer_norm" and match.scale is not None
