@@ -355,7 +355,7 @@ def test_a_failed_save_leaves_the_older_folder(capsys, folder, saved, tmp_path, 
     shutil.copytree(saved, out)
     before = (out / "qjax.json").read_text()
 
-    def full(path, model):
+    def full(path, model, **settings):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(qjax, "save", full)

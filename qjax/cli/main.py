@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no "×" gets a question mark, not a failure
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     debug = os.environ.get("QJAX_DEBUG", "") not in ("", "0")
     # The default backend's platform notice would be the first thing a user reads.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
