@@ -7,6 +7,7 @@ out of loop state.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,9 +124,7 @@ def do_scan(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> li
     running = jnp.arange(length, dtype=jnp.int32)
     if reverse:
         running = running[::-1]
-    return _emit_scan(
-        rw, p, path, context, loop, consts, init, xs, invariant, list(range(length)), slices, running
-    )
+    return _emit_scan(rw, p, path, context, loop, consts, init, xs, invariant, list(range(length)), slices, running)
 
 
 def _emit_scan(
@@ -172,7 +171,12 @@ def _emit_scan(
 
     moving = [v for v, inv in zip(init, invariant, strict=True) if not inv]
     last, ys = lax.scan(
-        body, moving, (sliced, running), length=len(steps), reverse=p["reverse"], unroll=_unroll(p["unroll"], len(steps))
+        body,
+        moving,
+        (sliced, running),
+        length=len(steps),
+        reverse=p["reverse"],
+        unroll=_unroll(p["unroll"], len(steps)),
     )
     it = iter(last)
     return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)] + list(ys)
@@ -186,8 +190,8 @@ def _run_of(x: QStack, where: list[int]) -> Any:
     """The slices ``where`` (consecutive, of one part) as a stacked value."""
     for start, stop, part in x.runs():
         if start <= where[0] and where[-1] < stop:
-            low, high = where[0] - start, where[-1] + 1 - start
-            return jax.tree.map(lambda a: lax.slice_in_dim(a, low, high), part) if high - low != stop - start else part
+            rows = functools.partial(lax.slice_in_dim, start_index=where[0] - start, limit_index=where[-1] + 1 - start)
+            return jax.tree.map(rows, part)
     raise LayoutError("these slices of a stack have several formats")
 
 
@@ -239,7 +243,7 @@ def do_while(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> l
 
 
 def do_cond(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
-    """cond and switch."""
+    """Cond and switch."""
     p = eqn.params
     if p.get("branches_platforms") is not None:  # lax.platform_dependent has no public form for a chosen index
         return bind(eqn, [rw.dense(v, "a platform_dependent branch") for v in values])
@@ -314,7 +318,9 @@ def do_shard_map(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) 
     """shard_map: a weight's PartitionSpec becomes that of its codes and scales."""
     p = eqn.params
     path = (*here, ("jaxpr", 0))
-    values = [rw.dense(v, "a selected slice enters shard_map") if isinstance(v, (Selected, QStack)) else v for v in values]
+    values = [
+        rw.dense(v, "a selected slice enters shard_map") if isinstance(v, (Selected, QStack)) else v for v in values
+    ]
     specs: list[Any] = []
     for i, (v, spec) in enumerate(zip(values, p["in_specs"], strict=True)):
         if is_quantized(v):
@@ -353,4 +359,3 @@ CONTROL_FLOW: dict[str, Callable[..., list[Any]]] = {
     "shard_map": do_shard_map,
 }
 """Primitive -> how it is re-emitted."""
-

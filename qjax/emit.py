@@ -59,6 +59,10 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     batch_shape = [x.shape[d] for d in batch]
     xt = lax.transpose(x, (*batch, *xfree, *contract))
     xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
+    if rewriter.choices is not None:
+        rows_of = math.prod(rows)
+        sizes = (*batch_shape, rows_of, canonical.codes.shape[-2], canonical.length)
+        rewriter.choose("dot", canonical.fmt, act, sizes, x.dtype, where)
     result = ops.q_dot(
         xt,
         canonical,
@@ -88,23 +92,25 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
         return _fake_quantized(rewriter, eqn, values, act, where)
     p, out = eqn.params, eqn.outvars[0].aval
     x = rewriter.dense(x, f"{where}: the image operand is quantized")
+    settings: dict[str, Any] = dict(
+        act=None if act is None else (act.fmt, ops.conv_activation_aux(x, act.fmt, p["dimension_numbers"])),
+        window_strides=p["window_strides"],
+        padding=p["padding"],
+        lhs_dilation=p["lhs_dilation"],
+        rhs_dilation=p["rhs_dilation"],
+        dimension_numbers=p["dimension_numbers"],
+        feature_group_count=p["feature_group_count"],
+        batch_group_count=p["batch_group_count"],
+        precision=p["precision"],
+        out_dtype=out.dtype,
+        implementation=rewriter.implementation,
+        site=where,
+    )
     try:
-        return ops.q_conv(
-            x,
-            weight,
-            act=_act(act, x),
-            window_strides=p["window_strides"],
-            padding=p["padding"],
-            lhs_dilation=p["lhs_dilation"],
-            rhs_dilation=p["rhs_dilation"],
-            dimension_numbers=p["dimension_numbers"],
-            feature_group_count=p["feature_group_count"],
-            batch_group_count=p["batch_group_count"],
-            precision=p["precision"],
-            out_dtype=out.dtype,
-            implementation=rewriter.implementation,
-            site=where,
-        )
+        if rewriter.choices is not None:
+            problem = ops.conv_problem(x, weight, jax.default_backend(), **settings)
+            rewriter.choices[where, weight.fmt.name] = ops.choice_for(problem, rewriter.implementation)
+        return ops.q_conv(x, weight, **settings)
     except LayoutError as error:
         return bind(eqn, [x, rewriter.dense(weight, f"{where}: {error}")])[0]
 
@@ -124,6 +130,9 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
     x = rewriter.dense(x, f"{where}: the row operand is quantized")
     if not standard:
         return bind(eqn, [x, rewriter.dense(weight, f"{where}: not the standard [M,K] x [G,K,N] form"), sizes])[0]
+    if rewriter.choices is not None:
+        sizes_of = (weight.shape[0], x.shape[0], weight.shape[2], weight.shape[1])
+        rewriter.choose("ragged_dot", weight.fmt, act, sizes_of, x.dtype, where)
     return ops.q_ragged_dot(
         x,
         weight,

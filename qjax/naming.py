@@ -15,7 +15,8 @@ import re
 from collections import Counter
 
 from qjax.provenance import DYNAMIC, Index
-from qjax.sites import Analysis, Near, Path, Read
+from qjax.reads import Analysis, Path, Read
+from qjax.values import Near, common_prefix
 
 SliceKey = tuple[tuple[int, int], ...]
 """Which slice of a leaf: ``((axis, position), ...)`` in order of slicing; empty for the whole leaf."""
@@ -175,7 +176,7 @@ def _free_sites(
     near = read.near
     if read.leaves:  # a computed weight is named after what it is made of
         paths = [tuple(leaf_names[i].split("/")) for i in read.leaves]
-        near = Near(_lcp(paths), near.index if near is not None and len(paths) > 1 else None)
+        near = Near(common_prefix(paths), near.index if near is not None and len(paths) > 1 else None)
     scope = clean_scope(read.scope)
     segments = list(near.segments) if near is not None else []
     index = near.index or () if near is not None and segments else ()
@@ -269,7 +270,7 @@ def _insert(
         if i.loop is None or i.loop == DYNAMIC:
             prefix = groups.get(i.event, tuple(segments))
         else:
-            prefix = _lcp([tuple(leaf_names[n].split("/")) for n in analysis.loops[i.loop].leaves])
+            prefix = common_prefix([tuple(leaf_names[n].split("/")) for n in analysis.loops[i.loop].leaves])
         marks.append((min(len(prefix), len(segments)), order, str(position)))
     out = list(segments)
     for at, _, text in sorted(marks, reverse=True):
@@ -295,7 +296,9 @@ def _static_groups(analysis: Analysis, leaf_names: list[str]) -> dict[int, tuple
                 members.append(set())
             group = run_time[s.loop]
         else:
-            joins = current >= 0 and s.size == size and (s.leaf in members[current] or (not moved and s.position == first))
+            joins = (
+                current >= 0 and s.size == size and (s.leaf in members[current] or (not moved and s.position == first))
+            )
             if not joins:
                 current, first, size, moved = len(members), s.position, s.size, False
                 members.append(set())
@@ -303,18 +306,8 @@ def _static_groups(analysis: Analysis, leaf_names: list[str]) -> dict[int, tuple
             group = current
         members[group].add(s.leaf)
         group_of[s.event] = group
-    prefixes = [_lcp([tuple(leaf_names[n].split("/")) for n in m]) for m in members]
+    prefixes = [common_prefix([tuple(leaf_names[n].split("/")) for n in m]) for m in members]
     return {event: prefixes[group] for event, group in group_of.items()}
-
-
-def _lcp(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
-    if not paths:
-        return ()
-    low, high = min(paths), max(paths)
-    n = 0
-    while n < min(len(low), len(high)) and low[n] == high[n]:
-        n += 1
-    return low[:n]
 
 
 _WRAPPER = re.compile(r"^(?:jvp|transpose|vmap|remat|checkpoint|rematted_computation|custom_\w+)\((.*)\)$")

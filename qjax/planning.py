@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -91,9 +92,8 @@ class Plan:
                 raise RecipeError("plan.shardings needs mesh= (or NamedShardings) to see how many shards an axis has")
             made = _specs(array, spec.spec if named else spec, on)
             if named:
-                made = jax.tree.map(
-                    lambda s: jax.sharding.NamedSharding(on, s), made, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
-                )
+                place = functools.partial(jax.sharding.NamedSharding, on)
+                made = jax.tree.map(place, made, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
             out.append(made)
         return self.tree(out)
 
@@ -165,5 +165,3 @@ def _abstract_slices(shape: tuple[int, ...], dtype: Any, leaf: LeafPlan, slices:
         for p, i in enumerate(where):
             assign[i] = (number, p)
     return QStack(tuple(parts), axis=axis, assign=tuple(assign))
-
-

@@ -19,7 +19,8 @@ from qjax._compat import abstract
 from qjax.errors import TraceError, near
 from qjax.formats import is_quantized
 from qjax.naming import Site, Slices, name_sites
-from qjax.sites import Analysis, Path, analyze
+from qjax.reads import Analysis, Path
+from qjax.sites import analyze
 
 
 def is_array(x: Any) -> bool:

@@ -43,7 +43,10 @@ def program_table(program: Program) -> str:
         )
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     text = [
-        "  ".join(cell.rjust(w) if i in (3, 4, 5) else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=False)))
+        "  ".join(
+            cell.rjust(w) if i in (3, 4, 5) else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=False))
+        )
         + (f"  {line[6]}" if line[6] else "")
         for line in lines
     ]

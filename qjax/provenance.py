@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,15 +64,19 @@ class Ref:
         """The leaf itself."""
         return Ref(leaf, tuple(((axis, 1, size),) for axis, size in enumerate(shape)))
 
-    def axes_of(self, dims: tuple[int, ...] | list[int]) -> tuple[int, ...] | None:
+    def axes_of(self, dims: Sequence[int]) -> tuple[int, ...] | None:
         """Leaf axes behind the dimensions ``dims``, in leaf order; None if one of them is only partly behind them."""
         atoms = [a for d in dims for a in self.dims[d]]
-        axes = sorted({a[0] for a in atoms})
+        axes = self.leaf_axes(dims)
         everywhere = [a for dim in self.dims for a in dim]
         for axis in axes:
             if sum(a[0] == axis for a in atoms) != sum(a[0] == axis for a in everywhere):
                 return None
-        return tuple(axes)
+        return axes
+
+    def leaf_axes(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """Leaf axes behind the dimensions ``dims``, wholly or in part, in leaf order (in which groups run)."""
+        return tuple(sorted({a[0] for d in dims for a in self.dims[d]}))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -253,7 +257,9 @@ def _gather(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref |
     dn = p["dimension_numbers"]
     known = knowns[1]
     shape = eqn.invars[0].aval.shape
-    picked = [d for d, (n, s) in enumerate(zip(shape, p["slice_sizes"], strict=True)) if s != n or d in dn.start_index_map]
+    picked = [
+        d for d, (n, s) in enumerate(zip(shape, p["slice_sizes"], strict=True)) if s != n or d in dn.start_index_map
+    ]
     if known is None or len(picked) != 1 or tuple(dn.start_index_map) != (picked[0],):
         return None
     if dn.operand_batching_dims or eqn.invars[1].aval.shape not in ((1,), ()):
@@ -362,7 +368,12 @@ def known_result(eqn: Any, ins: list[Known | None]) -> Known | None:
     if name == "slice" and loop is None and values[0].ndim == 1:
         p = eqn.params
         return Known(values[0][p["start_indices"][0] : p["limit_indices"][0] : (p["strides"] or (1,))[0]], None)
-    if name in ("dynamic_slice", "gather") and values[0].ndim == 1 and rank == len(aval.shape) + 1 and ins[0] is not None:
+    if (
+        name in ("dynamic_slice", "gather")
+        and values[0].ndim == 1
+        and rank == len(aval.shape) + 1
+        and ins[0] is not None
+    ):
         if ins[0].loop is None and values[1].size == values[1].shape[0] and math.prod(aval.shape) == 1:
             picked = values[0][np.clip(values[1].reshape(-1), 0, len(values[0]) - 1)]
             return Known(picked.reshape((-1, *aval.shape)), loop)

@@ -26,6 +26,9 @@ NOT_QUANTIZED_HERE = {
     "embedding": "no rule names op='embedding'",
 }
 
+ROWS = ops.Choice("rows", "")
+NO_CHOICE = ops.Choice("dequantize", "dequantized where it is read: see the notes")
+
 
 def build_report(
     program: Program,
@@ -48,7 +51,8 @@ def build_report(
     """
     rest = [a for a in program.jaxpr.in_avals[len(stored) :]]
     avals = [*stored, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in rest)]
-    jax.eval_shape(lambda *arrays: rewritten.replay(program, arrays), *avals)
+    rewriter = rewritten.rewriter(program, record=True)
+    jax.eval_shape(lambda *arrays: rewriter(arrays), *avals)
     position = {leaf: i for i, leaf in enumerate(program.leaf_names)}
     seen: set[tuple[str, tuple[int, ...]]] = set()
     rows, carried = [], 0
@@ -58,15 +62,15 @@ def build_report(
             continue
         leaf = position[site.leaf]
         leaf_plan = plan.leaves.get(leaf)
-        row, key = _leaf_row(site, plan, leaf_plan, stored[leaf], sqnr.get(leaf, {}), rewritten)
+        row, key = _leaf_row(site, plan, leaf_plan, stored[leaf], sqnr.get(leaf, {}), rewriter)
         if (site.leaf, key) in seen or (site.leaf, ()) in seen:
             row = _without_bytes(row)
         else:
             carried += row.bytes_before
         seen.add((site.leaf, key))
         rows.append(row)
-    notes = sorted(n for where in ("loops",) for n in rewritten.notes.get(where, ()))
-    notes += [f"dequantized at run time: {n}" for n in sorted(rewritten.notes.get("dequantized", ()))]
+    notes = sorted(n for where in ("loops",) for n in rewriter.notes.get(where, ()))
+    notes += [f"dequantized at run time: {n}" for n in sorted(rewriter.notes.get("dequantized", ()))]
     return Report(
         model=name,
         recipe=recipe,
@@ -96,7 +100,7 @@ def _free_row(site: Site, plan: Plan) -> SiteRow:
 
 
 def _leaf_row(
-    site: Site, plan: Plan, leaf: LeafPlan | None, value: Any, sqnr: dict[tuple[int, ...], float], rewritten: Any
+    site: Site, plan: Plan, leaf: LeafPlan | None, value: Any, sqnr: dict[tuple[int, ...], float], rewriter: Any
 ) -> tuple[SiteRow, tuple[int, ...]]:
     decision = plan.decisions[site.name]
     elements = math.prod(site.weight_shape or ())
@@ -131,8 +135,9 @@ def _leaf_row(
         return row, key
     part = _slice_value(value, leaf, key) if leaf is not None else value
     nbytes = _slice_bytes(part, leaf, key)
-    choice = _choice(site, plan, stored.fmt, act, rewritten.implementation)
-    notes = [stored.note, choice.note, *sorted(rewritten.notes.get(site.name, ()))]
+    where = rewriter.where(site.read)
+    choice = rewriter.choices.get((where, stored.fmt.name), ROWS if site.op == "embedding" else NO_CHOICE)
+    notes = [stored.note, choice.note, *sorted(rewriter.notes.get(site.name, ()))]
     row = SiteRow(
         name=site.name,
         op=site.op,
@@ -150,23 +155,6 @@ def _leaf_row(
         flops=site.flops,
     )
     return row, key
-
-
-def _choice(site: Site, plan: Plan, fmt: Any, act: Any, implementation: str | None) -> ops.Choice:
-    """Which lowering runs the site here, and what is known of its speed."""
-    if site.op == "embedding":
-        return ops.Choice("rows", "")
-    leaf_shape = plan.program.leaf_avals[plan.program.leaf_names.index(site.leaf or "")].shape
-    ranges = {axis: size for axis, _, size in plan.program.analysis.reads[site.read].ref.ranges}  # type: ignore[union-attr]
-    size = {axis: ranges.get(axis, n) for axis, n in enumerate(leaf_shape)}
-    stack = tuple(size[a] for a in site.batch_axes)
-    k, n = math.prod(size[a] for a in site.in_axes), math.prod(size[a] for a in site.out_axes)
-    x_shape = site.shapes[1 - (plan.program.analysis.reads[site.read].side or 0)]
-    rows = math.prod(site.out_shape) // max(n, 1) if site.op != "dot" else math.prod(x_shape) // max(k * math.prod(stack), 1)
-    settings = None
-    return ops.choose(
-        site.op, fmt, act, (*stack, rows, n, k), jax.default_backend(), implementation=implementation, settings=settings
-    )
 
 
 def _slice_value(value: Any, leaf: LeafPlan, key: tuple[int, ...]) -> Any:

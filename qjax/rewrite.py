@@ -33,9 +33,9 @@ from qjax.emit import Act, emit_conv, emit_dot, emit_ragged
 from qjax.errors import LayoutError
 from qjax.formats import QArray, QStack, is_quantized
 from qjax.program import Program
+from qjax.reads import Path
 from qjax.selection import Selected, dense
 from qjax.sharding import quantized_specs
-from qjax.sites import Path
 from qjax.steps import Context
 
 
@@ -47,6 +47,7 @@ class Rewriter:
         inputs: site name -> `Act` for the products whose activations are quantized.
         max_runs: how many runs of equal formats a scan is split into before it selects instead.
         implementation: name of the lowering to use everywhere, or None to choose.
+        record: note which lowering each product gets, for the report.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Rewriter:
         *,
         max_runs: int = 4,
         implementation: str | None = None,
+        record: bool = False,
     ):
         self.program = program
         self.inputs = dict(inputs or {})
         self.max_runs = max_runs
         self.implementation = implementation
         self.notes: dict[str, set[str]] = defaultdict(set)
+        self.choices: dict[tuple[str, str], ops.Choice] | None = {} if record else None
         self.shared: dict[Any, Any] = {}
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
@@ -116,6 +119,19 @@ class Rewriter:
     def note(self, where: str, what: str) -> None:
         """Remember something for the report."""
         self.notes[where].add(what)
+
+    def choose(self, op: str, fmt: Any, act: Any, sizes: tuple[int, ...], dtype: Any, where: str) -> None:
+        """Note which lowering a product of these sizes gets here."""
+        if self.choices is not None:
+            self.choices[where, fmt.name] = ops.choose(
+                op,
+                fmt,
+                act.fmt if act is not None else None,
+                sizes,
+                jax.default_backend(),
+                x_dtype=dtype,
+                implementation=self.implementation,
+            )
 
     def dense(self, value: Any, why: str) -> Any:
         """A float array for an equation that has no quantized form."""

@@ -59,4 +59,3 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any) -> QArray:
 
 def _shards(names: Any, mesh: Any) -> int:
     return math.prod(mesh.shape[n] for n in (names if isinstance(names, tuple) else (names,)))
-

@@ -8,10 +8,8 @@ convolution, lookup and composite; `qjax.naming` turns reads into named `Site`s,
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend import core as jex
 
@@ -19,9 +17,19 @@ from qjax import provenance
 from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
 from qjax.composites import Attention, Composite, Norm, find_composites
 from qjax.provenance import Index, Known, Ref
-
-Path = tuple[Any, ...]
-"""Address of an equation: equation numbers and ``(parameter, index)`` steps into sub-jaxprs. Valid for one trace."""
+from qjax.reads import Analysis, Loop, Path, Read, Slicing, flops_of, scope_of
+from qjax.values import (
+    DATA,
+    Near,
+    Val,
+    captured_value,
+    carry_in,
+    carry_out,
+    common_prefix,
+    leaving,
+    localized,
+    nearest,
+)
 
 OPAQUE = {
     "pallas_call",
@@ -37,122 +45,6 @@ OPAQUE = {
     "triton_kernel_call",
 }
 """Primitives whose insides qjax does not look into."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Near:
-    """The common ground of the weights just upstream of a value: path segments, and loop indices if all share them."""
-
-    segments: tuple[str, ...]
-    index: tuple[Index, ...] | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Val:
-    """What analysis knows of one value.
-
-    Attributes:
-        ref: the leaf view it is, if it is one.
-        leaves: the leaves it is computed from (kept only while no run-time data enters).
-        data: whether arguments, randomness or loop state enter.
-        const: whether it is (a view of) a captured array.
-        known: its integer value, if known.
-        near: the weights just upstream.
-    """
-
-    ref: Ref | None = None
-    leaves: frozenset[int] = frozenset()
-    data: bool = False
-    const: bool = False
-    known: Known | None = None
-    near: Near | None = None
-
-
-DATA = Val(data=True)
-
-
-@dataclasses.dataclass
-class Loop:
-    """One loop of the program.
-
-    Attributes:
-        length: trip count; None for a while loop.
-        leaves: the leaves it slices.
-        enclosing: ids of the loops around it.
-        path: address of its equation.
-    """
-
-    length: int | None
-    leaves: set[int]
-    enclosing: tuple[int, ...]
-    path: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Read:
-    """One equation (or composite) that can become a site.
-
-    Attributes:
-        path: address of the equation.
-        op: dot, conv, ragged_dot, embedding, matmul, attention, softmax, activation, norm, opaque.
-        kind: what exactly, within ``op`` (``gelu``, ``rms_norm``, ``scores``).
-        side: operand number of the weight, or None.
-        ref: the weight's provenance, or None.
-        in_axes, out_axes, batch_axes: leaf axes that are contracted, kept, and batched.
-        loops: ids of the enclosing loops, outermost first.
-        shapes: operand shapes; out_shape: result shape.
-        flops: multiply-adds counted twice, for one execution.
-        near, scope: for naming what reads no leaf.
-        reason: why it cannot be quantized; empty if it can.
-        leaves: leaves that a computed weight is made of.
-    """
-
-    path: Path
-    op: str
-    kind: str
-    side: int | None
-    ref: Ref | None
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    batch_axes: tuple[int, ...]
-    loops: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    out_shape: tuple[int, ...]
-    dtype: str
-    flops: int
-    near: Near | None
-    scope: str
-    reason: str = ""
-    leaves: tuple[int, ...] = ()
-    composite: Composite | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Slicing:
-    """One slicing of a leaf outside a scan's own slices: which event, leaf and axis, where, inside which loop."""
-
-    event: int
-    leaf: int
-    size: int
-    position: int | None
-    loop: int | None
-
-
-@dataclasses.dataclass
-class Analysis:
-    """What the walk found.
-
-    Attributes:
-        reads: in program order.
-        loops: by id.
-        other_uses: leaf -> names of the primitives that read it outside any site.
-        slicing: static and run-time slicings in program order.
-    """
-
-    reads: list[Read]
-    loops: dict[int, Loop]
-    other_uses: dict[int, set[str]]
-    slicing: list[Slicing]
 
 
 def analyze(closed: Any, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]], n_leaves: int) -> Analysis:
@@ -193,7 +85,7 @@ class _Walker:
     # ------------------------------------------------------------------------------------------- the walk
     def closed(self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
         """Walk a closed jaxpr: its constants are captured arrays, small integer ones are known."""
-        consts = [_captured(c) for c in consts_of(jaxpr)]
+        consts = [captured_value(c) for c in consts_of(jaxpr)]
         return self.level(jaxpr, consts + args, path, scope, loops, root=not path)
 
     def level(
@@ -249,7 +141,7 @@ class _Walker:
 
     def sub(self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
         """A body with a control flow of its own: composites are matched inside it."""
-        consts = [_captured(c) for c in consts_of(jaxpr)]
+        consts = [captured_value(c) for c in consts_of(jaxpr)]
         return self.level(jaxpr, consts + args, path, scope, loops, root=True)
 
     # ------------------------------------------------------------------------------------------- equations
@@ -264,7 +156,10 @@ class _Walker:
             refs = refs if isinstance(refs, list) else [refs]
             if any(r is not None for r in refs):
                 self.note_slices(first.ref, refs, loops)
-                return [dataclasses.replace(first, ref=r, known=None, near=self.near_of(r) if r else first.near) for r in refs]
+                return [
+                    dataclasses.replace(first, ref=r, known=None, near=self.near_of(r) if r else first.near)
+                    for r in refs
+                ]
         if name == "gather" and first.ref is not None and ins[1].data:
             self.embedding(eqn, ins, here, scope, loops)
         elif name in OPAQUE:
@@ -282,7 +177,7 @@ class _Walker:
             if v.ref is not None:
                 self.other_uses.setdefault(v.ref.leaf, set()).add(name)
         const = not data and not leaves and any(v.const for v in ins)
-        out = Val(None, leaves if not data else frozenset(), data, const, known, _nearest(ins))
+        out = Val(None, leaves if not data else frozenset(), data, const, known, nearest(ins))
         return [out] + [dataclasses.replace(out, known=None)] * (len(eqn.outvars) - 1)
 
     def near_of(self, ref: Ref) -> Near:
@@ -314,9 +209,7 @@ class _Walker:
     ) -> list[Val]:
         dn = eqn.params["ragged_dot_dimension_numbers"]
         (_, rc), (_, rb) = dn.dot_dimension_numbers
-        return self.product(
-            "ragged_dot", eqn, ins, here, scope, loops, [None, (rc, (*dn.rhs_group_dimensions, *rb))]
-        )
+        return self.product("ragged_dot", eqn, ins, here, scope, loops, [None, (rc, (*dn.rhs_group_dimensions, *rb))])
 
     def product(
         self,
@@ -329,14 +222,14 @@ class _Walker:
         dims: list[tuple[Any, Any] | None],
     ) -> list[Val]:
         """A product of two operands: find the one that is a weight, or say why there is none."""
-        near = _nearest(ins[:2])
+        near = nearest(ins[:2])
         common: dict[str, Any] = dict(
             path=here,
             loops=loops,
             shapes=tuple(tuple(a.aval.shape) for a in eqn.invars[:2]),
             out_shape=tuple(eqn.outvars[0].aval.shape),
-            scope=_scope(scope, eqn),
-            flops=_flops(op, eqn),
+            scope=scope_of(scope, eqn),
+            flops=flops_of(op, eqn),
             near=near,
         )
         sides = [s for s in (1, 0) if dims[s] is not None and ins[s].ref is not None]
@@ -360,9 +253,9 @@ class _Walker:
                 kind=op,
                 side=side,
                 ref=ref,
-                in_axes=_ordered(ref, contract),
+                in_axes=ref.leaf_axes(contract),
                 out_axes=axes[1] or (),
-                batch_axes=_ordered(ref, batch),
+                batch_axes=ref.leaf_axes(batch),
                 dtype=str(eqn.invars[side].aval.dtype),
                 reason=reason,
                 **common,
@@ -383,9 +276,15 @@ class _Walker:
                 names = ", ".join("/".join(self.segments[i]) for i in sorted(ins[side].leaves))
                 why = f"the weight is computed from {names}: store the computed weight as one leaf to quantize it"
                 read = Read(
-                    op=op, kind="computed", dtype=dtype, reason=why, leaves=tuple(sorted(ins[side].leaves)), **blank, **common
+                    op=op,
+                    kind="computed",
+                    dtype=dtype,
+                    reason=why,
+                    leaves=tuple(sorted(ins[side].leaves)),
+                    **blank,
+                    **common,
                 )
-                out_near = Near(_prefix([self.segments[i] for i in sorted(ins[side].leaves)]), None)
+                out_near = Near(common_prefix([self.segments[i] for i in sorted(ins[side].leaves)]), None)
             elif ins[side].const or ins[side].known is None:
                 why = "the weight is a captured constant: pass it in params to quantize it"
                 read = Read(op=op, kind="captured", dtype=dtype, reason=why, **blank, **common)
@@ -420,8 +319,8 @@ class _Walker:
                 out_shape=tuple(eqn.outvars[0].aval.shape),
                 dtype=str(eqn.invars[0].aval.dtype),
                 flops=0,
-                near=_nearest(ins),
-                scope=_scope(scope, eqn),
+                near=nearest(ins),
+                scope=scope_of(scope, eqn),
                 reason="" if ok else "not a lookup of whole rows: stored in float",
             )
         )
@@ -443,7 +342,7 @@ class _Walker:
                 dtype="",
                 flops=0,
                 near=None,
-                scope=_scope(scope, eqn),
+                scope=scope_of(scope, eqn),
                 reason=f"read inside an opaque {eqn.primitive.name}, which qjax cannot rewrite",
             )
         )
@@ -461,7 +360,7 @@ class _Walker:
         """A matched softmax, activation, norm or attention, recorded at the equation that yields its result."""
         near = outs[0].near
         if found.op == "norm" and any(v.leaves and not v.data for v in ins):
-            near = _nearest([v for v in ins if v.leaves and not v.data])  # named after its own scale
+            near = nearest([v for v in ins if v.leaves and not v.data])  # named after its own scale
             if near is not None and isinstance(found, Norm) and found.scale is not None and found.bias is not None:
                 near = Near(near.segments[:-1], near.index)  # this is its bias; what scale and bias have in common
         out = tuple(eqn.outvars[0].aval.shape)
@@ -481,7 +380,7 @@ class _Walker:
                 dtype=str(eqn.outvars[0].aval.dtype),
                 flops=0,
                 near=near,
-                scope=_scope(scope, eqn),
+                scope=scope_of(scope, eqn),
                 composite=found,
             )
         )
@@ -500,17 +399,17 @@ class _Walker:
     ) -> list[Val]:
         """jit, remat, custom_jvp/vjp, shard_map, …: one body whose arguments are the equation's operands."""
         key, body = subs[0]
-        consts = [_captured(c) for c in consts_of(body)]
+        consts = [captured_value(c) for c in consts_of(body)]
         variables = constvars_and_invars(body)
         if len(variables) != len(consts) + len(ins):
             for v in ins:
                 if v.ref is not None:
                     self.opaque(eqn, v.ref, here, scope, loops)
             return [DATA] * len(eqn.outvars)
-        label = _scope(scope, eqn)
+        label = scope_of(scope, eqn)
         args = list(ins)
         if eqn.primitive.name == "shard_map":
-            args = [_localize(v, var) for v, var in zip(ins, variables[len(consts) :], strict=True)]
+            args = [localized(v, var) for v, var in zip(ins, variables[len(consts) :], strict=True)]
             outs = self.sub(body, args, (*here, key), label, loops)
             return [dataclasses.replace(v, ref=None, data=v.data or v.ref is not None) for v in outs]
         inner = open_jaxpr(body)
@@ -524,12 +423,10 @@ class _Walker:
         loop = self.new_loop(length, loops, here)
         consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
         order = np.arange(length)[::-1] if eqn.params["reverse"] else np.arange(length)
-        carried = _carry_in(body, n_consts, n_carry, carry, loop, length)
+        carried = carry_in(body, n_consts, n_carry, carry, loop, length)
         sliced = [self.slice_leading(v, loop, order) for v in xs]
-        outs = self.sub(
-            body, consts + carried + sliced, (*here, ("jaxpr", 0)), _scope(scope, eqn), (*loops, loop)
-        )
-        return _carry_out(carry, carried, outs[:n_carry]) + [_leaving(v) for v in outs[n_carry:]]
+        outs = self.sub(body, consts + carried + sliced, (*here, ("jaxpr", 0)), scope_of(scope, eqn), (*loops, loop))
+        return carry_out(carry, carried, outs[:n_carry]) + [leaving(v) for v in outs[n_carry:]]
 
     def new_loop(self, length: int | None, loops: tuple[int, ...], path: Path) -> int:
         loop = len(self.loops)
@@ -555,132 +452,21 @@ class _Walker:
         n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
         loop = self.new_loop(None, loops, here)
         carry = ins[n_cond + n_body :]
-        carried = _carry_in(p["body_jaxpr"], n_body, len(carry), carry, loop, None)
-        label = _scope(scope, eqn)
+        carried = carry_in(p["body_jaxpr"], n_body, len(carry), carry, loop, None)
+        label = scope_of(scope, eqn)
         self.sub(p["cond_jaxpr"], ins[:n_cond] + carried, (*here, ("cond_jaxpr", 0)), label, (*loops, loop))
         outs = self.sub(
             p["body_jaxpr"], ins[n_cond : n_cond + n_body] + carried, (*here, ("body_jaxpr", 0)), label, (*loops, loop)
         )
-        return _carry_out(carry, carried, outs)
+        return carry_out(carry, carried, outs)
 
     def do_cond(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
-        label = _scope(scope, eqn)
+        label = scope_of(scope, eqn)
         results = [
             self.sub(b, ins[1:], (*here, ("branches", i)), label, loops) for i, b in enumerate(eqn.params["branches"])
         ]
         merged = []
         for outs in zip(*results, strict=True):
             same = all(o == outs[0] for o in outs)
-            merged.append(outs[0] if same else dataclasses.replace(DATA, near=_nearest(list(outs))))
+            merged.append(outs[0] if same else dataclasses.replace(DATA, near=nearest(list(outs))))
         return [dataclasses.replace(v, ref=None, known=None, data=True) for v in merged]
-
-
-# ------------------------------------------------------------------------------------------------ small pieces
-
-
-def _captured(const: Any) -> Val:
-    array = const if hasattr(const, "dtype") else np.asarray(const)
-    if getattr(array, "ndim", 2) <= 1 and getattr(array, "size", 1 << 30) <= 4096:
-        try:
-            if np.dtype(array.dtype).kind in "iub" and not isinstance(array, jax.core.Tracer):
-                return Val(const=True, known=Known(np.asarray(array)))
-        except TypeError:
-            pass
-    return Val(const=True)
-
-
-def _localize(v: Val, var: Any) -> Val:
-    """Inside shard_map a leaf has its local shape; the leaf axes stay the same."""
-    if v.ref is None:
-        return v
-    if any(len(d) > 1 for d in v.ref.dims):
-        return dataclasses.replace(v, ref=None)
-    shape = var.aval.shape
-    dims = tuple(((d[0][0], 1, n),) if d else () for d, n in zip(v.ref.dims, shape, strict=True))
-    return dataclasses.replace(v, ref=dataclasses.replace(v.ref, dims=dims))
-
-
-def _carry_in(body: Any, n_consts: int, n_carry: int, carry: list[Val], loop: int, length: int | None) -> list[Val]:
-    """What is known of loop state inside the body: invariant slots keep everything, counters keep their values."""
-    inner = open_jaxpr(body)
-    variables = constvars_and_invars(body)[len(consts_of(body)) + n_consts :][:n_carry]
-    steps = {}
-    for eqn in inner.eqns:
-        if eqn.primitive.name == "add" and isinstance(eqn.invars[1], jex.Literal) and np.ndim(eqn.invars[1].val) == 0:
-            steps[eqn.outvars[0]] = (eqn.invars[0], eqn.invars[1].val)
-        elif eqn.primitive.name == "sub" and isinstance(eqn.invars[1], jex.Literal) and np.ndim(eqn.invars[1].val) == 0:
-            steps[eqn.outvars[0]] = (eqn.invars[0], -eqn.invars[1].val)
-    out = []
-    for var, init, result in zip(variables, carry, inner.outvars[:n_carry], strict=True):
-        if result is var:
-            out.append(init)
-            continue
-        known = None
-        if not isinstance(result, jex.Literal) and result in steps and steps[result][0] is var and init.known is not None:
-            step = steps[result][1]
-            if init.known.loop is None and init.known.value.ndim == 0 and length is not None and float(step).is_integer():
-                known = Known(int(init.known.value) + int(step) * np.arange(length), loop)
-        out.append(Val(data=True, known=known, near=init.near))
-    return out
-
-
-def _carry_out(carry: list[Val], carried: list[Val], outs: list[Val]) -> list[Val]:
-    """Loop state after the loop."""
-    return [
-        init if inside is init else Val(data=True, near=_nearest([init, out]))
-        for init, inside, out in zip(carry, carried, outs, strict=True)
-    ]
-
-
-def _leaving(v: Val) -> Val:
-    """A stacked output of a scan."""
-    return Val(data=True, near=dataclasses.replace(v.near, index=None) if v.near else None)
-
-
-def _nearest(vals: list[Val]) -> Near | None:
-    nears = [v.near for v in vals if v.near is not None and v.data] or [v.near for v in vals if v.near is not None]
-    if not nears:
-        return None
-    first = nears[0]
-    if all(n is first or n == first for n in nears):
-        return first
-    same = all(_position(n.index) == _position(first.index) for n in nears)
-    return Near(_prefix([n.segments for n in nears]), first.index if same else None)
-
-
-def _position(index: tuple[Index, ...] | None) -> Any:
-    """What two slices of different leaves have in common if they are the same layer."""
-    return None if index is None else tuple((i.values, i.loop) for i in index)
-
-
-def _prefix(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
-    low, high = min(paths), max(paths)
-    n = 0
-    while n < len(low) and n < len(high) and low[n] == high[n]:
-        n += 1
-    return low[:n]
-
-
-def _ordered(ref: Ref, dims: Any) -> tuple[int, ...]:
-    """Leaf axes behind ``dims`` in the leaf's own order (the order in which groups run along them)."""
-    return tuple(sorted({a[0] for d in dims for a in ref.dims[d]}))
-
-
-def _scope(scope: str, eqn: Any) -> str:
-    own = str(eqn.source_info.name_stack)
-    return f"{scope}/{own}" if scope and own else scope or own
-
-
-def _flops(op: str, eqn: Any) -> int:
-    out = math.prod(eqn.outvars[0].aval.shape)
-    lhs, rhs = (a.aval.shape for a in eqn.invars[:2])
-    if op == "dot":
-        (lc, _), _ = eqn.params["dimension_numbers"]
-        return 2 * out * math.prod(lhs[d] for d in lc)
-    if op == "conv":
-        spec = eqn.params["dimension_numbers"].rhs_spec
-        return 2 * out * math.prod(rhs) // max(rhs[spec[0]], 1)
-    dn = eqn.params["ragged_dot_dimension_numbers"]
-    (lc, _), _ = dn.dot_dimension_numbers
-    return 2 * out * math.prod(lhs[d] for d in lc)
-

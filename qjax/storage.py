@@ -116,9 +116,7 @@ def _plan_leaf(position: int, name: str, aval: Any, readers: list[tuple[Site, De
         slices[key] = _stored(here, length)
     if all(s.fmt is None for s in slices.values()):
         return None
-    return LeafPlan(
-        position, name, tuple(aval.shape), aval.dtype, lead.in_axes, stack_axes, key_axes, slices
-    )
+    return LeafPlan(position, name, tuple(aval.shape), aval.dtype, lead.in_axes, stack_axes, key_axes, slices)
 
 
 def _reads(key: SliceKey, position: Mapping[int, int]) -> bool:
@@ -136,7 +134,11 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
         return Stored(reason=next((r for r in reasons if r), "nothing reads it"))
     site, decision = chosen[0]
     for other, d in chosen[1:]:
-        if (d.weights, d.rounding, d.weight_observer) != (decision.weights, decision.rounding, decision.weight_observer):
+        if (d.weights, d.rounding, d.weight_observer) != (
+            decision.weights,
+            decision.rounding,
+            decision.weight_observer,
+        ):
             raise RecipeError(
                 f"{site.name} and {other.name} read the same weight, and rule {decision.rule} wants "
                 f"{decision.weights.name} while rule {d.rule} wants {d.weights.name}; give both the same format, "

@@ -43,7 +43,6 @@ class Rewritten:
         self.fn, self.recipe = fn, recipe
         self.max_runs, self.implementation = max_runs, implementation
         self.has_inputs = any(rule.inputs is not None for rule in recipe.rules)
-        self.notes: dict[str, set[str]] = {}
         self._jitted = jax.jit(self._run, static_argnums=0)
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,17 +59,17 @@ class Rewritten:
 
     def replay(self, program: Program, arrays: Sequence[Any]) -> Any:
         """Emit the quantized program on its array leaves."""
+        return jax.tree.unflatten(program.out_tree, self.rewriter(program)(arrays))
+
+    def rewriter(self, program: Program, record: bool = False) -> Rewriter:
+        """What replays the program by the recipe."""
         decisions = self.recipe.decide(program.sites, strict=False)
         inputs = {
             site.name: Act(decision.inputs.fmt)
             for site in program.sites
             if site.op in WEIGHT_OPS and isinstance((decision := decisions[site.name]).inputs, Dynamic)
         }
-        rewriter = Rewriter(program, inputs, max_runs=self.max_runs, implementation=self.implementation)
-        out = rewriter(arrays)
-        for where, notes in rewriter.notes.items():
-            self.notes.setdefault(where, set()).update(notes)
-        return jax.tree.unflatten(program.out_tree, out)
+        return Rewriter(program, inputs, max_runs=self.max_runs, implementation=self.implementation, record=record)
 
     def rewritten_jaxpr(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The closed jaxpr of the rewritten function, for reading and comparing."""
@@ -231,4 +230,3 @@ def _refuse_bad_leaves(params: Any) -> None:
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OUS":
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise QjaxError(f"{where} is a NumPy array of dtype {leaf.dtype}; parameters are numbers")
-

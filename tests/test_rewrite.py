@@ -83,9 +83,16 @@ def test_whatever_is_quantized_may_be_fed_to_any_construct():
     for name, fn in CASES.items():
         x = batch()
         p = params()
-        forced = {"w": quantize_array(p["w"], Int(8), in_axes=(0,)), "s": quantize_array(p["s"], Int(8), in_axes=(1,), stack_axes=(0,))}
+        forced = {
+            "w": quantize_array(p["w"], Int(8), in_axes=(0,)),
+            "s": quantize_array(p["s"], Int(8), in_axes=(1,), stack_axes=(0,)),
+        }
         rewritten = qjax.quantize(fn, p, x, recipe=INT8).bind(fn)
         want = fn(dequantized(forced), x)
         got = rewritten(forced, x)
         tolerance = 2e-2 if name == "bfloat16" else 2e-5
-        jax.tree.map(lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, rtol=t, atol=t, err_msg=name), want, got)
+        jax.tree.map(
+            lambda a, b, t=tolerance, name=name: np.testing.assert_allclose(a, b, rtol=t, atol=t, err_msg=name),
+            want,
+            got,
+        )

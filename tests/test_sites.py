@@ -104,7 +104,10 @@ def test_names_do_not_depend_on_shapes(shape):
 
 
 def test_two_stacks_looped_over_one_after_the_other_stay_apart():
-    p = {"enc": {"a": jnp.ones((3, 8, 8)), "b": jnp.ones((3, 8, 8))}, "dec": {"a": jnp.ones((3, 8, 8)), "b": jnp.ones((3, 8, 8))}}
+    p = {
+        "enc": {"a": jnp.ones((3, 8, 8)), "b": jnp.ones((3, 8, 8))},
+        "dec": {"a": jnp.ones((3, 8, 8)), "b": jnp.ones((3, 8, 8))},
+    }
 
     def fn(p, x):
         for part in ("enc", "dec"):
@@ -166,7 +169,11 @@ def reasons(fn, p, *args):
 def test_a_computed_weight_is_reported():
     p = {"dense": {"g": jnp.ones(8), "v": jnp.ones((8, 8))}}
     found = reasons(lambda p, x: x @ (p["dense"]["v"] * p["dense"]["g"] / jnp.linalg.norm(p["dense"]["v"])), p, batch())
-    assert list(found) == ["dense/computed"] and "dense/g" in found["dense/computed"] and "dense/v" in found["dense/computed"]
+    assert (
+        list(found) == ["dense/computed"]
+        and "dense/g" in found["dense/computed"]
+        and "dense/v" in found["dense/computed"]
+    )
 
 
 def test_a_lora_sum_is_reported():
@@ -183,11 +190,15 @@ def test_a_captured_constant_is_reported():
 
 def test_a_weight_inside_an_opaque_call_is_reported():
     def fn(p, x):
-        return jax.pure_callback(lambda a, b: np.asarray(a) @ np.asarray(b), jax.ShapeDtypeStruct((4, 8), x.dtype), x, p["w"])
+        return jax.pure_callback(
+            lambda a, b: np.asarray(a) @ np.asarray(b), jax.ShapeDtypeStruct((4, 8), x.dtype), x, p["w"]
+        )
 
     found = reasons(fn, params(), batch())
     assert found == {"w": "read inside an opaque pure_callback, which qjax cannot rewrite"}
-    report = qjax.quantize(fn, params(), batch(), recipe=qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), optional=True)])).report
+    report = qjax.quantize(
+        fn, params(), batch(), recipe=qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), optional=True)])
+    ).report
     assert [(r.name, r.reason) for r in report.rows] == [("w", found["w"])]
 
 

@@ -86,6 +86,7 @@ class Lowering:
     format: type[Format] | tuple[type[Format], ...] | None = None
     platform: str | None = None
     when: When | None = None
+    worth: When | None = None
     priority: int = 0
     about: str = ""
     order: int = 0
@@ -99,10 +100,18 @@ class Lowering:
         if self.format is not None and not isinstance(problem.weight, self.format):
             kinds = self.format if isinstance(self.format, tuple) else (self.format,)
             return f"it reads {' or '.join(k.__name__ for k in kinds)} weights"
-        verdict = True if self.when is None else self.when(problem)
-        if verdict is True:
-            return None
-        return verdict if isinstance(verdict, str) else "its condition on shapes and formats does not hold"
+        return _reason(self.when, problem)
+
+    def declines(self, problem: Problem) -> str | None:
+        """Return why this lowering is not taken unless it is named, or None if it is."""
+        return self.refuses(problem) or _reason(self.worth, problem)
+
+
+def _reason(condition: When | None, problem: Problem) -> str | None:
+    verdict = True if condition is None else condition(problem)
+    if verdict is True:
+        return None
+    return verdict if isinstance(verdict, str) else "its condition on shapes and formats does not hold"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +140,7 @@ def register_lowering(
     platform: str | None = None,
     when: When | None = None,
     *,
+    worth: When | None = None,
     name: str | None = None,
     priority: int = 10,
     about: str = "",
@@ -145,6 +155,7 @@ def register_lowering(
         format: the class of weight formats it reads, several in a tuple, or None for all.
         platform: "cpu", "cuda", "rocm", "tpu", or None for all.
         when: ``when(problem)`` returns True if it can run, else False or, better, the reason as a sentence.
+        worth: like ``when``, for the question whether it is the better choice; asked only if no lowering is named.
         name: how `implementation=` calls it; by default the function's name.
         priority: higher is tried first. The lowerings of qjax stand at 0 to 9, the oracle at -1.
         about: one line for the printed table.
@@ -158,7 +169,7 @@ def register_lowering(
         global _counter
         _counter += 1
         entry = Lowering(
-            name or function.__name__, op, function, format, platform, when, priority, about, order=_counter
+            name or function.__name__, op, function, format, platform, when, worth, priority, about, order=_counter
         )
         rows = _TABLE.setdefault(op, [])
         rows[:] = [e for e in rows if (e.name, e.platform) != (entry.name, platform)]
@@ -191,7 +202,7 @@ def select(problem: Problem, implementation: str | None = None) -> Lowering:
     if implementation is None:
         plugins.load()
         for entry in rows:
-            if entry.refuses(problem) is None:
+            if entry.declines(problem) is None:
                 return entry
         raise LoweringError(f"no lowering for {problem}; register one with qjax.register_lowering({problem.op!r}, ...)")
     named = [e for e in rows if e.name == implementation]
@@ -247,7 +258,17 @@ def choose(
     *stack, rows, n, k = shapes
     dtype = np.dtype(x_dtype)
     problem = Problem(op, platform, w_fmt, act_fmt, rows, n, k, tuple(stack), dtype, dtype, devices, settings)
+    return choice_for(problem, implementation)
+
+
+def choice_for(problem: Problem, implementation: str | None = None) -> Choice:
+    """Say which lowering would compute a problem, and in words how fast it is beside the float op.
+
+    Raises:
+        LoweringError: as `select` does.
+    """
     entry = select(problem, implementation)
+    op, platform, w_fmt, act_fmt, rows = problem.op, problem.platform, problem.weight, problem.act, problem.rows
     note, slower = describe(
         op=op,
         name=entry.name,

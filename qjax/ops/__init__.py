@@ -4,15 +4,22 @@ from qjax.kernels import (
     Choice,
     LoweringTable,
     Problem,
+    choice_for,
     choose,
     lowering_table,
     register_lowering,
 )
+from qjax.ops import export as _export  # noqa: F401 (registers the serialization of quantized arrays)
 from qjax.ops.base import LinearOp, Operands, QuantizedOp, Spec, quantized_linear
+from qjax.ops.conv import ConvSpec, conv_activation_aux, conv_problem, q_conv
 from qjax.ops.dot import activation_aux, q_dot
+from qjax.ops.embedding import q_take
+from qjax.ops.ragged import q_ragged_dot
+from qjax.ops.remat import remat_policy
 
 __all__ = [
     "Choice",
+    "ConvSpec",
     "LinearOp",
     "LoweringTable",
     "Operands",
@@ -20,9 +27,16 @@ __all__ = [
     "QuantizedOp",
     "Spec",
     "activation_aux",
+    "choice_for",
     "choose",
+    "conv_activation_aux",
+    "conv_problem",
     "lowering_table",
+    "q_conv",
     "q_dot",
+    "q_ragged_dot",
+    "q_take",
     "quantized_linear",
     "register_lowering",
+    "remat_policy",
 ]

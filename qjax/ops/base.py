@@ -136,10 +136,13 @@ class QuantizedOp:
         """Return the result in plain jnp, differentiable in float aux."""
         raise NotImplementedError
 
-    def batch(self, spec: Spec, operands: Operands, dims: Operands, size: int) -> tuple[Spec, Operands, int] | None:
-        """Return spec and operands of one op that computes the whole batch and the batch axis of its result.
+    def batch(
+        self, op: LinearOp, spec: Spec, operands: Operands, dims: Operands, size: int
+    ) -> tuple[Array, int] | None:
+        """Return the result for a batch, computed by binding ``op`` once, and the axis of the batch in it.
 
-        ``dims`` has None or the batch axis in the place of each operand. None means: one example after the other.
+        ``dims`` has the batch axis, or `NO_AXIS`, in the place of each operand. None means: one example after the
+        other.
         """
         return None
 
@@ -164,7 +167,7 @@ class LinearOp:
     def bind(self, spec: Spec, operands: Operands) -> Array:
         """Apply the op."""
         leaves, tree = operands.flatten()
-        return self.primitive.bind(*leaves, call=_call(spec, tree))
+        return self.primitive.bind(*_compat.vary_together(leaves), call=_call(spec, tree))
 
     def _install(self) -> None:
         p = self.primitive
@@ -236,10 +239,9 @@ class LinearOp:
     def _batch(self, leaves: Sequence[Any], dims: Sequence[Any], *, call: Call) -> tuple[Any, int]:
         operands, axes = call.operands(leaves), call.operands(_absent_as_leaf(dims))
         size = next(a.shape[d] for a, d in zip(leaves, dims, strict=True) if d is not None)
-        whole = self.definition.batch(call.spec, operands, axes, size)
+        whole = self.definition.batch(self, call.spec, operands, axes, size)
         if whole is not None:
-            spec, batched, axis = whole
-            return self.bind(spec, batched), axis
+            return whole
         mapped = [jnp.moveaxis(a, d, 0) for a, d in zip(leaves, dims, strict=True) if d is not None]
 
         def one(parts: list[Any]) -> Array:

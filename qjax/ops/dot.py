@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from typing import Any
@@ -58,25 +59,25 @@ class _Dot(QuantizedOp):
         problem = self.problem(spec, operands, "any", 1)
         return dot_reference(problem, operands.x, operands.w, operands.act(spec))
 
-    def batch(self, spec: Spec, operands: Operands, dims: Operands, size: int) -> tuple[Spec, Operands, int] | None:
+    def batch(
+        self, op: LinearOp, spec: Spec, operands: Operands, dims: Operands, size: int
+    ) -> tuple[Array, int] | None:
         weights = jax.tree.leaves(dims.w)
         stacks = operands.w.codes.ndim - 2
         if all(d is NO_AXIS for d in weights):  # one more dimension of rows; each example keeps its own scales
             x = _with_axis(operands.x, dims.x, size, stacks)
             aux = jax.tree.map(lambda a, d: _with_axis(a, d, size, stacks, share=True), operands.aux, dims.aux)
             sharding = _sharding_with_axis(spec.out_sharding, stacks)
-            return (
-                dataclasses.replace(spec, out_sharding=sharding),
-                dataclasses.replace(operands, x=x, aux=aux),
-                stacks,
-            )
+            spec = dataclasses.replace(spec, out_sharding=sharding)
+            return op.bind(spec, dataclasses.replace(operands, x=x, aux=aux)), stacks
         front = lambda a, d: _with_axis(a, d, size, 0)  # noqa: E731
         batched = Operands(
             front(operands.x, dims.x),
             jax.tree.map(front, operands.aux, dims.aux),
             jax.tree.map(front, operands.w, dims.w),
         )
-        return dataclasses.replace(spec, out_sharding=_sharding_with_axis(spec.out_sharding, 0)), batched, 0
+        spec = dataclasses.replace(spec, out_sharding=_sharding_with_axis(spec.out_sharding, 0))
+        return op.bind(spec, batched), 0
 
     def transposed(self, spec: Spec, operands: Operands, x_aval: Any) -> tuple[LinearOp, Spec] | None:
         other = q_dot_op if self.transpose else q_dot_transposed_op
@@ -222,14 +223,19 @@ def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0) -> Aux:
     Returns:
         aux of the rank of x, [*stack, *rows or 1, groups or 1].
     """
-    x = lax.stop_gradient(x)
+    return _activation_aux(lax.stop_gradient(x), fmt, stack_ndim)
+
+
+# One jitted function, because a model fits hundreds of activations of a few shapes: it is traced once for each.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _activation_aux(x: Array, fmt: Format, stack_ndim: int) -> Aux:
     if fmt.per != "tensor" or x.size == 0:
         return fmt.fit(x.astype(jnp.float32))
     axes = tuple(range(stack_ndim, x.ndim))
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)).astype(jnp.float32)
     low = jnp.min(finite, axis=axes, keepdims=True, initial=0.0)
     high = jnp.max(finite, axis=axes, keepdims=True, initial=0.0)
-    shards = _compat.varying_axes(x, tuple(jax.sharding.get_abstract_mesh().axis_names))
+    shards = _compat.varying_axes(x, jax.sharding.get_abstract_mesh().manual_axes)
     if shards:
         low, high = lax.pmin(low, shards), lax.pmax(high, shards)
     return fmt.from_range(low, high)

@@ -59,7 +59,9 @@ CASES = {
     "expert_einsum": lambda p, x: jnp.einsum("ebi,eio->ebo", jnp.stack([x, x, x]), p["s"]),
     "jit_shared": lambda p, x: shared(shared(x, p["w"]), p["w"]),
     "cond": lambda p, x: lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: x * 2, x),
-    "switch": lambda p, x: lax.switch(1, [lambda x: x @ p["w"], lambda x: x @ p["s"][0] @ p["s"][1] @ p["s"][2], lambda x: x], x),
+    "switch": lambda p, x: lax.switch(
+        1, [lambda x: x @ p["w"], lambda x: x @ p["s"][0] @ p["s"][1] @ p["s"][2], lambda x: x], x
+    ),
     "while": lambda p, x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])), (0, x))[1],
     "while_carries_params": lambda p, x: lax.while_loop(
         lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ c[2]), c[2]), (0, x, p["w"])
@@ -105,10 +107,9 @@ CASES = {
     "associative_scan": lambda p, x: lax.associative_scan(jnp.matmul, p["s"])[-1] + x[0, 0],
     "embedding_and_head": lambda p, x: jnp.take(p["w"], jnp.argmax(x, -1) % 8, axis=0) @ p["w"].T,
     "grad_inside": lambda p, x: jax.grad(lambda y: jnp.tanh(y @ p["w"]).sum())(x),
-    "pure_callback": lambda p, x: jax.pure_callback(
-        lambda a: np.asarray(a) * 2, jax.ShapeDtypeStruct(x.shape, x.dtype), x
-    )
-    @ p["w"],
+    "pure_callback": lambda p, x: (
+        jax.pure_callback(lambda a: np.asarray(a) * 2, jax.ShapeDtypeStruct(x.shape, x.dtype), x) @ p["w"]
+    ),
     "random": lambda p, x: (x * jax.random.bernoulli(jax.random.key(3), 0.5, x.shape)) @ p["w"],
     "sort": lambda p, x: jnp.sort(x @ p["w"], axis=-1),
     "linear_solve": lambda p, x: jnp.linalg.solve(p["w"] + 4 * jnp.eye(8), x.T).T @ p["w"],

@@ -1,0 +1,5 @@
+"""Convolutions with a quantized kernel."""
+
+from qjax.kernels.conv import reference, xla
+
+__all__ = ["reference", "xla"]

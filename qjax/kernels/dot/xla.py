@@ -119,19 +119,28 @@ def _phases(problem: Problem, w: QArray) -> int:
     return phase_count(w.fmt, w.length)
 
 
+def _one_cpu(problem: Problem) -> bool | str:
+    return on_one_cpu(problem) or "it is for one CPU device; over several the plain form stays sharded"
+
+
 def _large(problem: Problem) -> bool | str:
-    if not on_one_cpu(problem):
-        return "it is for one CPU device; over several the plain form stays sharded"
     if problem.n * problem.k <= LOOP_ELEMENTS:
         return f"the weight has no more than {LOOP_ELEMENTS} elements, where a loop does not pay"
     return True
 
 
-_BLOCKS = "unpack the weight a block of output rows at a time, for large weights"
+_BLOCKS = {
+    "platform": "cpu",
+    "when": _one_cpu,
+    "worth": _large,
+    "name": "dequantize_blocks",
+    "priority": 1,
+    "about": "unpack the weight a block of output rows at a time, for large weights",
+}
 
 
-@register_lowering("dot", platform="cpu", when=_large, name="dequantize_blocks", priority=1, about=_BLOCKS)
-@register_lowering("dot_transposed", platform="cpu", when=_large, name="dequantize_blocks", priority=1, about=_BLOCKS)
+@register_lowering("dot", **_BLOCKS)
+@register_lowering("dot_transposed", **_BLOCKS)
 def dequantize_blocks(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the float product, a block of rows of the weight at a time."""
     if x.size == 0:

@@ -1,0 +1,98 @@
+"""q_ragged_dot: rows times the packed matrix of their group, as a mixture of experts computes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from qjax.errors import LayoutError
+from qjax.formats import QArray
+from qjax.kernels import Act, Problem, select
+from qjax.kernels.ragged_dot.reference import ragged_dot_reference
+from qjax.ops.base import Operands, QuantizedOp, Spec, quantized_linear
+
+
+@dataclasses.dataclass(frozen=True)
+class _RaggedDot(QuantizedOp):
+    name = "q_ragged_dot"
+
+    def problem(self, spec: Spec, operands: Operands, platform: str, devices: int) -> Problem:
+        x, w = operands.x, operands.w
+        return Problem(
+            op="ragged_dot",
+            platform=platform,
+            weight=w.fmt,
+            act=spec.act,
+            rows=x.shape[0],
+            n=w.codes.shape[-2],
+            k=w.length,
+            stack=tuple(w.codes.shape[:-2]),
+            x_dtype=np.dtype(x.dtype),
+            out_dtype=spec.out_dtype,
+            devices=devices,
+            settings=spec,
+        )
+
+    def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
+        return (operands.x.shape[0], operands.w.codes.shape[-2])
+
+    def reference(self, spec: Spec, operands: Operands) -> Array:
+        problem = self.problem(spec, operands, "any", 1)
+        return ragged_dot_reference(problem, operands.x, operands.w, operands.act(spec), *operands.extra)
+
+
+q_ragged_dot_op = quantized_linear(_RaggedDot())
+
+
+def q_ragged_dot(
+    x: Array,
+    w: QArray,
+    group_sizes: Array,
+    *,
+    act: Act | None = None,
+    out_dtype: DTypeLike | None = None,
+    precision: Any = None,
+    implementation: str | None = None,
+    site: str = "",
+) -> Array:
+    """Multiply rows by the quantized matrix of their group: `jax.lax.ragged_dot` with a packed right-hand side.
+
+    Args:
+        x: float [M, K], rows sorted by group.
+        w: [G, K, N] or any view of it with one stack axis of size G, canonically [G, N, K].
+        group_sizes: integers [G]; rows behind their sum give 0.
+        act: ``(format, aux)`` as in `qjax.ops.q_dot`.
+        out_dtype: dtype of the result, by default that of x.
+        precision: of float products.
+        implementation: name of a lowering, or None to choose.
+        site: name for messages.
+
+    Returns:
+        [M, N]. Derivatives as in `qjax.ops.q_dot`; `vmap` computes one example after the other.
+
+    Raises:
+        LayoutError: if x, w and group_sizes do not fit together.
+        LoweringError: if the named implementation cannot run.
+    """
+    w = w.canonical()
+    if x.ndim != 2 or w.codes.ndim != 3 or x.shape[1] != w.length or group_sizes.shape != w.codes.shape[:1]:
+        raise LayoutError(
+            f"{site}{': ' if site else ''}q_ragged_dot of activations {tuple(x.shape)} with a weight of stack "
+            f"{tuple(w.codes.shape[:-2])}, {w.codes.shape[-2]} outputs and {w.length} inputs, and group sizes "
+            f"{tuple(group_sizes.shape)}; they have to be [rows, inputs], one stack axis [G], and [G]"
+        )
+    spec = Spec(
+        out_dtype=np.dtype(x.dtype if out_dtype is None else out_dtype),
+        act=act[0] if act else None,
+        precision=precision,
+        implementation=implementation,
+    )
+    operands = Operands(x, dict(act[1]) if act else {}, w, (group_sizes,))
+    if implementation is not None:
+        select(q_ragged_dot_op.definition.problem(spec, operands, jax.default_backend(), 1), implementation)
+    return q_ragged_dot_op.bind(spec, operands)
