@@ -134,10 +134,10 @@ def _uniform(value: Value) -> float | None:
     if value.source is not None:
         return uniform(value.source)
     if value.node is None:
-        array = np.asarray(value.const)
-        if array.size != 1 or array.dtype.kind == "c":
+        if any(n != 1 for n in value.shape):
             return None
-        return float(array.reshape(())) if array.dtype != object else None
+        array = np.asarray(value.const).reshape(())
+        return float(array) if array.dtype.kind not in "cOUS" else None
     node = value.node
     if node.name in STRUCTURAL:
         return uniform(node.inputs[0])
@@ -169,7 +169,7 @@ def at(value: Value, index: Sequence[np.ndarray]) -> np.ndarray:
     if value.source is not None:
         return at(value.source, index)
     if node is None:
-        array = np.asarray(value.const)
+        array = value.const = np.asarray(value.const)  # one transfer from the device
         return array[tuple(index)] if array.ndim else array
     name, params = node.name, node.params
     if name == "iota":

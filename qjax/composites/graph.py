@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from qjax import _compat
@@ -52,6 +53,9 @@ _FORMULA = (
 )
 _FORMULA_EQUATIONS = 64
 
+# Evaluation is recursive and repeats shared operands; what takes more operations than this is no mask or number.
+_HEAVY = 128
+
 # cuDNN attention is one primitive inside a custom_vjp_call.
 FUSED_ATTENTION = "dot_product_attention_fwd_wrapper"
 
@@ -66,17 +70,19 @@ class Value:
         users: nodes that read it, in program order; a node that reads it twice is listed twice.
         const: the concrete literal or constant, if known.
         source: for an input that is known to be a value of the level outside, that value.
-        fixed: whether it can be computed without any input of the level.
+        fixed: whether it can be computed, with little work, without any input of the level.
+        weight: operations that this takes; 0 if it is not fixed.
     """
 
-    __slots__ = ("_uniform", "atom", "const", "fixed", "node", "scope", "shape", "source", "users")
+    __slots__ = ("_uniform", "atom", "const", "fixed", "node", "scope", "shape", "source", "users", "weight")
 
-    def __init__(self, atom: Any, scope: Path, node: Node | None = None, const: Any = None, fixed: bool = False):
+    def __init__(self, atom: Any, scope: Path, node: Node | None = None, const: Any = None, weight: int = 0):
         self.atom = atom
         self.scope = scope
         self.node = node
         self.const = const
-        self.fixed = fixed
+        self.fixed = weight > 0
+        self.weight = weight
         self.source: Value | None = None
         self.users: list[Node] = []
         self.shape: tuple[int, ...] = getattr(atom.aval, "shape", ())
@@ -206,7 +212,7 @@ def inlined(jaxpr: Jaxpr, consts: Sequence[Any] = (), scope: Path = (), outside:
     inputs = tuple(_constant(v, consts[i], scope) if i < known else Value(v, scope) for i, v in enumerate(variables))
     for value, source in zip(inputs[len(variables) - len(outside) :], outside, strict=True):
         if source is not None and source.fixed:
-            value.fixed, value.const, value.source = True, source.const, source
+            value.fixed, value.weight, value.const, value.source = True, source.weight, source.const, source
     outputs = _walk(jaxpr, inputs, scope, nodes, named)
     units = tuple(
         inlined(body, scope=(*node.path, ("call_jaxpr", 0)))
@@ -217,9 +223,9 @@ def inlined(jaxpr: Jaxpr, consts: Sequence[Any] = (), scope: Path = (), outside:
 
 
 def _constant(atom: Any, const: Any, scope: Path) -> Value:
-    # Extended dtypes (keys) have no NumPy form: such constants are known, but no use for evaluation.
-    evaluable = isinstance(getattr(const, "dtype", np.dtype(float)), np.dtype)
-    return Value(atom, scope, const=const if evaluable else None, fixed=evaluable)
+    # Keys have no NumPy form, and under an outer transformation a constant may be a tracer: no use for evaluation.
+    evaluable = isinstance(getattr(const, "dtype", np.dtype(float)), np.dtype) and not isinstance(const, Tracer)
+    return Value(atom, scope, const=const if evaluable else None, weight=int(evaluable))
 
 
 def _walk(
@@ -229,7 +235,7 @@ def _walk(
     evaluable = constants.EVALUABLE
     for i, eqn in enumerate(jaxpr.eqns):
         operands = tuple(
-            Value(a, scope, const=a.val, fixed=True) if isinstance(a, Literal) else env[a] for a in eqn.invars
+            Value(a, scope, const=a.val, weight=1) if isinstance(a, Literal) else env[a] for a in eqn.invars
         )
         name = eqn.primitive.name
         if name in _CALLS or name == "custom_vjp_call":
@@ -242,15 +248,17 @@ def _walk(
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
         node = Node(eqn, name, (*scope, i), operands, len(nodes))
-        fixed = name in evaluable
+        weight = 1 if name in evaluable else 0
         for value in operands:
             value.users.append(node)
-            fixed = fixed and value.fixed
-        node.outputs = tuple([Value(v, scope, node, fixed=fixed) for v in eqn.outvars])
+            weight = weight + value.weight if weight and value.fixed else 0
+        if weight > _HEAVY:
+            weight = 0
+        node.outputs = tuple([Value(v, scope, node, weight=weight) for v in eqn.outvars])
         env.update(zip(eqn.outvars, node.outputs, strict=True))
         nodes.append(node)
         named.setdefault(name, []).append(node)
-    return tuple(Value(a, scope, const=a.val, fixed=True) if isinstance(a, Literal) else env[a] for a in jaxpr.outvars)
+    return tuple(Value(a, scope, const=a.val, weight=1) if isinstance(a, Literal) else env[a] for a in jaxpr.outvars)
 
 
 def _body(name: str, eqn: JaxprEqn) -> tuple[str, Jaxpr, list[Any]] | None:

@@ -16,6 +16,8 @@ from qjax.composites.base import Composite, between, ordered
 from qjax.composites.constants import uniform
 from qjax.composites.graph import Level, Node, Value
 
+_DEPTH = 48  # operations between a statistic and its operand
+
 _CASTS = frozenset({"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision"})
 
 
@@ -82,6 +84,7 @@ class _Finder:
         self.level = level
         self.outputs = set(level.outputs)
         self.stats: dict[Value, _Stat | None] = {}
+        self.depth = 0
 
     def find(self) -> list[Norm]:
         found: dict[Value, Norm] = {}
@@ -98,8 +101,11 @@ class _Finder:
         if value.node is None or value.fixed:
             return None
         if value not in self.stats:
-            self.stats[value] = None  # a value is never its own operand, this only bounds the work
+            if self.depth == _DEPTH:
+                return None
+            self.depth += 1
             self.stats[value] = self._stat(value, value.node)
+            self.depth -= 1
         return self.stats[value]
 
     def _stat(self, value: Value, node: Node) -> _Stat | None:

@@ -18,7 +18,7 @@ from qjax.composites.constants import at, uniform
 from qjax.composites.graph import Node, Value
 from qjax.composites.softmax import MASKED, masked_fill
 
-_STEPS = 40
+_STEPS = 160
 _LOOKS = 4096
 
 
@@ -95,12 +95,12 @@ def find_scores(logits: Value, labels: Labels, soft: list[Axis]) -> Iterator[Sco
         labels: axes of its dimensions.
         soft: the axes that the softmax sums over.
     """
-    yield from _back(logits, labels, _State(), soft, _STEPS)
+    # One budget for all branches: sums of sums that share operands would take exponential time otherwise.
+    yield from _back(logits, labels, _State(), soft, iter(range(_STEPS)))
 
 
-def _back(value: Value, labels: Labels, state: _State, soft: list[Axis], budget: int) -> Iterator[Scores]:
-    while budget > 0:
-        budget -= 1
+def _back(value: Value, labels: Labels, state: _State, soft: list[Axis], budget: Iterator[int]) -> Iterator[Scores]:
+    for _ in budget:
         passed: list[Node] = []
         value, labels = ax.strip(value, labels, passed)
         node = value.node
@@ -131,8 +131,8 @@ def _back(value: Value, labels: Labels, state: _State, soft: list[Axis], budget:
             state = dataclasses.replace(state, cap=state.factor, factor=1.0)
         elif node.name == "select_n":
             hidden = masked_fill(node)
-            # Below a soft-cap a fill is not a mask: tanh brings it back to the cap.
-            if hidden is None or state.cap is not None or hidden[0].shape != node.output.shape:
+            # Below a soft-cap a fill is not a mask: tanh brings it back to the cap. Nor below a gain of unknown sign.
+            if hidden is None or state.cap is not None or state.gains or hidden[0].shape != node.output.shape:
                 return
             scores, fill, keep = hidden
             if fill * state.factor > MASKED:
@@ -174,7 +174,7 @@ def product_dims(node: Node) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[i
     return tuple(tuple(b) for b in batch), free
 
 
-def _sum(node: Node, labels: Labels, state: _State, soft: list[Axis], budget: int) -> Iterator[Scores]:
+def _sum(node: Node, labels: Labels, state: _State, soft: list[Axis], budget: Iterator[int]) -> Iterator[Scores]:
     """Go on along the summand that leads to a product; the other one is a bias or an additive mask."""
     sign = -1.0 if node.name == "sub" else 1.0
     choices = [(node.inputs[0], node.inputs[1], sign)]

@@ -615,6 +615,12 @@ def misaligned(q, k, v):
     return jnp.einsum("hbts,bshd->bthd", p[:, :2].transpose(0, 1, 2, 3), v[:, :, :2])
 
 
+def mask_below_a_gain(q, k, v):
+    """A gain of unknown sign turns a hidden score into the greatest."""
+    z = jnp.where(TRIL, jnp.einsum("bthd,bshd->bhts", q, k), -1e9) * q.sum()
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(z), v)
+
+
 def weights_times_values(q, k, v):
     p = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
     return jnp.einsum("bhts,bshd->bthd", p * p, v)
@@ -622,7 +628,7 @@ def weights_times_values(q, k, v):
 
 DECLINED = [
     log_softmax, normalised_later, wrong_axis, head_axis, values_over_queries, off_by_one, sum_of_another,
-    mask_below_the_cap, squared_scores, dropped, misaligned, weights_times_values, shift_along_keys,
+    mask_below_the_cap, mask_below_a_gain, squared_scores, dropped, misaligned, weights_times_values, shift_along_keys,
 ]  # fmt: skip
 
 
