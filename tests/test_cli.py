@@ -1,6 +1,7 @@
 """The command line, in process, on a tiny language model and a tiny classifier that are written here."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import qjax.report
 from qjax.cli import main
 from qjax.cli.folders import fingerprint
 
@@ -224,8 +226,6 @@ def test_eval_compares_with_the_float_model(capsys, saved, folder, text):
 
 
 def test_eval_without_the_float_model(capsys, saved, folder, text, tmp_path):
-    import shutil
-
     moved = tmp_path / "moved"
     shutil.copytree(saved, moved)
     manifest = json.loads((moved / "qjax.json").read_text())
@@ -289,8 +289,6 @@ def test_folders_that_are_none(capsys, tmp_path, text):
 
 @pytest.mark.parametrize("command", ["inspect", "quantize", "eval", "generate"])
 def test_damaged_weights(capsys, folder, tmp_path, command, text):
-    import shutil
-
     bad = tmp_path / "bad"
     shutil.copytree(folder, bad)
     weights = bad / "model.safetensors"
@@ -333,8 +331,6 @@ def test_destinations(capsys, folder, saved, tmp_path):
 
 
 def test_damaged_saved_folder(capsys, saved, tmp_path, text):
-    import shutil
-
     for change, says in (("{", "damaged"), ('{"version": 99}', "version 99")):
         bad = tmp_path / says.replace(" ", "")
         shutil.copytree(saved, bad)
@@ -347,10 +343,6 @@ def test_damaged_saved_folder(capsys, saved, tmp_path, text):
 
 
 def test_a_failed_save_leaves_the_older_folder(capsys, folder, saved, tmp_path, monkeypatch):
-    import shutil
-
-    import qjax
-
     out = tmp_path / "q"
     shutil.copytree(saved, out)
     before = (out / "qjax.json").read_text()
@@ -363,9 +355,16 @@ def test_a_failed_save_leaves_the_older_folder(capsys, folder, saved, tmp_path, 
     assert (out / "qjax.json").read_text() == before and sorted(p.name for p in tmp_path.iterdir()) == ["q"]
 
 
-def test_unexpected_errors_are_one_line_and_debug_shows_them(capsys, folder, monkeypatch):
-    import qjax
+def test_an_older_folder_that_a_kill_left_aside_is_put_back(folder, saved, tmp_path):
+    from qjax.cli.folders import save_folder
 
+    shutil.copytree(saved, tmp_path / ".q.old")
+    with pytest.raises(qjax.errors.CheckpointError):
+        save_folder(tmp_path / "q", folder, None, qjax.report.Report.load(saved))
+    assert [p.name for p in tmp_path.iterdir()] == ["q"] and (tmp_path / "q" / "qjax.json").is_file()
+
+
+def test_unexpected_errors_are_one_line_and_debug_shows_them(capsys, folder, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("line one\nline two")
 
@@ -377,8 +376,6 @@ def test_unexpected_errors_are_one_line_and_debug_shows_them(capsys, folder, mon
 
 
 def test_ctrl_c(capsys, folder, monkeypatch):
-    import qjax
-
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 

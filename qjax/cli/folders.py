@@ -165,6 +165,8 @@ def save_folder(out: Path, source: Path, model: Any, report: Report) -> None:
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
+    if old.exists() and not out.exists():  # an earlier run was killed between its two last steps
+        old.rename(out)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
