@@ -131,32 +131,23 @@ def _candidates(anchor: Node) -> list[Node]:
 
 def _part_of_more(relu: Activation) -> bool:
     """Whether a ``max(x, 0)`` is a step of something else: softplus, CELU (meets ``x`` again), random numbers."""
-    value = relu.input
-    for _ in range(8):
-        node = value.node
-        if node is None or node.name not in constants.ELEMENTWISE:
-            break
-        value = next((v for v in node.inputs if not v.fixed), value)
-    if value.node is not None and value.node.name in ("bitcast_convert_type", "random_bits"):
+    made_by = {v.node.name for v in _upstream([relu.input]) if v.node is not None}
+    if made_by & {"bitcast_convert_type", "random_bits"}:
         return True
-    return any(_meets(user, relu) for user in relu.output.users)
-
-
-def _meets(user: Node, relu: Activation) -> bool:
-    """Whether ``user`` combines the result with another elementwise function of its operand."""
-    if user.name not in constants.ELEMENTWISE:
-        return False
-    for other in user.inputs:
-        if other is relu.output or other.fixed:
-            continue
-        for _ in range(8):
-            if other is relu.input:
-                return True
-            node = other.node
-            if node is None or node.name not in constants.ELEMENTWISE:
-                break
-            other = next((v for v in node.inputs if not v.fixed), other)
+    for user in relu.output.users:
+        others = [v for v in user.inputs if v is not relu.output]
+        if user.name in constants.ELEMENTWISE and relu.input in _upstream(others):
+            return True
     return False
+
+
+def _upstream(values: list[Value]) -> list[Value]:
+    """Return values and what they are computed from by a few elementwise operations."""
+    found = [v for v in values if not v.fixed]
+    for value in found:
+        if value.node is not None and value.node.name in constants.ELEMENTWISE and len(found) < 24:
+            found += [v for v in value.node.inputs if not v.fixed and v not in found]
+    return found
 
 
 def _formula(end: Node, anchor: Node, curves: tuple[str, ...], known: dict[tuple, str | None]) -> Activation | None:

@@ -86,6 +86,11 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "xor": np.bitwise_xor,
 }
 
+# Shardings, names for remat policies, marks of shard_map: the value stays what it is.
+ELEMENTWISE |= dict.fromkeys(
+    ("mesh_cast", "name", "pbroadcast", "pcast", "pvary", "reshard", "sharding_constraint"), lambda x: x
+)
+
 # Each output element is one input element: how the coordinates map is in :func:`at`.
 STRUCTURAL = frozenset({"broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "rev"})
 

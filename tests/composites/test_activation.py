@@ -96,6 +96,7 @@ DECLINED = {
     "hard_swish": nn.hard_swish,
     "elu": nn.elu,
     "celu": nn.celu,
+    "celu_per_element": lambda x: nn.celu(x, jnp.abs(x) + 1.0),
     "selu": nn.selu,
     "mish": nn.mish,
     "softplus": nn.softplus,

@@ -484,6 +484,22 @@ def test_control_flow(find_deep, rand):
         assert [c.op for c in find_deep(fn, q)].count("attention") == count
 
 
+def test_shard_map(rand):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    fn = jax.shard_map(functools.partial(dpa, is_causal=True), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    found = find_nested(jax.make_jaxpr(fn)(*(rand(B, T, H, D) for _ in range(3))))
+    (match,) = [c for c in found if c.op == "attention"]
+    assert dict(match.axes)["head"] == H and match.causal is not None and match.output_path[1] == ("jaxpr", 0)
+
+
+def test_gradients_and_training_steps_are_walked_without_harm(rand):
+    """Derivatives hold products that read probabilities too; the forward attention is still one of them."""
+    loss = lambda q: einsum(q, q, q).sum()  # noqa: E731
+    for fn in (jax.grad(loss), jax.hessian(loss), jax.grad(jax.checkpoint(loss))):
+        assert any(c.op == "attention" for c in find_nested(jax.make_jaxpr(fn)(rand(1, 3, 2, 4))))
+
+
 def test_constants_from_outside_a_loop_are_known_inside(rand):
     """A mask made once, before the scan over layers."""
     q, keys = rand(B, T, H, D), rand(3, B, S, H, D)
