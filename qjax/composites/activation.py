@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -93,7 +92,7 @@ def find_activations(level: Level, taken: set[Node] | frozenset[Node] = frozense
 
 
 def _is_float(value: Value) -> bool:
-    return value.dtype is not None and jax.dtypes.issubdtype(value.dtype, jnp.floating)
+    return value.dtype is not None and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def _plausible(anchor: Node) -> bool:
