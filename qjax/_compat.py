@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex
+from jax.interpreters import ad
 
 JAX_VERSION: tuple[int, int] = tuple(int(p) for p in jax.__version__.split(".")[:2])  # type: ignore[assignment]
 """(major, minor) of the installed jax."""
@@ -139,3 +140,8 @@ def vary_together(arrays: Sequence[Any]) -> list[Any]:
         missing = tuple(a for a in union if a not in own)
         out.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
     return out
+
+
+def zero_tangent(primal: Any) -> Any:
+    """Return the symbolic zero tangent of a value."""
+    return ad.Zero.from_primal_value(primal)  # pyright: ignore[reportAttributeAccessIssue]

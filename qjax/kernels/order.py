@@ -20,6 +20,8 @@ def runtime_zero(x: Array) -> Array:
     The sign bit of the first element, shifted out: no arithmetic on floats, so NaN and infinity do no harm.
     """
     first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+    if jnp.issubdtype(first.dtype, jnp.complexfloating):
+        first = first.real
     if jnp.issubdtype(first.dtype, jnp.bool_):
         first = first.astype(jnp.uint8)
     width = first.dtype.itemsize * 8

@@ -73,7 +73,8 @@ class Problem:
         """Say the problem in words."""
         act = f" x {self.act.name} activations" if self.act else ""
         stack = f" x {self.matrices}" if self.stack else ""
-        return f"{self.op} of {self.weight.name} weights [{self.n}, {self.k}]{stack}{act}, {self.rows or 'any'} rows, on {self.platform}"
+        weight = f"{self.weight.name} weights [{self.n}, {self.k}]"
+        return f"{self.op} of {weight}{stack}{act}, {self.rows or 'any'} rows, on {self.platform}"
 
 
 @dataclasses.dataclass(frozen=True)

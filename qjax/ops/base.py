@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -32,11 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from qjax import _compat
-from qjax.formats import Format, QArray
+from qjax.formats import Format
 from qjax.kernels import Act, Problem, select
 from qjax.kernels.registry import on_new_platform
 from qjax.ops.deferred import Deferred, deferred
@@ -78,7 +78,9 @@ class Call:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return isinstance(other, Call) and self._hash == other._hash and (self.spec, self.tree) == (other.spec, other.tree)
+        return (
+            isinstance(other, Call) and self._hash == other._hash and (self.spec, self.tree) == (other.spec, other.tree)
+        )
 
     def __repr__(self) -> str:
         """Return a form short enough to read in a printed jaxpr."""
@@ -124,21 +126,19 @@ class QuantizedOp:
 
     name: str
 
-    def problem(self, spec: Spec, operands: Operands, platform: str, devices: int) -> Problem:
+    def problem(self, spec: Any, operands: Operands, platform: str, devices: int) -> Problem:
         """Return what `select` is asked. The operands have shapes and dtypes at least."""
         raise NotImplementedError
 
-    def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
+    def out_shape(self, spec: Any, operands: Operands) -> tuple[int, ...]:
         """Return the shape of the result."""
         raise NotImplementedError
 
-    def reference(self, spec: Spec, operands: Operands) -> Array:
+    def reference(self, spec: Any, operands: Operands) -> Array:
         """Return the result in plain jnp, differentiable in float aux."""
         raise NotImplementedError
 
-    def batch(
-        self, op: LinearOp, spec: Spec, operands: Operands, dims: Operands, size: int
-    ) -> tuple[Array, int] | None:
+    def batch(self, op: LinearOp, spec: Any, operands: Operands, dims: Operands, size: int) -> tuple[Array, int] | None:
         """Return the result for a batch, computed by binding ``op`` once, and the axis of the batch in it.
 
         ``dims`` has the batch axis, or `NO_AXIS`, in the place of each operand. None means: one example after the
@@ -196,7 +196,7 @@ class LinearOp:
     def _abstract_eval(self, *avals: Any, call: Call) -> Any:
         operands = call.operands(avals)
         if all(_compat.is_plain(a) for a in avals):
-            return jax.core.ShapedArray(self.definition.out_shape(call.spec, operands), call.spec.out_dtype)
+            return ShapedArray(self.definition.out_shape(call.spec, operands), call.spec.out_dtype)
         return _oracle_type(self.definition, call, avals, jax.sharding.get_abstract_mesh())
 
     # Derivatives.
@@ -208,20 +208,23 @@ class LinearOp:
         if not isinstance(slopes.x, ad.Zero):
             terms.append(self.bind(_linear(call.spec), Operands(slopes.x, {}, values.w, values.extra)))
         moving = tuple(
-            i for i, (p, t) in enumerate(zip(primals, tangents, strict=True))
+            i
+            for i, (p, t) in enumerate(zip(primals, tangents, strict=True))
             if i and not isinstance(t, ad.Zero) and _has_derivative(p) and i not in _fixed_leaves(call)
         )
         if moving:
             slope = AuxSlope(self.definition, call, moving)
             terms += deferred(slope, [tangents[i] for i in moving], primals)
         if not terms:
-            return y, ad.Zero.from_primal_value(y)
+            return y, _compat.zero_tangent(y)
         return y, functools.reduce(ad.add_jaxvals, terms)
 
     def _transpose(self, ct: Any, *leaves: Any, call: Call) -> list[Any]:
         operands = call.operands(leaves)
         if not ad.is_undefined_primal(operands.x) or any(ad.is_undefined_primal(a) for a in leaves[1:]):
-            raise NotImplementedError(f"{self.name} is linear in x only; its aux enter derivatives as a deferred equation")
+            raise NotImplementedError(
+                f"{self.name} is linear in x only; its aux enter derivatives as a deferred equation"
+            )
         if call.spec.act is not None:
             raise NotImplementedError(f"{self.name} with quantized activations is not linear and cannot be transposed")
         nothing = [None] * (len(leaves) - 1)

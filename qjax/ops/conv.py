@@ -46,7 +46,7 @@ class ConvSpec(Spec):
 class _Conv(QuantizedOp):
     name = "q_conv"
 
-    def problem(self, spec: Spec, operands: Operands, platform: str, devices: int) -> Problem:
+    def problem(self, spec: ConvSpec, operands: Operands, platform: str, devices: int) -> Problem:
         x, w = operands.x, operands.w
         return Problem(
             op="conv",
@@ -62,15 +62,15 @@ class _Conv(QuantizedOp):
             settings=spec,
         )
 
-    def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
+    def out_shape(self, spec: ConvSpec, operands: Operands) -> tuple[int, ...]:
         return _out_shape(spec, tuple(operands.x.shape), operands.w.shape)
 
-    def reference(self, spec: Spec, operands: Operands) -> Array:
+    def reference(self, spec: ConvSpec, operands: Operands) -> Array:
         problem = self.problem(spec, operands, "any", 1)
         return conv_reference(problem, operands.x, operands.w, operands.act(spec))
 
     def batch(
-        self, op: LinearOp, spec: Spec, operands: Operands, dims: Operands, size: int
+        self, op: LinearOp, spec: ConvSpec, operands: Operands, dims: Operands, size: int
     ) -> tuple[Array, int] | None:
         """Fold a batch of inputs into the examples; a batch of kernels goes one by one (faster on CPU than grouped)."""
         if any(d is not NO_AXIS for d in jax.tree.leaves(dims.w)) or spec.batch_group_count != 1:

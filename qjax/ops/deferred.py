@@ -65,7 +65,7 @@ def _abstract_eval(*avals: Any, function: Deferred, count: int) -> list[Any]:
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, function: Deferred, count: int) -> tuple[Any, Any]:
     outs = deferred_p.bind(*primals, function=function, count=count)
     linear, residuals = list(primals[:count]), list(primals[count:])
-    totals: list[Any] = [ad.Zero.from_primal_value(y) for y in outs]
+    totals: list[Any] = [_compat.zero_tangent(y) for y in outs]
     if any(not isinstance(t, ad.Zero) for t in tangents[:count]):
         slopes = [ad.instantiate_zeros(t) for t in tangents[:count]]
         totals = deferred(function, slopes, residuals)
@@ -124,7 +124,7 @@ class Batched(Deferred):
     residuals: tuple[bool, ...]
 
     def __call__(self, linear: Sequence[Any], residuals: Sequence[Any]) -> list[Any]:
-        """Return the outputs, batch axis in front; one example after the other, so that one weight is alive at a time."""
+        """Return the outputs, batch axis in front; one example after the other: one weight is alive at a time."""
         flags = (*self.linear, *self.residuals)
         operands = (*linear, *residuals)
         mapped = [a for a, f in zip(operands, flags, strict=True) if f]

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
+from jax.core import ShapedArray
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
 from qjax.ops.base import Call
-from qjax.ops.conv import q_conv_op
+from qjax.ops.conv import ConvSpec
 from qjax.ops.dot import q_dot_op, q_dot_transposed_op
 
 Policy = Callable[..., Any]
@@ -41,7 +41,7 @@ def remat_policy(policy: Policy) -> Policy:
             batch = tuple(range(stacks))
             kept = stacks if primitive is q_dot_transposed_op.primitive else stacks + 1
             numbers = (((x.ndim - 1,), (kept,)), (batch, batch))
-            weight = jax.core.ShapedArray((*stack, w.codes.shape[stacks], w.length), x.dtype)
+            weight = ShapedArray((*stack, w.codes.shape[stacks], w.length), x.dtype)
             return policy(
                 dot_general_p,
                 x,
@@ -51,11 +51,11 @@ def remat_policy(policy: Policy) -> Policy:
                 preferred_element_type=spec.out_dtype,
                 out_sharding=spec.out_sharding,
             )
-        if primitive is q_conv_op.primitive:
+        if isinstance(spec, ConvSpec):
             return policy(
                 conv_general_dilated_p,
                 x,
-                jax.core.ShapedArray(w.shape, x.dtype),
+                ShapedArray(w.shape, x.dtype),
                 window_strides=spec.window_strides,
                 padding=spec.padding,
                 lhs_dilation=spec.lhs_dilation,

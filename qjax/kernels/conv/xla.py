@@ -18,7 +18,7 @@ from jax import Array, lax
 from qjax.formats import QArray
 from qjax.kernels.conv.reference import conv_reference, convolve
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.xla import on_one_cpu
+from qjax.kernels.dot.xla import both_quantized, on_one_cpu
 from qjax.kernels.order import after
 from qjax.kernels.registry import Act, Problem, register_lowering
 
@@ -69,7 +69,7 @@ def _fast_on_cpu(problem: Problem) -> bool | str:
 )
 def int_conv(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the convolution of integer codes times both scales."""
-    fmt, aux = act
+    fmt, aux = both_quantized(act)
     settings = problem.settings
     lhs, rhs, out = settings.dimension_numbers
     codes = fmt.encode(x, aux)

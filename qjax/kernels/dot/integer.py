@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats import Format, QArray
-from qjax.kernels.dot.xla import fold_rows, on_one_cpu, over_stack, zeros_like_varying
+from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, over_stack, zeros_like_varying
 from qjax.kernels.order import after
 from qjax.kernels.phases import code_phases, phase_count, split_phases
 from qjax.kernels.registry import Act, Problem, register_lowering
@@ -63,7 +63,7 @@ def int_dot(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the product of integer codes times both scales."""
     if on_one_cpu(problem) and x.size:
         return over_stack(_cpu_matrix)(problem, x, w, act)
-    return _whole(problem, x, w, act)
+    return _whole(problem, x, w, both_quantized(act))
 
 
 @dataclasses.dataclass
@@ -97,11 +97,11 @@ def _dot(x: Array, w: Array) -> Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _cpu_matrix(problem: Problem, x: Array, w: QArray, act: Act) -> Array:
+def _cpu_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the product of one matrix on one CPU device."""
     shape, x = x.shape[:-1], fold_rows(x)
     rows = x.shape[0]
-    fmt, aux = act
+    fmt, aux = both_quantized(act)
     aux = {k: jnp.broadcast_to(a, (*shape, a.shape[-1])).reshape(rows, -1) for k, a in aux.items()}
     side = _activations(x, (fmt, aux))
     # Rows of qx, a row of ones where sums over qw are needed, and zeros up to the rows that make the dot fast.
@@ -146,9 +146,7 @@ def _cpu_matrix(problem: Problem, x: Array, w: QArray, act: Act) -> Array:
     return y.astype(problem.out_dtype).reshape(*shape, problem.n)
 
 
-def _centred(
-    acc: Array, qs: list[Array], rows: int, zero_x: Array | None, zero_w: Array | None, group: int
-) -> Array:
+def _centred(acc: Array, qs: list[Array], rows: int, zero_x: Array | None, zero_w: Array | None, group: int) -> Array:
     """Return the int32 sums with the zero points taken into account: [rows, N].
 
     Args:
@@ -181,9 +179,7 @@ def _whole(problem: Problem, x: Array, w: QArray, act: Act) -> Array:
     if group is None:
         batch = tuple(range(stacks))
         dims = (((x.ndim - 1,), (stacks + 1,)), (batch, batch))
-        acc = lax.dot_general(
-            side.codes, codes, dims, preferred_element_type=jnp.int32, out_sharding=sharding
-        )
+        acc = lax.dot_general(side.codes, codes, dims, preferred_element_type=jnp.int32, out_sharding=sharding)
         blocks = ()
     else:
         blocks = (problem.k // group,)

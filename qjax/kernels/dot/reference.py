@@ -34,7 +34,7 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 def contract(
     x: Array, w: Array, *, transposed: bool, out_dtype: DTypeLike, precision: Precision = None, out_sharding: Any = None
 ) -> Array:
-    """Return the float product of x [*stack, *rows, K] and w [*stack, N, K], or of x [*stack, *rows, N] if transposed."""
+    """Return the float product of x [*stack, *rows, K], or [*stack, *rows, N] if transposed, and w [*stack, N, K]."""
     stacks = w.ndim - 2
     batch = tuple(range(stacks))
     dims = (((x.ndim - 1,), (stacks if transposed else stacks + 1,)), (batch, batch))
@@ -73,5 +73,3 @@ def dot_reference(problem: Problem, x: Array, w: QArray, act: Act | None) -> Arr
         precision=problem.settings.precision if problem.settings else None,
         out_sharding=problem.settings.out_sharding if problem.settings else None,
     )
-
-

@@ -76,6 +76,12 @@ def _map_arrays(function: Callable[[Array], Array], w: QArray) -> QArray:
     return dataclasses.replace(w, codes=function(w.codes), aux={k: function(a) for k, a in w.aux.items()})
 
 
+def both_quantized(act: Act | None) -> Act:
+    """Return the activations' format and aux, in a lowering that is only selected where they are quantized."""
+    assert act is not None
+    return act
+
+
 def fold_rows(x: Array) -> Array:
     """Return [rows, K] from [*rows, K]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -210,7 +216,7 @@ def float8_dot(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
 
 
 def _float8_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
-    fmt, aux = act
+    fmt, aux = both_quantized(act)
     codes = fmt.encode(x, aux)
     w_codes = after(codes, w.codes) if on_one_cpu(problem) else w.codes
     y = contract(codes, w_codes, transposed=False, out_dtype=jnp.float32, out_sharding=problem.settings.out_sharding)
