@@ -47,6 +47,8 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     wfree = [d for d in range(weight.ndim) if d not in wc and d not in wb]
     xfree = [d for d in range(x.ndim) if d not in xc and d not in xb]
     try:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise LayoutError(f"a product with {x.dtype} numbers has no quantized form")
         canonical, order = product_view(weight, wc, wb)
     except LayoutError as error:
         rewriter.note("dequantized", f"{where}: {error}")

@@ -139,8 +139,8 @@ def _broadcast_in_dim(ref: Ref, eqn: Any, knowns: list[Known | None], event: int
 
 
 def _reshape(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
-    if eqn.params.get("dimensions") is not None:
-        return None
+    if eqn.params.get("dimensions") is not None:  # a transpose comes first
+        ref = dataclasses.replace(ref, dims=tuple(ref.dims[d] for d in eqn.params["dimensions"]))
     target = eqn.outvars[0].aval.shape
     atoms = [a for dim in ref.dims for a in dim if a[2] != 1]
     if 0 in target or math.prod(a[2] for a in atoms) != math.prod(target):
@@ -251,26 +251,53 @@ DYNAMIC = -1
 """Loop id of an index that depends on run-time data."""
 
 
-def _gather(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
-    """``stack[i]`` with a known integer, written as a gather."""
+def picked_axis(eqn: Any) -> tuple[int, int, bool] | None:
+    """The one axis of which a gather picks single positions, all others whole.
+
+    Returns:
+        The axis, which component of the index vectors picks along it, and whether the axis is dropped; or None for
+        any other gather. Components for whole axes (jax makes them when it maps a slice) can only select everything.
+    """
     p = eqn.params
-    dn = p["dimension_numbers"]
-    known = knowns[1]
-    shape = eqn.invars[0].aval.shape
-    picked = [
-        d for d, (n, s) in enumerate(zip(shape, p["slice_sizes"], strict=True)) if s != n or d in dn.start_index_map
-    ]
-    if known is None or len(picked) != 1 or tuple(dn.start_index_map) != (picked[0],):
+    dn, shape, sizes = p["dimension_numbers"], eqn.invars[0].aval.shape, p["slice_sizes"]
+    picked = [d for d, (n, s) in enumerate(zip(shape, sizes, strict=True)) if s != n]
+    if not picked and len(dn.start_index_map) == 1:
+        picked = list(dn.start_index_map)  # an axis of length one
+    clipped = len(dn.start_index_map) == 1 or "FILL" not in str(p["mode"])
+    if len(picked) != 1 or not clipped or dn.operand_batching_dims or sizes[picked[0]] != 1:
         return None
-    if dn.operand_batching_dims or eqn.invars[1].aval.shape not in ((1,), ()):
+    axis = picked[0]
+    if axis not in dn.start_index_map or tuple(dn.collapsed_slice_dims) not in ((), (axis,)):
         return None
-    if tuple(dn.collapsed_slice_dims) != (picked[0],) or p["slice_sizes"][picked[0]] != 1:
+    return axis, dn.start_index_map.index(axis), bool(dn.collapsed_slice_dims)
+
+
+def _gather(ref: Ref, eqn: Any, knowns: list[Known | None], event: int) -> Ref | None:
+    """``stack[i]`` with a known integer, or the matrices of a stack picked by data (the experts of a token)."""
+    dn, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    found = picked_axis(eqn)
+    if found is None:
         return None
-    value = known.value.reshape(-1) if known.loop is not None else known.value.reshape(())
-    out = _dynamic_range(ref, picked[0], shape[picked[0]], 1, Known(value, known.loop), event)
-    if out is None:
-        return None
-    return dataclasses.replace(out, dims=tuple(dim for d, dim in enumerate(out.dims) if d != picked[0]))
+    axis, component, dropped = found
+    known, batch = knowns[1], eqn.invars[1].aval.shape[:-1]
+    if known is not None and not batch and len(dn.start_index_map) == 1:
+        value = known.value.reshape(-1) if known.loop is not None else known.value.reshape(())
+        out = _dynamic_range(ref, axis, shape[axis], 1, Known(value, known.loop), event)
+        if out is None or not dropped:
+            return out
+        return dataclasses.replace(out, dims=tuple(dim for d, dim in enumerate(out.dims) if d != axis))
+    source = ref.dims[axis]
+    if len(shape) < 3 or len(source) != 1 or source[0][1:] != (1, shape[axis]):
+        return None  # rows of a table are an embedding, not matrices of a stack
+    out_rank = len(eqn.outvars[0].aval.shape)
+    looked_up = iter([((source[0][0], GATHERED, n),) for n in batch])
+    kept = iter([() if d == axis else dim for d, dim in enumerate(ref.dims) if not (d == axis and dropped)])
+    dims = tuple(next(kept) if d in dn.offset_dims else next(looked_up) for d in range(out_rank))
+    return dataclasses.replace(ref, dims=dims)
+
+
+GATHERED = 0
+"""Stride of an atom whose positions along the leaf axis are data: it can be batched over, nothing else."""
 
 
 VIEWS: dict[str, Callable[[Ref, Any, list[Known | None], int], Any]] = {
@@ -337,8 +364,9 @@ def known_result(eqn: Any, ins: list[Known | None]) -> Known | None:
     """Evaluate one integer equation on known operands; None when it is not index arithmetic."""
     name = eqn.primitive.name
     aval = eqn.outvars[0].aval
-    if not hasattr(aval, "shape") or math.prod(aval.shape) > _MAX_KNOWN or len(aval.shape) > 1:
-        return None
+    shape = getattr(aval, "shape", None)
+    if shape is None or len(shape) > 1 or not all(isinstance(n, int) and n <= _MAX_KNOWN for n in shape):
+        return None  # data, or of a size that only the run knows
     if name == "iota":
         return Known(np.arange(aval.shape[0])) if len(aval.shape) == 1 else None
     if any(k is None for k in ins) or not ins or not _integral(aval.dtype):

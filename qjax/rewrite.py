@@ -33,6 +33,7 @@ from qjax.emit import Act, emit_conv, emit_dot, emit_ragged
 from qjax.errors import LayoutError
 from qjax.formats import QArray, QStack, is_quantized
 from qjax.program import Program
+from qjax.provenance import picked_axis
 from qjax.reads import Path
 from qjax.selection import Selected, dense
 from qjax.sharding import quantized_specs
@@ -277,6 +278,13 @@ def _cast(eqn: Any, values: list[Any]) -> Any:
     return selection.astype(values[0], dtype)
 
 
+def _reshape(eqn: Any, values: list[Any]) -> Any:
+    q = values[0]
+    if eqn.params.get("dimensions") is not None:
+        q = selection.transpose(q, tuple(eqn.params["dimensions"]))
+    return selection.reshape(q, eqn.outvars[0].aval.shape)
+
+
 def _broadcast(eqn: Any, values: list[Any]) -> Any:
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     q = values[0]
@@ -324,30 +332,30 @@ def _pick(q: Any, axis: int, index: Any) -> Any:
 
 def _gather(eqn: Any, values: list[Any]) -> Any:
     q, index = values
-    dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    axes = tuple(dn.start_index_map)
-    rows_only = len(axes) == 1 and tuple(dn.collapsed_slice_dims) == axes and not dn.operand_batching_dims
-    if not rows_only or any(s != (1 if d in axes else n) for d, (s, n) in enumerate(zip(sizes, q.shape, strict=True))):
+    dn, found = eqn.params["dimension_numbers"], picked_axis(eqn)
+    if found is None:
         raise LayoutError("only lookups of whole rows along one axis have a quantized form")
-    axis, batch = axes[0], index.shape[:-1]
-    if not batch and selection.is_stack_axis(q, axis):
-        return _pick(q, axis, jnp.clip(index[0], 0, q.shape[axis] - 1))
+    axis, component, dropped = found
+    rows, size = index[..., component], q.shape[axis]
+    clipped = jnp.clip(rows, 0, size - 1)
+    if not rows.ndim and selection.is_stack_axis(q, axis):
+        picked = _pick(q, axis, clipped)
+        return picked if dropped else selection.expand_dims(picked, (axis,))
     if not isinstance(q, QArray):
         raise LayoutError("rows of a stack with several formats")
-    rows = index[..., 0]
-    taken = ops.q_take(q, axis, jnp.clip(rows, 0, q.shape[axis] - 1))  # [*axes before, *batch, *axes after]
+    # [*axes before, *looked up, *axes after], a unit axis behind the looked up ones if the axis is not dropped
+    taken = q.take(axis, clipped) if q.ndim > 2 else ops.q_take(q, axis, clipped)
     if "FILL" in str(eqn.params["mode"]):
         fill = jnp.nan if eqn.params.get("fill_value") is None else eqn.params["fill_value"]
-        outside = ((rows < 0) | (rows >= q.shape[axis])).reshape((1,) * axis + batch + (1,) * (q.ndim - axis - 1))
+        outside = ((rows < 0) | (rows >= size)).reshape((1,) * axis + rows.shape + (1,) * (q.ndim - axis - 1))
+        taken = dense(taken)
         taken = jnp.where(outside, jnp.asarray(fill, taken.dtype), taken)
-    out = eqn.outvars[0].aval
-    source = [0] * len(out.shape)  # which axis of `taken` each axis of the result is
-    batch_dims = [d for d in range(len(out.shape)) if d not in dn.offset_dims]
-    for d, s in zip(batch_dims, range(axis, axis + len(batch)), strict=True):
-        source[d] = s
-    for d, s in zip(dn.offset_dims, [d for d in range(taken.ndim) if not axis <= d < axis + len(batch)], strict=True):
-        source[d] = s
-    return jnp.transpose(taken, source).astype(out.dtype)
+    if not dropped:
+        taken = selection.expand_dims(taken, (axis + rows.ndim,))
+    looked_up = iter(range(axis, axis + rows.ndim))
+    kept = iter(d for d in range(taken.ndim) if not axis <= d < axis + rows.ndim)
+    order = tuple(next(kept) if d in dn.offset_dims else next(looked_up) for d in range(taken.ndim))
+    return selection.transpose(taken, order)
 
 
 def _on_children(eqn: Any, values: list[Any]) -> Any:
@@ -372,7 +380,7 @@ def _constrained(eqn: Any, values: list[Any]) -> Any:
 VIEWS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "convert_element_type": _cast,
     "transpose": lambda eqn, values: selection.transpose(values[0], tuple(eqn.params["permutation"])),
-    "reshape": lambda eqn, values: selection.reshape(values[0], eqn.outvars[0].aval.shape),
+    "reshape": _reshape,
     "squeeze": lambda eqn, values: selection.squeeze(values[0], tuple(eqn.params["dimensions"])),
     "broadcast_in_dim": _broadcast,
     "slice": _slice,

@@ -15,7 +15,7 @@ from jax.extend import core as jex
 
 from qjax import provenance
 from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
-from qjax.composites import Attention, Composite, Norm, find_composites
+from qjax.composites import Attention, Composite, Norm, find_nested
 from qjax.provenance import Index, Known, Ref
 from qjax.reads import Analysis, Loop, Path, Read, Slicing, flops_of, scope_of
 from qjax.values import (
@@ -59,23 +59,24 @@ def analyze(closed: Any, leaf_names: list[str], leaf_shapes: list[tuple[int, ...
     Returns:
         The reads, loops and other uses.
     """
-    walker = _Walker(leaf_names, leaf_shapes)
+    walker = _Walker(leaf_names, leaf_shapes, find_nested(closed))
     args = [
         Val(Ref.whole(i, leaf_shapes[i]), frozenset((i,)), near=Near(walker.segments[i], ())) if i < n_leaves else DATA
         for i in range(len(closed.in_avals))
     ]
-    walker.closed(closed, args, (), "", ())
-    for i, read in enumerate(walker.reads):
-        if read.op == "matmul" and read.path in walker.parts:
-            walker.reads[i] = dataclasses.replace(read, kind=walker.parts[read.path])
+    walker.body(closed, args, (), "", ())
     return Analysis(walker.reads, walker.loops, walker.other_uses, walker.slicing)
 
 
 class _Walker:
-    def __init__(self, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]]):
+    def __init__(self, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]], composites: list[Composite]):
         self.leaf_shapes = leaf_shapes
         self.slicing: list[Slicing] = []
-        self.parts: dict[Path, str] = {}  # the two products of each attention
+        self.composites = {c.output_path: c for c in composites}
+        self.products: dict[Path, str] = {}  # the two products of each attention
+        for c in composites:
+            if isinstance(c, Attention):
+                self.products |= {c.scores.path: "scores", c.values.path: "values"}
         self.segments = [tuple(n.split("/")) for n in leaf_names]
         self.reads: list[Read] = []
         self.loops: dict[int, Loop] = {}
@@ -83,25 +84,27 @@ class _Walker:
         self.event = 0
 
     # ------------------------------------------------------------------------------------------- the walk
-    def closed(self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
-        """Walk a closed jaxpr: its constants are captured arrays, small integer ones are known."""
-        consts = [captured_value(c) for c in consts_of(jaxpr)]
-        return self.level(jaxpr, consts + args, path, scope, loops, root=not path)
-
-    def level(
-        self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...], root: bool = False
-    ) -> list[Val]:
+    def body(self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
+        """Walk a jaxpr on the values of its arguments; its constants are captured arrays."""
         inner = open_jaxpr(jaxpr)
-        env: dict[Any, Val] = dict(zip(constvars_and_invars(jaxpr), args, strict=True))
-        composites = {}
-        if root:
-            found = find_composites(inner, consts_of(jaxpr))
-            composites = {c.output_path: c for c in found}
-            for c in found:
-                if isinstance(c, Attention):
-                    self.parts[(*path, *c.scores.path)] = "scores"
-                    self.parts[(*path, *c.values.path)] = "values"
-        self.run(inner, env, path, scope, loops, composites, len(path))
+        consts = [captured_value(c) for c in consts_of(jaxpr)]
+        env: dict[Any, Val] = dict(zip(constvars_and_invars(jaxpr), consts + args, strict=True))
+        for i, eqn in enumerate(inner.eqns):
+            name = eqn.primitive.name
+            here = (*path, i)
+            ins = [self.read(env, a) for a in eqn.invars]
+            handler = getattr(self, f"do_{name}", None)
+            if handler is not None:
+                outs = handler(eqn, ins, here, scope, loops)
+            elif (subs := sub_jaxprs(eqn.params)) and name not in OPAQUE:
+                outs = self.call(eqn, subs, ins, here, scope, loops)
+            else:
+                outs = self.plain(eqn, ins, here, scope, loops)
+            found = self.composites.get(here)
+            if found is not None:
+                self.composite(found, here, eqn, ins, outs, scope, loops)
+            for var, out in zip(eqn.outvars, outs, strict=True):
+                env[var] = out
         return [self.read(env, v) for v in inner.outvars]
 
     def read(self, env: dict[Any, Val], atom: Any) -> Val:
@@ -111,38 +114,6 @@ class _Walker:
                 return Val(known=Known(value))
             return Val()
         return env.get(atom, DATA)
-
-    def run(
-        self,
-        inner: Any,
-        env: dict[Any, Val],
-        path: Path,
-        scope: str,
-        loops: tuple[int, ...],
-        composites: dict[Path, Composite],
-        base: int,
-    ) -> None:
-        for i, eqn in enumerate(inner.eqns):
-            name = eqn.primitive.name
-            here = (*path, i)
-            ins = [self.read(env, a) for a in eqn.invars]
-            handler = getattr(self, f"do_{name}", None)
-            if handler is not None:
-                outs = handler(eqn, ins, here, scope, loops)
-            elif (subs := sub_jaxprs(eqn.params)) and name not in OPAQUE:
-                outs = self.call(eqn, subs, ins, here, scope, loops, composites, base)
-            else:
-                outs = self.plain(eqn, ins, here, scope, loops)
-            found = composites.get(here[base:])
-            if found is not None:
-                self.composite(found, here, eqn, ins, outs, scope, loops)
-            for var, out in zip(eqn.outvars, outs, strict=True):
-                env[var] = out
-
-    def sub(self, jaxpr: Any, args: list[Val], path: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
-        """A body with a control flow of its own: composites are matched inside it."""
-        consts = [captured_value(c) for c in consts_of(jaxpr)]
-        return self.level(jaxpr, consts + args, path, scope, loops, root=True)
 
     # ------------------------------------------------------------------------------------------- equations
     def plain(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
@@ -156,12 +127,16 @@ class _Walker:
             refs = refs if isinstance(refs, list) else [refs]
             if any(r is not None for r in refs):
                 self.note_slices(first.ref, refs, loops)
+                if name == "gather" and ins[1].known is None:  # which matrices are picked is data
+                    first = dataclasses.replace(first, data=True)
                 return [
                     dataclasses.replace(first, ref=r, known=None, near=self.near_of(r) if r else first.near)
                     for r in refs
                 ]
         if name == "gather" and first.ref is not None and ins[1].data:
             self.embedding(eqn, ins, here, scope, loops)
+        elif name == "select_n" and all(v.leaves and not v.data for v in ins[1:]):
+            ins = ins[1:]  # choosing among weights by data still gives a weight
         elif name in OPAQUE:
             for v in ins:
                 if v.ref is not None:
@@ -232,7 +207,8 @@ class _Walker:
             flops=flops_of(op, eqn),
             near=near,
         )
-        sides = [s for s in (1, 0) if dims[s] is not None and ins[s].ref is not None]
+        # a product that sums over nothing of a weight only scales: that is no linear site
+        sides = [s for s in (1, 0) if dims[s] is not None and ins[s].ref is not None and dims[s][0]]  # type: ignore[index]
         data = [v.data for v in ins[:2]]
         out_near = near
         read = None
@@ -246,8 +222,6 @@ class _Walker:
             reason = ""
             if any(a is None for a in axes) or set(axes[0] or ()) & set((axes[1] or ()) + (axes[2] or ())):
                 reason = "only part of a weight axis is contracted: reshape the weight so that whole axes are"
-            elif not axes[0]:
-                reason = "the product contracts no axis of this weight"
             read = Read(
                 op=op,
                 kind=op,
@@ -271,7 +245,10 @@ class _Walker:
                     why = "both operands are parameters: the product is itself a computed weight"
                     read = Read(op=op, kind="computed", dtype=dtype, reason=why, leaves=leaves, **blank, **common)
             elif all(data):
-                read = Read(op="matmul", kind="matmul", dtype=dtype, **blank, **common)
+                read = Read(op="matmul", kind=self.products.get(here, "matmul"), dtype=dtype, **blank, **common)
+            elif ins[side].leaves and ins[side].ref is not None:
+                why = "the product sums over no axis of the weight: it only scales"
+                read = Read(op=op, kind="outer", dtype=dtype, reason=why, leaves=leaves, **blank, **common)
             elif ins[side].leaves:
                 names = ", ".join("/".join(self.segments[i]) for i in sorted(ins[side].leaves))
                 why = f"the weight is computed from {names}: store the computed weight as one leaf to quantize it"
@@ -394,8 +371,6 @@ class _Walker:
         here: Path,
         scope: str,
         loops: tuple[int, ...],
-        composites: dict[Path, Composite],
-        base: int,
     ) -> list[Val]:
         """jit, remat, custom_jvp/vjp, shard_map, …: one body whose arguments are the equation's operands."""
         key, body = subs[0]
@@ -410,12 +385,9 @@ class _Walker:
         args = list(ins)
         if eqn.primitive.name == "shard_map":
             args = [localized(v, var) for v, var in zip(ins, variables[len(consts) :], strict=True)]
-            outs = self.sub(body, args, (*here, key), label, loops)
+            outs = self.body(body, args, (*here, key), label, loops)
             return [dataclasses.replace(v, ref=None, data=v.data or v.ref is not None) for v in outs]
-        inner = open_jaxpr(body)
-        env = dict(zip(variables, consts + args, strict=True))
-        self.run(inner, env, (*here, key), label, loops, composites, base)
-        return [self.read(env, v) for v in inner.outvars]
+        return self.body(body, args, (*here, key), label, loops)
 
     def do_scan(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
         n_consts, n_carry = scan_arity(eqn.params)
@@ -425,7 +397,7 @@ class _Walker:
         order = np.arange(length)[::-1] if eqn.params["reverse"] else np.arange(length)
         carried = carry_in(body, n_consts, n_carry, carry, loop, length)
         sliced = [self.slice_leading(v, loop, order) for v in xs]
-        outs = self.sub(body, consts + carried + sliced, (*here, ("jaxpr", 0)), scope_of(scope, eqn), (*loops, loop))
+        outs = self.body(body, consts + carried + sliced, (*here, ("jaxpr", 0)), scope_of(scope, eqn), (*loops, loop))
         return carry_out(carry, carried, outs[:n_carry]) + [leaving(v) for v in outs[n_carry:]]
 
     def new_loop(self, length: int | None, loops: tuple[int, ...], path: Path) -> int:
@@ -454,8 +426,8 @@ class _Walker:
         carry = ins[n_cond + n_body :]
         carried = carry_in(p["body_jaxpr"], n_body, len(carry), carry, loop, None)
         label = scope_of(scope, eqn)
-        self.sub(p["cond_jaxpr"], ins[:n_cond] + carried, (*here, ("cond_jaxpr", 0)), label, (*loops, loop))
-        outs = self.sub(
+        self.body(p["cond_jaxpr"], ins[:n_cond] + carried, (*here, ("cond_jaxpr", 0)), label, (*loops, loop))
+        outs = self.body(
             p["body_jaxpr"], ins[n_cond : n_cond + n_body] + carried, (*here, ("body_jaxpr", 0)), label, (*loops, loop)
         )
         return carry_out(carry, carried, outs)
@@ -463,10 +435,11 @@ class _Walker:
     def do_cond(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> list[Val]:
         label = scope_of(scope, eqn)
         results = [
-            self.sub(b, ins[1:], (*here, ("branches", i)), label, loops) for i, b in enumerate(eqn.params["branches"])
+            self.body(b, ins[1:], (*here, ("branches", i)), label, loops) for i, b in enumerate(eqn.params["branches"])
         ]
         merged = []
         for outs in zip(*results, strict=True):
-            same = all(o == outs[0] for o in outs)
-            merged.append(outs[0] if same else dataclasses.replace(DATA, near=nearest(list(outs))))
-        return [dataclasses.replace(v, ref=None, known=None, data=True) for v in merged]
+            weights = all(v.leaves and not v.data for v in outs)  # which one is data, but each of them is a weight
+            leaves = frozenset().union(*(v.leaves for v in outs)) if weights else frozenset()
+            merged.append(Val(leaves=leaves, data=not weights, near=nearest(list(outs))))
+        return merged
