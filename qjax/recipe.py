@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qjax.errors import RecipeError, near
 
@@ -52,6 +52,7 @@ _OPERANDS = {"matmul": ("lhs", "rhs"), "attention": ("q", "k", "p", "v"), "kv_ca
 OPS = tuple(_SETTINGS)
 
 
+@runtime_checkable
 class SiteLike(Protocol):
     """What a recipe reads of a site."""
 

@@ -13,6 +13,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if os.environ.get("QJAX_BEARTYPE"):  # check every annotation of qjax at every call; before its first import
+    from beartype import BeartypeConf
+    from beartype.claw import beartype_package
+
+    beartype_package("qjax", conf=BeartypeConf(is_pep484_tower=True))
+
 import hypothesis
 import pytest
 
