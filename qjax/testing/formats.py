@@ -80,11 +80,12 @@ def check_format(
 
     _check_description(fmt)
     shapes = _shapes(fmt)
-    _check_empty(fmt)
-    _check_storage(fmt)
+    for shape in (*shapes, (0, fmt.group or 8), (3, 0), (2, 0, fmt.group or 8)):
+        _check_shapes(fmt, shape)
     run = functools.partial(_check_matrix, nearest=nearest, exact_zero=exact_zero, homogeneous=homogeneous)
     for kind in ("normal", "zero", "bad"):  # whatever the draw
         run(fmt, kind, shapes[0], 0)
+    _check_storage(fmt)
 
     @hypothesis.settings(deadline=None, max_examples=examples, database=None)
     @hypothesis.given(
@@ -158,26 +159,21 @@ def _check_matrix(
     here = f" (kind {kind!r}, shape {shape}, seed {seed})"
     out = jax.tree.map(np.asarray, _compiled(fmt)(x))
     codes, decoded = out["codes"], out["decoded"]
-
-    for name, a in out["aux"].items():
-        _check_aux_shape(fmt, name, a, shape, here)
-    assert codes.shape == shape and codes.dtype == fmt.code_dtype, _say(
-        fmt, f"encode gives {codes.dtype} {codes.shape}, not {fmt.code_dtype} {shape}{here}"
-    )
-    assert decoded.shape == shape and decoded.dtype == np.float32, _say(
-        fmt, f"decode gives {decoded.dtype} {decoded.shape}, not float32 {shape}{here}"
-    )
     assert np.isfinite(decoded).all(), _say(fmt, f"decodes to NaN or infinity{here}")
-    np.testing.assert_array_equal(out["again"], decoded, _say(fmt, f"decoded numbers do not encode to themselves{here}"))
-    if "unpacked" in out:
-        np.testing.assert_array_equal(out["unpacked"], codes, _say(fmt, f"packing loses bits of a code{here}"))
     finite = np.isfinite(x)
     if exact_zero:
         assert not decoded[(x == 0) | np.isnan(x)].any(), _say(fmt, f"0 or NaN decodes to something else{here}")
     if nearest:
         least, off = out["least"][finite], np.abs(decoded - x)[finite]
         slack = 1e-5 * np.abs(x[finite]) + _LEAST
-        assert (off <= least + slack).all(), _say(fmt, f"encode misses the nearest number by {(off - least).max()}{here}")
+        assert (off <= least + slack).all(), _say(
+            fmt, f"encode misses the nearest number by {(off - least).max()}{here}"
+        )
+    np.testing.assert_array_equal(
+        out["again"], decoded, _say(fmt, f"decoded numbers do not encode to themselves{here}")
+    )
+    if "unpacked" in out:
+        np.testing.assert_array_equal(out["unpacked"], codes, _say(fmt, f"packing loses bits of a code{here}"))
     if kind == "bad":
         _check_bad(fmt, x, out, here)
     if homogeneous and kind in ("normal", "heavy", "constant", "positive"):
@@ -202,27 +198,26 @@ def _check_bad(fmt: Format, x: np.ndarray, out: dict[str, Any], here: str) -> No
         assert (sign * out["decoded"][hits] >= 0).all(), _say(fmt, f"infinity decodes to the other sign{here}")
 
 
-def _check_aux_shape(fmt: Format, name: str, a: Any, shape: Sequence[int], here: str) -> None:
-    blocks = (1, fmt.groups(shape[-1]))
-    rows_free = a.ndim == len(shape) and a.shape[:-2] == tuple(shape[:-2]) and a.shape[-2] in (1, shape[-2])
-    assert rows_free and (a.shape[-1] in blocks or name in fmt.row_aux), _say(
-        fmt,
-        f"aux {name!r} has shape {a.shape} for x {tuple(shape)}; [*stack, 1 or N, 1 or {blocks[1]}] is needed "
-        f"(or name it in row_aux){here}",
+def _check_shapes(fmt: Format, shape: tuple[int, ...]) -> None:
+    """Shapes and dtypes are as promised, for empty matrices too, without running anything."""
+    here = f" (shape {shape})"
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    aux = jax.eval_shape(fmt.fit, x)
+    blocks = fmt.groups(shape[-1])
+    for name, a in aux.items():
+        rows = a.ndim == len(shape) and a.shape[:-2] == shape[:-2] and a.shape[-2] in (1, shape[-2])
+        assert rows and (a.shape[-1] in (1, blocks) or name in fmt.row_aux), _say(
+            fmt,
+            f"aux {name!r} has shape {a.shape}; [*stack, 1 or N, 1 or {blocks}] is needed, or name it in row_aux{here}",
+        )
+    codes = jax.eval_shape(fmt.encode, x, aux)
+    assert codes.shape == shape and codes.dtype == fmt.code_dtype, _say(
+        fmt, f"encode gives {codes.dtype} {codes.shape}, not {fmt.code_dtype} {shape}{here}"
     )
-
-
-def _check_empty(fmt: Format) -> None:
-    """Shapes of empty matrices come out right, without running anything."""
-    for shape in ((0, fmt.group or 8), (3, 0), (2, 0, fmt.group or 8)):
-        out = jax.eval_shape(lambda x: (aux := fmt.fit(x), fmt.decode(fmt.encode(x, aux), aux)), _spec(shape))
-        assert out[1].shape == shape, _say(fmt, f"an empty matrix {shape} decodes to shape {out[1].shape}")
-        for name, a in out[0].items():
-            _check_aux_shape(fmt, name, a, shape, "")
-
-
-def _spec(shape: Sequence[int]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    decoded = jax.eval_shape(fmt.decode, codes, aux)
+    assert decoded.shape == shape and decoded.dtype == np.float32, _say(
+        fmt, f"decode gives {decoded.dtype} {decoded.shape}, not float32 {shape}{here}"
+    )
 
 
 def _check_storage(fmt: Format) -> None:
