@@ -79,6 +79,12 @@ class Divergence:
     nll_a: float = math.nan
     nll_b: float = math.nan
 
+    def __str__(self) -> str:
+        text = f"KL divergence {self.kl:.5f} ± {self.kl_stderr:.5f} nats, top-1 agreement {100 * self.agreement:.1f} %"
+        if not math.isnan(self.nll_b):
+            text += f", perplexity {_exp(self.nll_a):.2f} -> {_exp(self.nll_b):.2f}"
+        return f"{text} ({self.count:,} predictions)"
+
     def scores(self) -> dict[str, float]:
         """As scores of a report; perplexities and recovery where there was a text."""
         out = {"kl": self.kl, "kl_stderr": self.kl_stderr, "agreement": self.agreement}
