@@ -7,6 +7,7 @@ import io
 import re
 
 import numpy as np
+import pytest
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -27,6 +28,7 @@ def run_example(root, monkeypatch) -> tuple[str, str]:
     return printed.getvalue(), shown
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_first_example_prints_what_the_readme_shows(root, monkeypatch):
     printed, shown = run_example(root, monkeypatch)
     words = [re.sub(r"[\s─]+", " ", NUMBER.sub("#", text)).strip() for text in (printed, shown)]
