@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qjax.recipe import Recipe, Rule, dynamic, recipe, recipes, static
 
 if TYPE_CHECKING:
+    from qjax import checkpoint as checkpoint
     from qjax import errors as errors
     from qjax import evaluate as evaluate
     from qjax import formats as formats
@@ -84,7 +85,7 @@ _HOME = {
     "Percentile": "qjax.calibration",
     "MSE": "qjax.calibration",
 }
-_SUBMODULES = ("errors", "evaluate", "formats", "models", "passes", "testing")
+_SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "models", "passes", "testing")
 
 __all__ = [
     "MSE",
@@ -105,6 +106,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "astype",
+    "checkpoint",
     "combine",
     "dynamic",
     "errors",

@@ -1,9 +1,9 @@
-"""Saves that are killed: run as ``python killed_saves.py FOLDER ROUNDS``; `tests/checkpoint/test_kill.py` looks at what is left.
+"""Saves that are killed: ``python killed_saves.py FOLDER ROUNDS``; `tests/checkpoint/test_kill.py` sees what is left.
 
 Interpreter hooks (`sys.addaudithook`) see every file that Python opens to write, makes, renames or removes. A first
-child counts these events in one save; then others are killed by SIGKILL right before one each (of a run of events in
-one folder, the first). Children are forks, so that jax is imported once; they save NumPy arrays, because no thread of
-the parent's XLA lives in them.
+child writes these events down; then others are killed by SIGKILL right before one each (of events of one kind in one
+folder, the first). Children are forks, so that jax is imported once; they save NumPy arrays, because no thread of the
+parent's XLA lives in them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(folder: Path, rounds: int) -> None:
     shutil.copytree(base, folder / "count")
     assert in_child(lambda: watched_save(folder / "count", new, None, folder / "events.json")) == 0
     events = json.loads((folder / "events.json").read_text())
-    points = [k for k, event in enumerate(events) if not k or event != events[k - 1]]
+    points = [k for k, event in enumerate(events) if event not in events[:k]]
     for k in points[:8:3]:  # of the first save to a path
         assert in_child(lambda k=k: watched_save(folder / f"first-{k:03d}", new, k)) == -signal.SIGKILL, k
     for k in points:
