@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,7 +17,7 @@ from qjax.formats import QStack, is_quantized, quantize_array
 from qjax.program import Program
 from qjax.recipe import Decision, Recipe
 from qjax.sharding import quantized_specs
-from qjax.storage import LeafPlan, Stored, check_decisions, plan_leaves
+from qjax.storage import LeafPlan, Slices, alike, assignment, check_decisions, plan_leaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,32 +135,19 @@ def _specs(array: Any, spec: Any, mesh: Any) -> Any:
 
 def _abstract(leaf: LeafPlan) -> Any:
     """The stored leaf, abstractly."""
-    return _abstract_slices(leaf.shape, leaf.dtype, leaf, leaf.slices, leaf.key_axes)
+    return _abstract_part(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), leaf, leaf.slices, leaf.key_axes)
 
 
-def _abstract_slices(shape: tuple[int, ...], dtype: Any, leaf: LeafPlan, slices: Any, key_axes: Any) -> Any:
-    distinct: list[Stored] = list(dict.fromkeys(slices.values()))
-    aval = jax.ShapeDtypeStruct(shape, dtype)
+def _abstract_part(aval: Any, leaf: LeafPlan, slices: Slices, key_axes: tuple[int, ...]) -> Any:
+    distinct = list(dict.fromkeys(slices.values()))
     if len(distinct) == 1:
         fmt = distinct[0].fmt
         if fmt is None:
             return aval
         return jax.eval_shape(lambda w: quantize_array(w, fmt, in_axes=leaf.in_axes, stack_axes=leaf.stack_axes), aval)
-    axis = key_axes[0]
-    groups: list[tuple[Any, list[int]]] = []
-    for i in range(shape[axis]):
-        described = {k[1:]: s for k, s in slices.items() if k[0] == i}
-        for known, where in groups:
-            if known == described:
-                where.append(i)
-                break
-        else:
-            groups.append((described, [i]))
-    parts, assign = [], [(0, 0)] * shape[axis]
-    for number, (described, where) in enumerate(groups):
-        part_shape = tuple(len(where) if a == axis else n for a, n in enumerate(shape))
-        inner = {(p, *k): s for p, k in itertools.product(range(len(where)), described) for s in [described[k]]}
-        parts.append(_abstract_slices(part_shape, dtype, leaf, inner, key_axes))
-        for p, i in enumerate(where):
-            assign[i] = (number, p)
-    return QStack(tuple(parts), axis=axis, assign=tuple(assign))
+    axis, groups = key_axes[0], alike(slices)
+    parts = []
+    for inner, where in groups:
+        shape = tuple(len(where) if a == axis else n for a, n in enumerate(aval.shape))
+        parts.append(_abstract_part(jax.ShapeDtypeStruct(shape, aval.dtype), leaf, inner, key_axes[1:]))
+    return QStack(tuple(parts), axis=axis, assign=assignment(groups))

@@ -12,7 +12,8 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.formats import QArray, QStack, assemble, canonical_matrix, quantize_array
-from qjax.storage import LeafPlan, Stored
+from qjax.passes import RTN
+from qjax.storage import LeafPlan, Slices, alike, assignment
 
 
 def quantize_leaf(plan: LeafPlan, leaf: Any) -> tuple[Any, dict[tuple[int, ...], float]]:
@@ -34,7 +35,8 @@ def quantize_leaf(plan: LeafPlan, leaf: Any) -> tuple[Any, dict[tuple[int, ...],
             f"{plan.name}: {bad} of its {leaf.size} numbers are NaN or infinite and cannot be quantized; "
             "repair the checkpoint, or add a rule with skip=True for it"
         )
-    return _quantize(plan, leaf, plan.slices, plan.key_axes, plan.in_axes, plan.stack_axes)
+    positions = {axis: list(range(leaf.shape[axis])) for axis in plan.key_axes}
+    return _part(plan, leaf, plan.slices, plan.key_axes, positions)
 
 
 @jax.jit
@@ -42,79 +44,47 @@ def _all_finite(x: Any) -> Any:
     return jnp.isfinite(x).all()
 
 
-def _quantize(
-    plan: LeafPlan,
-    leaf: Any,
-    slices: Any,
-    key_axes: tuple[int, ...],
-    in_axes: tuple[int, ...],
-    stack_axes: tuple[int, ...],
+def _part(
+    plan: LeafPlan, leaf: Any, slices: Slices, key_axes: tuple[int, ...], positions: dict[int, list[int]]
 ) -> tuple[Any, dict[tuple[int, ...], float]]:
-    """Quantize a (slice of a) leaf whose remaining key axes are ``key_axes``; one `QStack` level per mixed axis."""
+    """Quantize the part of a leaf whose slices along ``key_axes`` are stored as ``slices`` says.
+
+    Args:
+        plan: of the whole leaf.
+        leaf: the part.
+        slices: how it is stored, keyed by positions along ``key_axes``; along the other key axes it is stored alike.
+        key_axes: the key axes along which the part may still differ.
+        positions: key axis -> the positions of the whole leaf that the part holds.
+    """
     distinct = list(dict.fromkeys(slices.values()))
     if len(distinct) == 1:
         stored = distinct[0]
         if stored.fmt is None:
             return jnp.asarray(leaf), {}
-        q, sqnr = _uniform(leaf, stored, in_axes, stack_axes, len(key_axes))
-        values = np.asarray(sqnr).reshape(-1)
-        keys = list(itertools.product(*(range(leaf.shape[a]) for a in key_axes)))
-        return q, {k: float(v) for k, v in zip(keys, values, strict=True)}
-    axis, size = key_axes[0], leaf.shape[key_axes[0]]
-    by_position = {i: {k[1:]: s for k, s in slices.items() if k[0] == i} for i in range(size)}
-    kinds: list[tuple[Any, list[int]]] = []  # what is stored alike, and where
-    for i in range(size):
-        described = tuple(sorted(by_position[i].items()))
-        for known, where in kinds:
-            if known == described:
-                where.append(i)
-                break
-        else:
-            kinds.append((described, [i]))
-    parts, assign, sqnrs = [], [(0, 0)] * size, {}
-    for number, (_, where) in enumerate(kinds):
+        q, sqnr = _stored(
+            leaf, stored.fmt, stored.rounding, stored.observer, plan.in_axes, plan.stack_axes, plan.key_axes
+        )
+        keys = itertools.product(*(positions[a] for a in plan.key_axes))
+        return q, dict(zip(keys, np.asarray(sqnr, np.float64).reshape(-1).tolist(), strict=True))
+    axis, groups = key_axes[0], alike(slices)
+    parts, figures = [], {}
+    for inner, where in groups:
         rows = jnp.take(jnp.asarray(leaf), jnp.asarray(where), axis=axis)
-        inner = {(p, *k): s for p, i in enumerate(where) for k, s in by_position[i].items()}
-        if len(set(inner.values())) > 1:
-            part, found = _inner_mixed(plan, rows, inner, key_axes, in_axes, stack_axes)
-        else:
-            part, found = _quantize(plan, rows, inner, key_axes, in_axes, stack_axes)
+        part, found = _part(plan, rows, inner, key_axes[1:], {**positions, axis: [positions[axis][i] for i in where]})
         parts.append(part)
-        for p, i in enumerate(where):
-            assign[i] = (number, p)
-        sqnrs.update({(where[k[0]], *k[1:]): v for k, v in found.items()})
-    return QStack(tuple(parts), axis=axis, assign=tuple(assign)), sqnrs
-
-
-def _inner_mixed(plan: LeafPlan, rows: Any, inner: Any, key_axes: Any, in_axes: Any, stack_axes: Any) -> Any:
-    raise QjaxError(
-        f"{plan.name}: formats differ along two stacked axes {key_axes} at once; let them differ along the outer one "
-        "only, or store the inner stack as separate leaves"
-    )
-
-
-def _uniform(
-    leaf: Any, stored: Stored, in_axes: tuple[int, ...], stack_axes: tuple[int, ...], n_keys: int
-) -> tuple[QArray, Any]:
-    if stored.rounding is None and stored.observer is None:
-        return _nearest(leaf, stored.fmt, in_axes, stack_axes, n_keys)
-    return _rounded(leaf, stored.fmt, stored.rounding, stored.observer, in_axes, stack_axes, n_keys)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _nearest(leaf: Any, fmt: Any, in_axes: Any, stack_axes: Any, n_keys: int) -> tuple[QArray, Any]:
-    q = quantize_array(leaf, fmt, in_axes=in_axes, stack_axes=stack_axes)
-    return q, _sqnr(leaf, q, stack_axes[:n_keys])
+        figures.update(found)
+    return QStack(tuple(parts), axis=axis, assign=assignment(groups)), figures
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def _rounded(
-    leaf: Any, fmt: Any, rounding: Any, observer: Any, in_axes: Any, stack_axes: Any, n_keys: int
+def _stored(
+    leaf: Any, fmt: Any, rounding: Any, observer: Any, in_axes: Any, stack_axes: Any, key_axes: Any
 ) -> tuple[QArray, Any]:
-    from qjax.passes import RTN
-
-    q = round_array(leaf, fmt, rounding or RTN(), observer, in_axes, stack_axes)
-    return q, _sqnr(leaf, q, stack_axes[:n_keys])
+    if rounding is None and observer is None:
+        q = quantize_array(leaf, fmt, in_axes=in_axes, stack_axes=stack_axes)
+    else:
+        q = round_array(leaf, fmt, rounding or RTN(), observer, in_axes, stack_axes)
+    return q, _sqnr(leaf, q, key_axes)
 
 
 def round_array(leaf: Any, fmt: Any, rounding: Any, observer: Any, in_axes: Any, stack_axes: Any) -> QArray:
@@ -122,16 +92,16 @@ def round_array(leaf: Any, fmt: Any, rounding: Any, observer: Any, in_axes: Any,
 
     Args:
         leaf: float array. fmt: the format.
-        rounding: ``rounding(matrix [N, K], fmt, observer=...) -> (codes, aux)``.
+        rounding: with ``round(matrix [N, K], fmt, observer=...) -> (codes, aux)``.
         observer: how the range is chosen, or None.
         in_axes, stack_axes: of the leaf.
     """
-    matrix, layout = canonical_matrix(leaf, in_axes=in_axes, stack_axes=stack_axes)
-    one = functools.partial(rounding, fmt=fmt, observer=observer)
+    matrix = canonical_matrix(leaf, in_axes, stack_axes)
+    one: Any = functools.partial(rounding.round, fmt=fmt, observer=observer)
     for _ in range(matrix.ndim - 2):
         one = jax.vmap(one)
     codes, aux = one(matrix)
-    return assemble(codes, aux, fmt, layout, leaf.dtype)
+    return assemble(codes, aux, fmt, shape=leaf.shape, in_axes=in_axes, stack_axes=stack_axes, dtype=leaf.dtype)
 
 
 def _sqnr(leaf: Any, q: QArray, axes: tuple[int, ...]) -> Any:

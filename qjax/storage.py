@@ -69,6 +69,35 @@ class LeafPlan:
         return next(iter(self.slices.values())) if len(distinct) == 1 else None
 
 
+Slices = Mapping[tuple[int, ...], Stored]
+"""Positions along the key axes -> how that slice is stored."""
+
+
+def alike(slices: Slices) -> list[tuple[Slices, list[int]]]:
+    """Group the positions of the first key axis by what is stored behind them.
+
+    Returns:
+        For each group what is stored (keyed by the remaining axes) and its positions, in order of appearance.
+    """
+    by_position: dict[int, dict[tuple[int, ...], Stored]] = {}
+    for key, stored in slices.items():
+        by_position.setdefault(key[0], {})[key[1:]] = stored
+    groups: list[tuple[Slices, list[int]]] = []
+    for position, inner in by_position.items():
+        same = next((where for known, where in groups if known == inner), None)
+        if same is None:
+            groups.append((inner, [position]))
+        else:
+            same.append(position)
+    return groups
+
+
+def assignment(groups: list[tuple[Slices, list[int]]]) -> tuple[tuple[int, int], ...]:
+    """The ``assign`` of a `QStack` whose parts are ``groups``: (part, position within it) for each position."""
+    placed = {at: (part, i) for part, (_, where) in enumerate(groups) for i, at in enumerate(where)}
+    return tuple(placed[at] for at in sorted(placed))
+
+
 def plan_leaves(program: Program, decisions: Mapping[str, Decision]) -> dict[int, LeafPlan]:
     """Decide how each leaf is stored.
 
@@ -98,7 +127,7 @@ def plan_leaves(program: Program, decisions: Mapping[str, Decision]) -> dict[int
 def _plan_leaf(position: int, name: str, aval: Any, readers: list[tuple[Site, Decision]]) -> LeafPlan | None:
     wanted = [(s, d) for s, d in readers if d.weights is not None and not d.skip]
     for site, decision in wanted:
-        if site.reason and not decision.clamp_group:
+        if site.reason and decision.weights is not None and not decision.clamp_group:
             raise RecipeError(
                 f"{site.name}: rule {decision.rule} asks for {decision.weights.name} weights, but {site.reason}; "
                 "add a rule with skip=True for it in front"
@@ -133,18 +162,17 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
         reasons = [s.reason or d.reason for s, d in readers]
         return Stored(reason=next((r for r in reasons if r), "nothing reads it"))
     site, decision = chosen[0]
+    fmt = decision.weights
+    assert fmt is not None
     for other, d in chosen[1:]:
-        if (d.weights, d.rounding, d.weight_observer) != (
-            decision.weights,
-            decision.rounding,
-            decision.weight_observer,
-        ):
+        if (d.weights, d.rounding, d.weight_observer) != (fmt, decision.rounding, decision.weight_observer):
+            wanted = d.weights.name if d.weights is not None else "float"
             raise RecipeError(
-                f"{site.name} and {other.name} read the same weight, and rule {decision.rule} wants "
-                f"{decision.weights.name} while rule {d.rule} wants {d.weights.name}; give both the same format, "
-                "or skip one of them to keep the weight float"
+                f"{site.name} and {other.name} read the same weight, and rule {decision.rule} wants {fmt.name} while "
+                f"rule {d.rule} wants {wanted}; give both the same format and rounding, or skip one of them to keep "
+                "the weight float"
             )
-    fmt, note = decision.weights, ""
+    note = ""
     if fmt.group is not None and fmt.group > length:
         if not decision.clamp_group:
             raise RecipeError(

@@ -359,3 +359,28 @@ def test_no_warning_in_ordinary_use():
         warnings.simplefilter("error")
         model = qjax.quantize(net, params(), batch(), recipe="W8A8")
         model(model.params, batch())
+
+
+def test_formats_may_differ_along_two_stacked_axes():
+    p = {"net": {"w": jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 8, 8)), jnp.float32) / 3}}
+
+    def fn(p, x):
+        inner = lambda c, w: (jnp.tanh(c @ w), None)  # noqa: E731
+        return lax.scan(lambda c, q: (lax.scan(inner, c, q["w"])[0], None), x, p["net"])[0]
+
+    recipe = qjax.Recipe([qjax.Rule("net/w/1/2", weights=qjax.Int(8)), qjax.Rule("**", weights=qjax.Int(4))])
+    model = qjax.quantize(fn, p, batch(), recipe=recipe)
+    assert {r.name: r.format[:4] for r in model.report.rows} == {
+        f"net/w/{i}/{j}": "int8" if (i, j) == (1, 2) else "int4" for i in range(2) for j in range(3)
+    }
+    assert model.report.stored_bytes == 5 * (32 + 32) + (64 + 32)
+    assert jax.tree.structure(model.params) == jax.tree.structure(qjax.plan(fn, p, batch(), recipe=recipe).params)
+    close(model(model.params, batch()), fn(dequantized(model.params), batch()))
+
+
+def test_a_rounding_runs_on_every_matrix_of_a_stack():
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.static(qjax.Int(4, group=4), qjax.MSE()))])
+    plain, ranged = (qjax.quantize(net, params(), batch(), recipe=r) for r in (W4, recipe))
+    worse = [r.sqnr_db for r in plain.report.rows]
+    better = [r.sqnr_db for r in ranged.report.rows]
+    assert all(b >= w - 1e-6 for b, w in zip(better, worse, strict=True)) and sum(better) > sum(worse)
