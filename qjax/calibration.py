@@ -38,7 +38,7 @@ from jax import Array, lax
 from qjax.errors import FormatError
 from qjax.formats.base import Aux, Format
 from qjax.formats.blocks import grouped
-from qjax.formats.numerics import finite_part
+from qjax.formats.numerics import AnyArray, finite_part
 
 __all__ = ["MSE", "AbsMax", "MinMax", "Observer", "Percentile"]
 
@@ -62,7 +62,7 @@ class Observer:
         """Return the state before any data, for x of this shape [*stack, N, K]."""
         raise NotImplementedError(f"{type(self).__name__} has to define init")
 
-    def update(self, state: State, x: Array, fmt: Format) -> State:
+    def update(self, state: State, x: AnyArray, fmt: Format) -> State:
         """Return the state after another x [*stack, N, K] of any float dtype."""
         raise NotImplementedError(f"{type(self).__name__} has to define update")
 
@@ -74,7 +74,7 @@ class Observer:
         """Return the state of both streams together."""
         return jax.tree.map(jnp.maximum if self.collective == "max" else jnp.add, a, b)
 
-    def fit(self, x: Array, fmt: Format, weight: Array | None = None) -> Aux:
+    def fit(self, x: AnyArray, fmt: Format, weight: AnyArray | None = None) -> Aux:
         """Return aux for x [*stack, N, K], all of it at once.
 
         Args:
@@ -98,7 +98,7 @@ class AbsMax(Observer):
         """Return {"absmax": zeros}."""
         return {"absmax": jnp.zeros(_blocked_shape(fmt, shape), jnp.float32)}
 
-    def update(self, state: State, x: Array, fmt: Format) -> State:
+    def update(self, state: State, x: AnyArray, fmt: Format) -> State:
         """Take the maximum with x's."""
         low, high = fmt.range_of(x)
         return {"absmax": jnp.maximum(state["absmax"], jnp.maximum(high, -low))}
@@ -117,7 +117,7 @@ class MinMax(Observer):
         zeros = jnp.zeros(_blocked_shape(fmt, shape), jnp.float32)
         return {"below": zeros, "above": zeros}
 
-    def update(self, state: State, x: Array, fmt: Format) -> State:
+    def update(self, state: State, x: AnyArray, fmt: Format) -> State:
         """Take the maxima with x's."""
         low, high = fmt.range_of(x)
         return {"below": jnp.maximum(state["below"], -low), "above": jnp.maximum(state["above"], high)}
@@ -146,14 +146,14 @@ class _Distribution(Observer):
         empty = jnp.zeros((*_blocked_shape(fmt, shape), _BINS), jnp.float32)
         return {"above": empty} if fmt.symmetric else {"below": empty, "above": empty}
 
-    def update(self, state: State, x: Array, fmt: Format) -> State:
+    def update(self, state: State, x: AnyArray, fmt: Format) -> State:
         """Add x's counts."""
         blocks, valid = _blocks(x.astype(jnp.float32), fmt)
         sides = {"above": valid} if fmt.symmetric else {"below": valid & (blocks < 0), "above": valid & (blocks >= 0)}
         return {name: state[name] + _histogram(jnp.abs(blocks), side) for name, side in sides.items()}
 
 
-def _blocks(x: Array, fmt: Format) -> tuple[Array, Array]:
+def _blocks(x: AnyArray, fmt: Format) -> tuple[Array, Array]:
     """Return the elements of each block, [*blocked, n], and which of them are finite and no padding."""
     if fmt.per == "group":
         real = grouped(jnp.ones(x.shape, bool), fmt.group)
@@ -163,7 +163,7 @@ def _blocks(x: Array, fmt: Format) -> tuple[Array, Array]:
     return x, jnp.isfinite(x)
 
 
-def _histogram(size: Array, valid: Array) -> Array:
+def _histogram(size: AnyArray, valid: Array) -> Array:
     """Count magnitudes per block: [*blocked, n] -> float32 [*blocked, 4080]."""
     blocks, n = math.prod(size.shape[:-1]), size.shape[-1]
     bins = lax.bitcast_convert_type(size, jnp.uint32).astype(jnp.int32) >> _SHIFT
@@ -202,7 +202,7 @@ class Percentile(_Distribution):
         rank = share * (above + below - 1)
         return -_ranked(state["below"], rank - above), _ranked(state["above"], rank - below)
 
-    def fit(self, x: Array, fmt: Format, weight: Array | None = None) -> Aux:
+    def fit(self, x: AnyArray, fmt: Format, weight: AnyArray | None = None) -> Aux:
         """Return aux from the exact percentile (linear between neighbours, as `numpy.percentile`)."""
         blocks, valid = _blocks(x.astype(jnp.float32), fmt)
         if blocks.shape[-1] == 0:
@@ -269,7 +269,7 @@ class MSE(_Distribution):
         steps = max(1, round(self.maxshrink * self.grid))
         return (1 - np.arange(steps) / self.grid).astype(np.float32)
 
-    def fit(self, x: Array, fmt: Format, weight: Array | None = None) -> Aux:
+    def fit(self, x: AnyArray, fmt: Format, weight: AnyArray | None = None) -> Aux:
         """Return aux for the best factor of each block."""
         low, high = fmt.range_of(x)
         shared = fmt.shared_aux(low, high)
@@ -294,10 +294,10 @@ class MSE(_Distribution):
 
     def _search(
         self,
-        x: Array,  # [*stack, N, K]
-        weight: Array | None,
-        low: Array,  # blocked
-        high: Array,  # blocked
+        x: AnyArray,  # [*stack, N, K]
+        weight: AnyArray | None,
+        low: AnyArray,  # blocked
+        high: AnyArray,  # blocked
         fmt: Format,
         shared: Aux,
         total: Callable[[Array], Array],  # sums errors of elements over blocks

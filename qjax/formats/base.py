@@ -24,9 +24,9 @@ from jax import Array
 
 from qjax.errors import FormatError, near
 from qjax.formats.blocks import GRANULARITIES, group_count, reduce_blocks, spread
-from qjax.formats.numerics import finite_part
+from qjax.formats.numerics import AnyArray, finite_part
 
-Aux = dict[str, Array]
+Aux = dict[str, AnyArray]
 
 
 class ImplicitPer(str):
@@ -71,7 +71,7 @@ class Format:
         """Dtype of one unpacked code."""
         raise NotImplementedError(f"{type(self).__name__} has to define code_dtype")
 
-    def from_range(self, low: Array, high: Array, shared: Mapping[str, Array] | None = None) -> Aux:
+    def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
         """Return aux for blocks whose elements lie in [low, high].
 
         Args:
@@ -81,11 +81,11 @@ class Format:
         """
         raise FormatError(f"{self.name}: this format is not fitted from a range; use its own fit without an observer")
 
-    def shared_aux(self, low: Array, high: Array) -> Aux:
+    def shared_aux(self, low: AnyArray, high: AnyArray) -> Aux:
         """Return the aux entries that all blocks of one matrix share, which a search over ranges holds fixed."""
         return {}
 
-    def fit(self, x: Array, weight: Array | None = None) -> Aux:
+    def fit(self, x: AnyArray, weight: AnyArray | None = None) -> Aux:
         """Return aux for x, from the range of each block.
 
         Args:
@@ -97,11 +97,11 @@ class Format:
         """
         return self.from_range(*self.range_of(x))
 
-    def encode(self, x: Array, aux: Aux) -> Array:
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return the codes of x: code_dtype [*stack, N, K]. NaN is encoded as zero, infinity as the largest code."""
         raise NotImplementedError(f"{type(self).__name__} has to define encode")
 
-    def decode(self, codes: Array, aux: Aux) -> Array:
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return float32 [*stack, N, K] from codes of the same shape."""
         raise NotImplementedError(f"{type(self).__name__} has to define decode")
 
@@ -136,15 +136,15 @@ class Format:
         per = {"per": "group"} if "per" in self._settable() else {}
         return dataclasses.replace(self, group=length, **per)
 
-    def reduce(self, x: Array, function: Callable[..., Array]) -> Array:
+    def reduce(self, x: AnyArray, function: Callable[..., Array]) -> Array:
         """Reduce each block of x [*stack, N, K] to one number; see `qjax.formats.blocks.reduce_blocks`."""
         return reduce_blocks(x, self.per, self.group, function)
 
-    def spread(self, blocked: Array, length: int) -> Array:
+    def spread(self, blocked: AnyArray, length: int) -> Array:
         """Repeat a blocked array over the elements of rows of ``length``, so that it broadcasts against them."""
         return spread(blocked, length, self.group if self.per == "group" else None)
 
-    def range_of(self, x: Array) -> tuple[Array, Array]:
+    def range_of(self, x: AnyArray) -> tuple[Array, Array]:
         """Return the smallest and largest finite element of each block, with 0 included: float32 blocked arrays.
 
         Raises:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
+from qjax.formats.numerics import AnyArray
+
 GRANULARITIES = ("tensor", "channel", "token", "group")
 
 
@@ -19,7 +21,7 @@ def group_count(length: int, group: int | None) -> int:
     return 1 if group is None else -(-length // group)
 
 
-def grouped(x: Array, group: int) -> Array:
+def grouped(x: AnyArray, group: int) -> Array:
     """Split rows into groups: [..., K] -> [..., ceil(K / group), group], the tail filled with zeros."""
     tail = -x.shape[-1] % group
     if tail:
@@ -27,7 +29,7 @@ def grouped(x: Array, group: int) -> Array:
     return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
 
-def reduce_blocks(x: Array, per: str, group: int | None, reduce: Callable[..., Array]) -> Array:
+def reduce_blocks(x: AnyArray, per: str, group: int | None, reduce: Callable[..., Array]) -> Array:
     """Reduce each block to one number.
 
     Args:
@@ -47,7 +49,7 @@ def reduce_blocks(x: Array, per: str, group: int | None, reduce: Callable[..., A
     return reduce(x, axis=-1, keepdims=True)
 
 
-def spread(blocked: Array, length: int, group: int | None) -> Array:
+def spread(blocked: AnyArray, length: int, group: int | None) -> Array:
     """Repeat one number per block over its elements: [..., G] -> [..., K], or [..., 1] where one block is all.
 
     The result broadcasts against [..., K]; the size-1 forms are left alone, because broadcasting is free.

@@ -12,13 +12,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from qjax.formats.numerics import saturate
+from qjax.formats.numerics import AnyArray, saturate
 
 LARGEST = 6.0
 LARGEST_EXPONENT = 2
 
 
-def to_e2m1(x: Array) -> Array:
+def to_e2m1(x: AnyArray) -> Array:
     """Round float32 to the nearest E2M1 number, ties to even mantissa, saturating at 6; NaN becomes 0.
 
     Returns:
@@ -34,7 +34,7 @@ def to_e2m1(x: Array) -> Array:
     return code | jnp.where((x < 0) & (code > 0), jnp.uint8(8), jnp.uint8(0))
 
 
-def from_e2m1(codes: Array) -> Array:
+def from_e2m1(codes: AnyArray) -> Array:
     """Return the float32 numbers of uint8 codes 0 .. 15."""
     code = (codes & 7).astype(jnp.float32)
     size = jnp.maximum(jnp.maximum(code * 0.5, code - 2.0), code * 2.0 - 8.0)

@@ -12,7 +12,7 @@ from jax import Array
 
 from qjax.errors import FormatError, near
 from qjax.formats.base import Aux, Format, ImplicitPer
-from qjax.formats.numerics import saturate, scale_for
+from qjax.formats.numerics import AnyArray, saturate, scale_for
 from qjax.formats.registry import register_format
 
 ELEMENTS = {"e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
@@ -31,7 +31,7 @@ def largest(dtype: np.dtype) -> float:
     return float(ml_dtypes.finfo(dtype).max)
 
 
-def to_float8(x: Array, dtype: np.dtype) -> Array:
+def to_float8(x: AnyArray, dtype: np.dtype) -> Array:
     """Round float32 to an 8-bit float, to nearest even and saturating (also from infinity); NaN becomes 0."""
     top = largest(dtype)
     return saturate(x, -top, top).astype(dtype)
@@ -73,16 +73,16 @@ class Float8(Format):
         """float8_e4m3fn or float8_e5m2."""
         return ELEMENTS[self.element]
 
-    def from_range(self, low: Array, high: Array, shared: Mapping[str, Array] | None = None) -> Aux:
+    def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
         """Return {"scale": float32}, blocked."""
         top = largest(self.code_dtype)
         return {"scale": scale_for(jnp.maximum(high, -low), top, top)}
 
-    def encode(self, x: Array, aux: Aux) -> Array:
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return 8-bit float codes."""
         inverse = self.spread(1.0 / aux["scale"], x.shape[-1])
         return to_float8(x.astype(jnp.float32) * inverse, self.code_dtype)
 
-    def decode(self, codes: Array, aux: Aux) -> Array:
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return code * scale in float32."""
         return codes.astype(jnp.float32) * self.spread(aux["scale"], codes.shape[-1])

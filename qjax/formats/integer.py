@@ -11,7 +11,7 @@ from jax import Array
 
 from qjax.errors import FormatError, near
 from qjax.formats.base import Aux, Format, ImplicitPer
-from qjax.formats.numerics import saturate, scale_for
+from qjax.formats.numerics import AnyArray, saturate, scale_for
 from qjax.formats.registry import register_format
 
 
@@ -85,7 +85,7 @@ class Int(Format):
         top = 2 ** (self.bits - 1) - 1
         return (-top if self.scale == "qmax" else -top - 1), top
 
-    def from_range(self, low: Array, high: Array, shared: Mapping[str, Array] | None = None) -> Aux:
+    def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
         """Return {"scale": float32} or {"scale", "zero": uint8}, blocked."""
         if self.symmetric:
             bound = 2 ** (self.bits - 1) - (0.5 if self.scale == "half" else 1)
@@ -96,7 +96,7 @@ class Int(Format):
         zero = jnp.clip(jnp.round(-low * (1.0 / scale)), 0, top)
         return {"scale": scale, "zero": zero.astype(jnp.uint8)}
 
-    def encode(self, x: Array, aux: Aux) -> Array:
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return int8 codes, or uint8 if asymmetric."""
         length = x.shape[-1]
         low, high = self.code_range
@@ -108,7 +108,7 @@ class Int(Format):
         zero = self.spread(aux["zero"], length).astype(jnp.float32)
         return jnp.where(jnp.isnan(steps), zero, jnp.clip(steps + zero, low, high)).astype(jnp.uint8)
 
-    def decode(self, codes: Array, aux: Aux) -> Array:
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return (code - zero) * scale in float32."""
         length = codes.shape[-1]
         numbers = codes.astype(jnp.float32)

@@ -22,7 +22,7 @@ from jax import Array
 from qjax.formats import e2m1
 from qjax.formats.base import Aux, Format
 from qjax.formats.float8 import ELEMENTS, element_dtype, to_float8
-from qjax.formats.numerics import floor_log2, times_power_of_two
+from qjax.formats.numerics import AnyArray, floor_log2, times_power_of_two
 from qjax.formats.registry import register_format
 
 BLOCK = 32
@@ -40,7 +40,7 @@ class _Microscaling(Format):
         """The exponent of the largest element: emax in the specification."""
         raise NotImplementedError(f"{type(self).__name__} has to define largest_exponent")
 
-    def from_range(self, low: Array, high: Array, shared: Mapping[str, Array] | None = None) -> Aux:
+    def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
         """Return {"scale": uint8 exponent + 127}, one per block; a zero block has the smallest scale, 2**-127."""
         exponent = floor_log2(jnp.maximum(high, -low)) - self.largest_exponent
         return {"scale": (jnp.clip(exponent, -E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS).astype(jnp.uint8)}
@@ -53,7 +53,7 @@ class _Microscaling(Format):
         """Return the float32 scales; 2**-127 reads as the subnormal that it is, which XLA on CPU takes for 0."""
         return times_power_of_two(jnp.ones(aux["scale"].shape, jnp.float32), self.exponent_of(aux))
 
-    def _scaled(self, x: Array, aux: Aux, sign: int) -> Array:
+    def _scaled(self, x: AnyArray, aux: Aux, sign: int) -> Array:
         """Return x * scale**sign, exact short of overflow and underflow."""
         return times_power_of_two(x.astype(jnp.float32), self.spread(sign * self.exponent_of(aux), x.shape[-1]))
 
@@ -76,11 +76,11 @@ class MXFP4(_Microscaling):
         """uint8 codes 0 .. 15: sign, two exponent bits, mantissa bit."""
         return np.dtype(np.uint8)
 
-    def encode(self, x: Array, aux: Aux) -> Array:
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return E2M1 codes."""
         return e2m1.to_e2m1(self._scaled(x, aux, -1))
 
-    def decode(self, codes: Array, aux: Aux) -> Array:
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return element * 2**exponent in float32."""
         return self._scaled(e2m1.from_e2m1(codes), aux, 1)
 
@@ -116,10 +116,10 @@ class MXFP8(_Microscaling):
         """8 for e4m3fn, 15 for e5m2."""
         return int(np.frexp(float(ml_dtypes.finfo(self.code_dtype).max))[1]) - 1
 
-    def encode(self, x: Array, aux: Aux) -> Array:
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return 8-bit float codes."""
         return to_float8(self._scaled(x, aux, -1), self.code_dtype)
 
-    def decode(self, codes: Array, aux: Aux) -> Array:
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return element * 2**exponent in float32."""
         return self._scaled(codes.astype(jnp.float32), aux, 1)

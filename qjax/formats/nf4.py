@@ -12,7 +12,7 @@ from jax import Array
 
 from qjax.errors import FormatError
 from qjax.formats.base import Aux, Format
-from qjax.formats.numerics import saturate, scale_for
+from qjax.formats.numerics import AnyArray, saturate, scale_for
 from qjax.formats.registry import register_format
 
 NF4_VALUES = np.array(
@@ -86,11 +86,11 @@ class NF4(Format):
         """uint8 indices."""
         return np.dtype(np.uint8)
 
-    def from_range(self, low: Array, high: Array, shared: Mapping[str, Array] | None = None) -> Aux:
+    def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
         """Return {"scale": float32}, blocked."""
         return {"scale": scale_for(jnp.maximum(high, -low), 1.0, 1.0)}
 
-    def encode(self, x: Array, aux: Aux) -> Array:
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return uint8 indices of the nearest values."""
         inverse = self.spread(1.0 / aux["scale"], x.shape[-1])
         y = saturate(x.astype(jnp.float32) * inverse, -1.0, 1.0)
@@ -102,11 +102,11 @@ class NF4(Format):
             code += (y > middle).astype(jnp.uint8)
         return code
 
-    def decode(self, codes: Array, aux: Aux) -> Array:
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return table[code] * scale in float32."""
         return lookup(codes, NF4_VALUES) * self.spread(aux["scale"], codes.shape[-1])
 
 
-def lookup(codes: Array, table: np.ndarray) -> Array:
+def lookup(codes: AnyArray, table: np.ndarray) -> Array:
     """Return float32 table[codes] for a small constant table."""
     return jnp.take(jnp.asarray(table), codes.astype(jnp.int32), mode="clip")

@@ -20,6 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+AnyArray = Array | np.ndarray
+"""What formats compute on: arrays, tracers, and NumPy arrays that jnp takes as they are."""
+
 SMALLEST_SCALE = 2.0**-126
 LARGEST_SCALE = 2.0**126
 
@@ -29,7 +32,7 @@ def reciprocal(number: float) -> np.float32:
     return np.float32(1.0) / np.float32(number)
 
 
-def scale_for(size: Array, bound: float, largest_code: float) -> Array:
+def scale_for(size: AnyArray, bound: float, largest_code: float) -> Array:
     """Return ``size / bound``, kept such that it and its reciprocal are normal and no code decodes to infinity.
 
     Args:
@@ -45,23 +48,23 @@ def scale_for(size: Array, bound: float, largest_code: float) -> Array:
     return jnp.where(size < SMALLEST_SCALE, jnp.float32(1.0), scale)
 
 
-def finite_part(x: Array) -> Array:
+def finite_part(x: AnyArray) -> Array:
     """Return x with NaN and infinity replaced by 0, for taking ranges."""
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
-def saturate(x: Array, low: float, high: float) -> Array:
+def saturate(x: AnyArray, low: float, high: float) -> Array:
     """Clip to [low, high]; NaN becomes 0."""
     return jnp.where(jnp.isnan(x), jnp.zeros((), x.dtype), jnp.clip(x, low, high))
 
 
-def power_of_two(exponent: Array) -> Array:
+def power_of_two(exponent: AnyArray) -> Array:
     """Return float32 2**exponent, exactly, for integer exponents in [-126, 127]."""
     bits = (exponent.astype(jnp.int32) + 127) << 23
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def times_power_of_two(x: Array, exponent: Array) -> Array:
+def times_power_of_two(x: AnyArray, exponent: AnyArray) -> Array:
     """Return x * 2**exponent for integer exponents in [-252, 254].
 
     In two steps, because 2**-127 (the smallest E8M0 scale) and its like are not normal float32 numbers.
@@ -70,7 +73,7 @@ def times_power_of_two(x: Array, exponent: Array) -> Array:
     return x * power_of_two(half) * power_of_two(exponent.astype(jnp.int32) - half)
 
 
-def floor_log2(x: Array) -> Array:
+def floor_log2(x: AnyArray) -> Array:
     """Return int32 floor(log2(x)) of positive float32 numbers from the exponent bits; -127 for subnormals and 0."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return ((bits >> 23) & 0xFF) - 127

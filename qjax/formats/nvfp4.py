@@ -19,7 +19,7 @@ from jax import Array
 from qjax.formats import e2m1
 from qjax.formats.base import Aux, Format
 from qjax.formats.float8 import to_float8
-from qjax.formats.numerics import scale_for
+from qjax.formats.numerics import AnyArray, scale_for
 from qjax.formats.registry import register_format
 
 BLOCK = 16
@@ -53,14 +53,14 @@ class NVFP4(Format):
         """uint8 codes 0 .. 15 as in MXFP4."""
         return np.dtype(np.uint8)
 
-    def shared_aux(self, low: Array, high: Array) -> Aux:
+    def shared_aux(self, low: AnyArray, high: AnyArray) -> Aux:
         """Return {"global_scale": float32 [*stack, 1, 1]}."""
         top = jnp.max(jnp.maximum(high, -low), axis=(-2, -1), keepdims=True, initial=0.0)
         bound = LARGEST_SCALE * e2m1.LARGEST
         scale = scale_for(top, bound, bound)
         return {"global_scale": jnp.maximum(scale, SMALLEST_GLOBAL)}
 
-    def from_range(self, low: Array, high: Array, shared: Mapping[str, Array] | None = None) -> Aux:
+    def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
         """Return {"scale": float8_e4m3fn, blocked; "global_scale": float32 [*stack, 1, 1]}."""
         shared = dict(shared or self.shared_aux(low, high))
         inverse = 1.0 / (shared["global_scale"] * e2m1.LARGEST)
@@ -71,10 +71,10 @@ class NVFP4(Format):
         """Return block_scale * global_scale, float32."""
         return aux["scale"].astype(jnp.float32) * aux["global_scale"]
 
-    def encode(self, x: Array, aux: Aux) -> Array:
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return E2M1 codes."""
         return e2m1.to_e2m1(x.astype(jnp.float32) * self.spread(1.0 / self.scale_of(aux), x.shape[-1]))
 
-    def decode(self, codes: Array, aux: Aux) -> Array:
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return element * block_scale * global_scale in float32."""
         return e2m1.from_e2m1(codes) * self.spread(self.scale_of(aux), codes.shape[-1])

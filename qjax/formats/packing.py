@@ -10,7 +10,7 @@ So a row takes ceil(K * b / 8) bytes, for 3 bits as well (eight codes in three b
 b bits. An example with b = 3 and the codes 1, 2, 3, 4, 5, 6, 7, 0 (low bit first: 100 010 110 001 101 011 111 000):
 
     byte 0 = 0b11_010_001   code 2 (low two bits), code 1, code 0      = 0xd1
-    byte 1 = 0b1_101_100_0  code 5 (low bit), code 4, code 3, code 2   = 0x58
+    byte 1 = 0b0_101_100_0  code 5 (low bit), code 4, code 3, code 2   = 0x58
     byte 2 = 0b000_111_11   code 7, code 6, code 5                     = 0x1f
 
 Both directions treat a row as units of ``lcm(b, 8)`` bits, the shortest run in which codes and bytes end together:

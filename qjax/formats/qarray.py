@@ -15,7 +15,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from qjax.errors import FormatError, LayoutError
-from qjax.formats import views
 from qjax.formats.base import Aux, Format
 from qjax.formats.layout import Layout, in_sizes, weight_layout
 from qjax.formats.packing import pack_bits, row_padding, unpack_bits, unpacked_length
@@ -42,8 +41,8 @@ class QArray:
     leaves may be anything (tracers, shapes, PartitionSpecs); nothing looks at them before a method is called.
     """
 
-    codes: Array
-    aux: Aux
+    codes: Any  # arrays, or what stands for them in a tree: shapes, specs, placeholders
+    aux: Any
     fmt: Format
     layout: Layout
     dtype: np.dtype
@@ -211,6 +210,9 @@ class QArray:
         """Rebuild from `spec` and the stored arrays (or placeholders)."""
         layout = Layout.from_dict(spec["layout"])
         return cls(codes, dict(aux), format_from_dict(spec["format"]), layout, jnp.dtype(spec["dtype"]))
+
+
+from qjax.formats import views  # noqa: E402 (its functions take QArrays, and are the bodies of methods above)
 
 
 @jax.jit

@@ -34,7 +34,7 @@ class QStack:
         assign: (part, position) for each index of the axis.
     """
 
-    parts: tuple[QArray | Array | QStack, ...]
+    parts: tuple[Any, ...]  # of QArray, QStack and float arrays, or placeholders
     axis: int
     assign: tuple[tuple[int, int], ...]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,9 +16,7 @@ from jax import Array, lax
 from qjax.errors import LayoutError
 from qjax.formats.layout import Layout, axis_index, in_sizes, pair_dimensions, resolve_shape
 from qjax.formats.packing import packed_bytes, row_padding
-
-if TYPE_CHECKING:
-    from qjax.formats.qarray import QArray
+from qjax.formats.qarray import QArray
 
 
 def _label(q: QArray, axis: int) -> tuple[int, str, int]:

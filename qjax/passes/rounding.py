@@ -15,6 +15,7 @@ from jax import Array
 from qjax.calibration import Observer
 from qjax.errors import FormatError
 from qjax.formats import Aux, Format
+from qjax.formats.numerics import AnyArray
 
 
 @runtime_checkable
@@ -24,7 +25,7 @@ class Rounding(Protocol):
     needs_batches: ClassVar[bool]
 
     def round(
-        self, w: Array, fmt: Format, *, observer: Observer | None = None, weight: Array | None = None
+        self, w: AnyArray, fmt: Format, *, observer: Observer | None = None, weight: AnyArray | None = None
     ) -> tuple[Array, Aux]:
         """Return (codes, aux) for w: see `RTN.round`."""
         ...
@@ -47,7 +48,7 @@ class RTN:
             raise FormatError(f"RTN: observer={self.observer!r}; an observer such as qjax.MSE()")
 
     def round(
-        self, w: Array, fmt: Format, *, observer: Observer | None = None, weight: Array | None = None
+        self, w: AnyArray, fmt: Format, *, observer: Observer | None = None, weight: AnyArray | None = None
     ) -> tuple[Array, Aux]:
         """Round a matrix.
 

@@ -67,4 +67,4 @@ def test_refusals():
     with pytest.raises(IndexError):
         q[5]
     with pytest.raises(LayoutError, match="one shape"):
-        stack_slices([W[0], W[0, :3]])
+        stack_slices([jnp.asarray(W[0]), jnp.asarray(W[0, :3])])

@@ -39,7 +39,7 @@ def test_any_transpose(perm):
     q = STACKED.transpose(perm)
     assert q.codes is STACKED.codes
     assert q.shape == tuple(STACKED.shape[a] for a in perm)
-    back = q.transpose(np.argsort(perm))
+    back = q.transpose(np.argsort(perm).tolist())
     assert back.layout == STACKED.layout
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -37,5 +39,6 @@ def test_the_observer_given_goes_before_its_own():
 
 def test_protocol_and_settings():
     assert isinstance(RTN(), Rounding) and not RTN.needs_batches and RTN(MSE()) == RTN(MSE())
-    with pytest.raises(FormatError, match="an observer such as"):
-        RTN("mse")
+    if not os.environ.get("QJAX_BEARTYPE"):  # which refuses it first
+        with pytest.raises(FormatError, match="an observer such as"):
+            RTN("mse")
