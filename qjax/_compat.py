@@ -88,7 +88,8 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
             kwargs["sharding"] = sharding
         if getattr(avals[0], "weak_type", False):
             kwargs["weak_type"] = True
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, **kwargs)
+    dtype = x.dtype if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, dtype, **kwargs)
 
 
 def _has_explicit_axes(sharding: Any) -> bool:

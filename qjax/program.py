@@ -1,7 +1,7 @@
 """`trace`: from any JAX function to a program whose sites are known by name.
 
 A `Program` is immutable and holds no parameter values: the jaxpr of ``fn(params, *args, **kwargs)``, the trees of its
-arguments and results, and the sites found by `qjax.sites` and named by `qjax.naming`. Printing it gives the table of
+arguments and results, and the sites found by `qjax.analysis.sites` and named by `qjax.analysis.naming`. Printing it gives the table of
 sites.
 """
 
@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from qjax._compat import abstract
+from qjax.analysis.naming import Site, Slices, name_sites
+from qjax.analysis.reads import Analysis, Path
+from qjax.analysis.sites import analyze
 from qjax.errors import TraceError, near
 from qjax.formats import is_quantized
-from qjax.naming import Site, Slices, name_sites
-from qjax.reads import Analysis, Path
-from qjax.sites import analyze
 
 
 def is_array(x: Any) -> bool:

@@ -8,7 +8,7 @@ replayed by a `Rewriter` whose environment holds arrays and `QArray`s side by si
 * everything else is re-bound as it was, a `QArray` operand being dequantized first. That is always right, though not
   always fast, so it is noted for the report.
 
-Control flow is re-emitted through jax's public functions (`qjax.control_flow`), and only where a quantized value or a
+Control flow is re-emitted through public functions of jax (`qjax.rewriting.control_flow`), and only where a value or a
 decision is inside; otherwise the equation is re-bound untouched, which keeps custom rules, effects and shardings as
 they were. Named scopes and tracebacks are replayed for each equation.
 """
@@ -26,18 +26,19 @@ from jax import lax
 from jax.extend import core as jex
 from jax.extend import source_info_util as siu
 
-from qjax import ops, selection
+from qjax import ops
 from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, sub_jaxprs
-from qjax.control_flow import CONTROL_FLOW
-from qjax.emit import Act, emit_conv, emit_dot, emit_ragged
+from qjax.analysis.provenance import picked_axis
+from qjax.analysis.reads import Path
 from qjax.errors import LayoutError
 from qjax.formats import QArray, QStack, is_quantized
 from qjax.program import Program
-from qjax.provenance import picked_axis
-from qjax.reads import Path
-from qjax.selection import Selected, dense
-from qjax.sharding import quantized_specs
-from qjax.steps import Context
+from qjax.rewriting import selection
+from qjax.rewriting.control_flow import CONTROL_FLOW
+from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged
+from qjax.rewriting.selection import Selected, dense
+from qjax.rewriting.sharding import quantized_specs
+from qjax.rewriting.steps import Context
 
 
 class Rewriter:

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.emit import Act
+from qjax.applying.leaves import quantize_leaf
+from qjax.applying.planning import Plan, plan_program
+from qjax.applying.reporting import build_report, explain_row
+from qjax.applying.storage import WEIGHT_OPS
 from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
 from qjax.formats import is_quantized
-from qjax.planning import Plan, plan_program
 from qjax.program import Program, Signature, trace_flat
-from qjax.quantizing import quantize_leaf
 from qjax.recipe import Dynamic, Recipe
 from qjax.recipe import recipe as named_recipe
 from qjax.report.data import Report
-from qjax.reporting import build_report, explain_row
 from qjax.rewrite import Rewriter
-from qjax.storage import WEIGHT_OPS
+from qjax.rewriting.emit import Act
 
 
 class Rewritten:

@@ -25,7 +25,7 @@ from jax.core import Tracer
 
 from qjax.errors import CheckpointError, FormatError, LayoutError
 from qjax.formats import QArray, QStack, format_from_dict, is_quantized
-from qjax.sharding import quantized_specs
+from qjax.rewriting.sharding import quantized_specs
 
 Spec = dict[str, Any]
 

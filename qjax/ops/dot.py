@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from qjax import _compat
 from qjax.errors import LayoutError, QjaxWarning
-from qjax.formats import Aux, Format, QArray
+from qjax.formats import Aux, Float8, Format, Int, QArray
 from qjax.kernels import Act, Problem, select
 from qjax.kernels.dot.reference import dot_reference
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
@@ -229,13 +229,29 @@ def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0) -> Aux:
 # One jitted function, because a model fits hundreds of activations of a few shapes: it is traced once for each.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _activation_aux(x: Array, fmt: Format, stack_ndim: int) -> Aux:
-    if fmt.per != "tensor" or x.size == 0:
-        return fmt.fit(x.astype(jnp.float32))
+    x = x.astype(jnp.float32)
+    if x.size == 0:
+        return fmt.fit(x)
+    # Formats that are fitted to the largest magnitude alone need one reduction in place of two.
+    by_magnitude = isinstance(fmt, Float8) or (isinstance(fmt, Int) and fmt.symmetric)
+    if fmt.per != "tensor":
+        if not by_magnitude:
+            return fmt.fit(x)
+        top = fmt.reduce(_finite(jnp.abs(x)), jnp.max)
+        return fmt.from_range(-top, top)
     axes = tuple(range(stack_ndim, x.ndim))
-    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)).astype(jnp.float32)
-    low = jnp.min(finite, axis=axes, keepdims=True, initial=0.0)
-    high = jnp.max(finite, axis=axes, keepdims=True, initial=0.0)
     shards = _compat.varying_axes(x, jax.sharding.get_abstract_mesh().manual_axes)
+    if by_magnitude:
+        top = jnp.max(_finite(jnp.abs(x)), axis=axes, keepdims=True)
+        top = lax.pmax(top, shards) if shards else top
+        return fmt.from_range(-top, top)
+    low = jnp.min(_finite(x), axis=axes, keepdims=True, initial=0.0)
+    high = jnp.max(_finite(x), axis=axes, keepdims=True, initial=0.0)
     if shards:
         low, high = lax.pmin(low, shards), lax.pmax(high, shards)
     return fmt.from_range(low, high)
+
+
+def _finite(x: Array) -> Array:
+    """Return x with NaN and infinity replaced by 0."""
+    return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.float32(0))

@@ -27,6 +27,7 @@ from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, over_sta
 from qjax.kernels.order import after
 from qjax.kernels.phases import code_phases, phase_count, split_phases
 from qjax.kernels.registry import Act, Problem, register_lowering
+from qjax.kernels.unpack import unpacked
 
 LARGEST_SUM = 131_071
 """Terms up to which a sum of products of int8 codes cannot overflow int32."""
@@ -109,13 +110,14 @@ def _cpu_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array
     filled = rows + len(ones)
     fill = [jnp.zeros((PADDED_ROWS - filled, problem.k), jnp.int8)] if rows == 1 else []
     q = jnp.concatenate([side.codes, *ones, *fill]) if ones or fill else side.codes
-    packed = after(q, w.codes)
+    # Codes that are read as they are stay where they are; what has to be unpacked waits for qx.
+    packed = w.codes if w.codes.dtype == jnp.int8 else after(q, w.codes)
     count = phase_count(w.fmt, w.length)
     group = group_of(w.fmt) or problem.k
     if count > 1:
         stored, unpack = packed, lambda part: code_phases(part, w.fmt)
     else:
-        whole = dataclasses.replace(w, codes=packed).unpacked()
+        whole = unpacked(dataclasses.replace(w, codes=packed))
         stored, unpack = whole, lambda part: [part]
     _, zero_w = _signed(jnp.zeros((), w.fmt.code_dtype), w.fmt.zero_of(w.aux), w.fmt.code_bits)
     x_phases = split_phases(q, count)

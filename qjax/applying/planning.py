@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.applying.storage import LeafPlan, Slices, alike, assignment, check_decisions, plan_leaves
 from qjax.errors import RecipeError
 from qjax.formats import QStack, is_quantized, quantize_array
 from qjax.program import Program
 from qjax.recipe import Decision, Recipe
-from qjax.sharding import quantized_specs
-from qjax.storage import LeafPlan, Slices, alike, assignment, check_decisions, plan_leaves
+from qjax.rewriting.sharding import quantized_specs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

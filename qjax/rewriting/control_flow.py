@@ -21,9 +21,9 @@ from qjax import ops
 from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, scan_arity
 from qjax.errors import LayoutError
 from qjax.formats import QStack, is_quantized
-from qjax.selection import Selected, dense
-from qjax.sharding import quantized_specs
-from qjax.steps import Steps
+from qjax.rewriting.selection import Selected, dense
+from qjax.rewriting.sharding import quantized_specs
+from qjax.rewriting.steps import Steps
 
 
 def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from qjax import ops
 from qjax._compat import bind
 from qjax.errors import LayoutError
 from qjax.formats import Layout, QArray, is_quantized
-from qjax.selection import Selected
+from qjax.rewriting.selection import Selected
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
+from qjax.analysis.provenance import Ref
+from qjax.analysis.values import Near
 from qjax.composites import Composite
-from qjax.provenance import Ref
-from qjax.values import Near
 
 Path = tuple[Any, ...]
 """Address of an equation: equation numbers and ``(parameter, index)`` steps into sub-jaxprs. Valid for one trace."""

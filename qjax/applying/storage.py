@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from qjax.analysis.naming import LINEAR, Site, SliceKey
 from qjax.errors import RecipeError
-from qjax.naming import LINEAR, Site, SliceKey
 from qjax.program import Program
 from qjax.recipe import Decision, Static
 

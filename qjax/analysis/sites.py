@@ -2,7 +2,7 @@
 
 The walk visits each equation once, with one `Val` per variable, and descends into every sub-jaxpr that jax's public
 control flow makes (jit, scan, while, cond, remat, custom_jvp/vjp, shard_map). It records a `Read` for each product,
-convolution, lookup and composite; `qjax.naming` turns reads into named `Site`s, one per slice of a stacked leaf.
+convolution, lookup and composite; `qjax.analysis.naming` turns reads into named `Site`s, one per slice of a stack.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
-from qjax import provenance
 from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
-from qjax.composites import Attention, Composite, Norm, find_nested
-from qjax.provenance import Index, Known, Ref
-from qjax.reads import Analysis, Loop, Path, Read, Slicing, flops_of, scope_of
-from qjax.values import (
+from qjax.analysis import provenance
+from qjax.analysis.provenance import Index, Known, Ref
+from qjax.analysis.reads import Analysis, Loop, Path, Read, Slicing, flops_of, scope_of
+from qjax.analysis.values import (
     DATA,
     Near,
     Val,
@@ -30,6 +29,7 @@ from qjax.values import (
     localized,
     nearest,
 )
+from qjax.composites import Attention, Composite, Norm, find_nested
 
 OPAQUE = {
     "pallas_call",

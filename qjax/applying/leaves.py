@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.applying.storage import LeafPlan, Slices, alike, assignment
 from qjax.errors import QjaxError
 from qjax.formats import QArray, QStack, assemble, canonical_matrix, quantize_array
 from qjax.passes import RTN
-from qjax.storage import LeafPlan, Slices, alike, assignment
 
 
 def quantize_leaf(plan: LeafPlan, leaf: Any) -> tuple[Any, dict[tuple[int, ...], float]]:

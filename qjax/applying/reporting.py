@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from qjax import ops
+from qjax.analysis.naming import Site
+from qjax.applying.planning import Plan
+from qjax.applying.storage import LeafPlan, Stored
 from qjax.formats import QArray, QStack, is_quantized
-from qjax.naming import Site
-from qjax.planning import Plan
 from qjax.program import Program
 from qjax.recipe import Dynamic
 from qjax.report.data import Report, SiteRow
-from qjax.storage import LeafPlan, Stored
 
 NOT_QUANTIZED_HERE = {
     "matmul": "a product of two activations: no rule names op='matmul'",

@@ -14,9 +14,9 @@ import math
 import re
 from collections import Counter
 
-from qjax.provenance import DYNAMIC, Index
-from qjax.reads import Analysis, Path, Read
-from qjax.values import Near, common_prefix
+from qjax.analysis.provenance import DYNAMIC, Index
+from qjax.analysis.reads import Analysis, Path, Read
+from qjax.analysis.values import Near, common_prefix
 
 SliceKey = tuple[tuple[int, int], ...]
 """Which slice of a leaf: ``((axis, position), ...)`` in order of slicing; empty for the whole leaf."""
@@ -93,7 +93,7 @@ def name_sites(
     """Name every read, one site per slice.
 
     Args:
-        analysis: from `qjax.sites.analyze`.
+        analysis: from `qjax.analysis.sites.analyze`.
         leaf_names, leaf_shapes, itemsizes: of the parameter leaves.
 
     Returns:
