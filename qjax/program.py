@@ -1,8 +1,8 @@
 """`trace`: from any JAX function to a program whose sites are known by name.
 
 A `Program` is immutable and holds no parameter values: the jaxpr of ``fn(params, *args, **kwargs)``, the trees of its
-arguments and results, and the sites found by `qjax.analysis.sites` and named by `qjax.analysis.naming`. Printing it gives the table of
-sites.
+arguments and results, and the sites found by `qjax.analysis.sites` and named by `qjax.analysis.naming`. Printing it
+gives the table of sites.
 """
 
 from __future__ import annotations
