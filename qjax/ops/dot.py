@@ -235,7 +235,7 @@ def _activation_aux(x: Array, fmt: Format, stack_ndim: int) -> Aux:
     # Formats that are fitted to the largest magnitude alone need one reduction in place of two.
     by_magnitude = isinstance(fmt, Float8) or (isinstance(fmt, Int) and fmt.symmetric)
     if fmt.per != "tensor":
-        if not by_magnitude:
+        if not by_magnitude or fmt.per == "group":
             return fmt.fit(x)
         top = fmt.reduce(_finite(jnp.abs(x)), jnp.max)
         return fmt.from_range(-top, top)
