@@ -319,6 +319,7 @@ class MSE(_Distribution):
             better = here < least
             return (jnp.where(better, here, least), jnp.where(better, shrink, factor)), None
 
-        first = (error(jnp.float32(1.0)), jnp.ones(size.shape, jnp.float32))
+        # size * 0 + 1 rather than ones: inside shard_map the carry has to vary over devices as the errors do.
+        first = (error(jnp.float32(1.0)), size * 0 + 1)
         (_, factor), _ = lax.scan(step, first, jnp.asarray(self.shrinks[1:]))
         return low * factor, high * factor

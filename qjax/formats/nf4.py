@@ -108,5 +108,17 @@ class NF4(Format):
 
 
 def lookup(codes: AnyArray, table: np.ndarray) -> Array:
-    """Return float32 table[codes] for a small constant table."""
-    return jnp.take(jnp.asarray(table), codes.astype(jnp.int32), mode="clip")
+    """Return float32 table[codes] for a constant table of 2**n values.
+
+    By bisection, which is elementwise: a gather would be no faster, and under explicit sharding it would have to be
+    told how its result is laid out.
+    """
+    bits = [(codes >> k) & 1 != 0 for k in range(len(table).bit_length() - 1)]
+
+    def pick(values: np.ndarray) -> Array | np.float32:
+        if len(values) == 1:
+            return np.float32(values[0])
+        half = len(values) // 2
+        return jnp.where(bits[half.bit_length() - 1], pick(values[half:]), pick(values[:half]))
+
+    return pick(table)

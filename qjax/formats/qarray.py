@@ -139,6 +139,10 @@ class QArray:
         """Return the array in the user's layout, in ``dtype`` (by default the dtype that it stands for)."""
         return _dequantize(self, np.dtype(self.dtype if dtype is None else dtype))
 
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        """Dequantize for NumPy, which would otherwise take the array for a sequence of its slices."""
+        return np.asarray(self.dequantize(), dtype=dtype)
+
     def astype(self, dtype: DTypeLike) -> Self:
         """Return the same codes and scales standing for another float dtype."""
         dtype = np.dtype(dtype)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from qjax.errors import LayoutError
 from qjax.formats.layout import axis_index
 from qjax.formats.qarray import QArray
+from qjax.formats.views import stack
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("axis", "assign"))
@@ -138,6 +139,10 @@ class QStack:
             return whole
         return jnp.take(whole, order, axis=self.axis)
 
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        """Dequantize for NumPy, which would otherwise take the array for a sequence of its slices."""
+        return np.asarray(self.dequantize(), dtype=dtype)
+
     def astype(self, dtype: DTypeLike) -> QStack:
         """Return the same parts standing for another float dtype; float parts are converted."""
         return QStack(tuple(p.astype(dtype) for p in self.parts), self.axis, self.assign)
@@ -150,8 +155,6 @@ def stack_slices(slices: Sequence[QArray | Array], axis: int = 0) -> QStack:
         slices: arrays of one shape, quantized or not, without the axis.
         axis: the user's axis that the stack gets.
     """
-    from qjax.formats.views import stack  # views knows QArrays only
-
     if not slices:
         raise LayoutError("a stack needs at least one slice")
     shapes = {tuple(s.shape) for s in slices}

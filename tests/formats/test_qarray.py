@@ -183,3 +183,9 @@ def test_codes_from_elsewhere_are_assembled():
         assemble(fmt.encode(x, aux), aux, fmt, shape=(3, 6, 16), in_axes=1, stack_axes=0)
     with pytest.raises(FormatError, match="aux 'scale'"):
         assemble(fmt.encode(x, aux), {"scale": aux["scale"][:, 0]}, fmt, shape=w.shape, in_axes=1, stack_axes=0)
+
+
+def test_numpy_sees_the_numbers():
+    q = quantize_array(weight((16, 6)), Int(4), in_axes=0)
+    assert np.asarray(q).dtype == np.float32 and np.asarray(q, np.float64).dtype == np.float64
+    np.testing.assert_array_equal(np.asarray(q), q.dequantize())
