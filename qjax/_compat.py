@@ -6,7 +6,9 @@ The rest of qjax reads jaxprs only through these helpers, so that one source ser
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +67,22 @@ def varying_axes(x: Any, axes: Sequence[str]) -> tuple[str, ...]:
     """Return those of the manual mesh ``axes`` over which ``x`` varies inside shard_map."""
     varying = jax.typeof(x).mat.varying
     return tuple(a for a in axes if a in varying)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Hold Python's cyclic garbage collector while many small objects are made that all live to the end.
+
+    Analysing a program of some thousand equations makes some ten thousand objects, and each collection that they
+    trigger walks everything else jax keeps alive: measured on 32 layers, it is half the time of a trace.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax._compat import abstract
+from qjax._compat import abstract, collector_paused
 from qjax.analysis.naming import Site, Slices, name_sites
 from qjax.analysis.reads import Analysis, Path
 from qjax.analysis.sites import analyze
@@ -163,8 +163,9 @@ def trace_flat(fn: Callable[..., Any], signature: Signature, arrays: Sequence[An
     leaf_avals = tuple(avals[: signature.n_params])
     shapes = [tuple(a.shape) for a in leaf_avals]
     names = _distinct(signature.names)
-    analysis = analyze(closed, list(names), shapes, len(shapes))
-    sites, slices = name_sites(analysis, list(names), shapes, [_itemsize(a.dtype) for a in leaf_avals])
+    with collector_paused():
+        analysis = analyze(closed, list(names), shapes, len(shapes))
+        sites, slices = name_sites(analysis, list(names), shapes, [_itemsize(a.dtype) for a in leaf_avals])
     return Program(
         jaxpr=closed,
         signature=signature,
