@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 
 from qjax._compat import abstract, collector_paused
 from qjax.analysis.naming import Site, Slices, name_sites
@@ -21,11 +20,7 @@ from qjax.analysis.reads import Analysis, Path
 from qjax.analysis.sites import analyze
 from qjax.errors import TraceError, near
 from qjax.formats import is_quantized
-
-
-def is_array(x: Any) -> bool:
-    """Whether a leaf is traced: arrays, tracers, abstract arrays and quantized leaves; anything else is static."""
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) or is_quantized(x)
+from qjax.trees import is_array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ replayed by a `Rewriter` whose environment holds arrays and `QArray`s side by si
   always fast, so it is noted for the report.
 
 Control flow is re-emitted through public functions of jax (`qjax.rewriting.control_flow`), and only where a quantized
-value or a decision is inside; otherwise the equation is re-bound untouched, which keeps custom rules, effects and shardings as
-they were. Named scopes and tracebacks are replayed for each equation.
+value or a decision is inside; otherwise the equation is re-bound untouched, which keeps custom rules, effects and
+shardings as they were. Named scopes and tracebacks are replayed for each equation.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,14 +14,16 @@ from qjax.applying.leaves import quantize_leaf
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.reporting import build_report, explain_row
 from qjax.applying.storage import WEIGHT_OPS
-from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
+from qjax.errors import QjaxError, RecipeError, TraceError
 from qjax.formats import is_quantized
+from qjax.passes import run_passes
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Dynamic, Recipe
 from qjax.recipe import recipe as named_recipe
 from qjax.report.data import Report
 from qjax.rewrite import Rewriter
 from qjax.rewriting.emit import Act
+from qjax.trees import replace_arrays
 
 
 class Rewritten:
@@ -192,7 +193,8 @@ def quantize(
     _refuse_bad_leaves(params)
     program = trace_flat(fn, signature, arrays)
     planned = plan_program(program, recipe)
-    leaves = list(arrays[: signature.n_params])
+    chosen = [name for name, d in planned.decisions.items() if d.weights is not None and not d.skip]
+    leaves, notes = run_passes(recipe.prepare, program, arrays[: signature.n_params], chosen)
     del arrays
     stored: list[Any] = list(leaves)
     sqnr: dict[int, dict[tuple[int, ...], float]] = {}
@@ -209,19 +211,8 @@ def quantize(
             progress(done + 1, len(planned.leaves), leaf_plan.name)
     rewritten = Rewritten(fn, recipe, max_runs=max_runs, implementation=implementation)
     report = build_report(program, planned, stored, sqnr, name=name, recipe=recipe.name, rewritten=rewritten)
-    for note in report.notes:
-        if note.startswith("warning:"):
-            warnings.warn(note.removeprefix("warning:").strip(), QjaxWarning, stacklevel=2)
-    return Model(fn, _with_leaves(params, stored), recipe, report, rewritten)
-
-
-def _with_leaves(params: Any, arrays: Sequence[Any]) -> Any:
-    """The parameter tree with its array leaves replaced."""
-    from qjax.program import is_array
-
-    flat, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
-    it = iter(arrays)
-    return jax.tree.unflatten(treedef, [next(it) if is_array(x) else x for x in flat])
+    report = report.with_notes(*notes)
+    return Model(fn, replace_arrays(params, stored), recipe, report, rewritten)
 
 
 def _refuse_bad_leaves(params: Any) -> None:

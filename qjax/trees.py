@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.formats import is_quantized
 
@@ -40,6 +41,18 @@ def astype(tree: Any, dtype: Any) -> Any:
         return x
 
     return jax.tree.map(cast, tree, is_leaf=is_quantized)
+
+
+def replace_arrays(tree: Any, arrays: Sequence[Any]) -> Any:
+    """The tree with its array leaves (quantized ones too) replaced in order; other leaves stay."""
+    flat, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)
+    it = iter(arrays)
+    return jax.tree.unflatten(treedef, [next(it) if is_array(x) else x for x in flat])
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is traced: arrays, tracers, abstract arrays and quantized leaves; anything else is static."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) or is_quantized(x)
 
 
 def _is_float(x: Any) -> bool:

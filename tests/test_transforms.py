@@ -384,3 +384,69 @@ def test_a_rounding_runs_on_every_matrix_of_a_stack():
     worse = [r.sqnr_db for r in plain.report.rows]
     better = [r.sqnr_db for r in ranged.report.rows]
     assert all(b >= w - 1e-6 for b, w in zip(better, worse, strict=True)) and sum(better) > sum(worse)
+
+
+def test_a_jit_body_that_was_shared_stays_shared():
+    @jax.jit
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    def fn(p, x):
+        for i in range(6):
+            x = layer(x, p[f"layer_{i}"])
+        return x
+
+    p = {f"layer_{i}": params(i)["w"] for i in range(6)}
+    model = qjax.quantize(fn, p, batch(), recipe="W8A8")
+    bodies = {
+        id(e.params["jaxpr"])
+        for e in _calls(jax.make_jaxpr(model)(model.params, batch()).jaxpr)
+        if e.params["name"] == "layer"
+    }
+    assert len(bodies) == 1
+    assert jax.jit(model).lower(model.params, batch()).as_text().count("func.func private @layer") == 1
+
+
+def _calls(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "jit":
+            yield eqn
+            yield from _calls(eqn.params["jaxpr"].jaxpr)
+
+
+def test_named_scopes_are_kept(model):
+    fn = CASES["named_scope"]
+    quantized = qjax.quantize(fn, params(), batch(), recipe=W8)
+    text = quantized.rewritten.rewritten_jaxpr(quantized.params, batch()).pretty_print(name_stack=True)
+    assert any("q_dot" in line and "outer/inner" in line for line in text.splitlines()) or "outer/inner" in text
+    hlo = jax.jit(quantized).lower(quantized.params, batch()).compile().as_text()
+    assert "outer/inner" in hlo
+
+
+def test_experts_picked_by_data_stay_packed():
+    p = {"up": jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 8)), jnp.float32)}
+    chosen = jnp.asarray([2, 0, 1, 2])
+    for fn in (
+        lambda p, x, i: jnp.einsum("bd,bdf->bf", x, p["up"][i]),
+        lambda p, x, i: jax.vmap(lambda r, e: r @ p["up"][e])(x, i),
+        lambda p, x, i: jax.vmap(lambda r, e: r @ lax.dynamic_index_in_dim(p["up"], e, 0, False))(x, i),
+    ):
+        model = qjax.quantize(fn, p, batch(), chosen, recipe=W8)
+        assert isinstance(model.params["up"], QArray) and not model.report.notes
+        close(model(model.params, batch(), chosen), fn(dequantized(model.params), batch(), chosen))
+
+
+def test_a_weight_chosen_by_a_condition_is_reported():
+    p = {"a": params()["w"], "b": params(1)["w"]}
+    for fn in (
+        lambda p, x: x @ jnp.where(x[0, 0] > 0, p["a"], p["b"]),
+        lambda p, x: x @ lax.cond(x[0, 0] > 0, lambda: p["a"], lambda: p["b"]),
+    ):
+        (site,) = qjax.trace(fn, p, batch()).sites
+        assert site.op == "dot" and "a, b" in site.reason
+
+
+def test_export_with_symbolic_batch_size(model):
+    (rows,) = jax.export.symbolic_shape("rows")
+    exported = jax.export.export(jax.jit(model))(model.params, jax.ShapeDtypeStruct((rows, 8), jnp.float32))
+    close(exported.call(model.params, batch()), model(model.params, batch()))

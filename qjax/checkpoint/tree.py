@@ -11,7 +11,8 @@ import jax
 
 from qjax.errors import CheckpointError
 from qjax.formats import is_quantized
-from qjax.program import is_array, leaf_name
+from qjax.program import leaf_name
+from qjax.trees import is_array
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ softmax, norms) or by evaluating the formula (activations); names of functions a
 from qjax.composites.activation import Activation
 from qjax.composites.attention import Attention, Factor, Mask, Operand
 from qjax.composites.base import Composite
-from qjax.composites.find import find_composites, find_nested
+from qjax.composites.find import find_composites, find_nested, register_matcher
 from qjax.composites.graph import Level, Node, Path, Value, inlined
 from qjax.composites.masks import Causal
 from qjax.composites.norm import Norm
@@ -30,4 +30,5 @@ __all__ = [
     "find_composites",
     "find_nested",
     "inlined",
+    "register_matcher",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax.extend.core import Jaxpr
 
-from qjax import _compat
+from qjax import _compat, plugins
 from qjax.composites.activation import find_activations
 from qjax.composites.attention import find_attention
 from qjax.composites.base import Composite
@@ -28,6 +28,7 @@ def find_composites(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> list[Composite]
     Returns:
         Attention, softmax (also inside attention), activations and norms.
     """
+    plugins.load()
     return composites_of(inlined(jaxpr, consts))
 
 
@@ -41,6 +42,7 @@ def find_nested(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> list[Composite]:
         jaxpr: an open (or closed) jaxpr.
         consts: values of ``jaxpr.constvars``, where known.
     """
+    plugins.load()
     return [found for level in levels(inlined(jaxpr, consts)) for found in composites_of(level)]
 
 
@@ -76,12 +78,34 @@ def _padded(known: list[Value], body: Any) -> list[Value | None]:
     return [*known, *[None] * (len(_compat.open_jaxpr(body).invars) - len(known))]
 
 
+Matcher = Callable[[Level], list[Composite]]
+"""A site matcher: the composites it finds on one flat level."""
+
+_MATCHERS: list[Matcher] = []
+
+
+def register_matcher(matcher: Matcher) -> Matcher:
+    """Add a site matcher of your own; used as a decorator.
+
+    What it returns becomes sites, named after the weights upstream and the composite's ``kind``, and reported like
+    the built-in ones. Matching has to be precise: a composite that is not what it says would be quantized wrongly.
+
+    Args:
+        matcher: a function of a `Level`; registering the same function again changes nothing.
+    """
+    if matcher not in _MATCHERS:
+        _MATCHERS.append(matcher)
+    return matcher
+
+
 def composites_of(level: Level) -> list[Composite]:
     """Return the composites of a flat level; see :func:`find_composites`."""
     softmaxes, norms = find_softmax(level), find_norms(level)
     taken = {node for composite in (*softmaxes, *norms) for node in composite.nodes} | variance_clips(level)
     found: list[Composite] = [*find_attention(level, softmaxes), *softmaxes, *norms]
     found += find_activations(level, taken)
+    for matcher in _MATCHERS:
+        found += matcher(level)
     for unit in level.units:
         found += composites_of(unit)
     return sorted(found, key=lambda c: _order(c))

@@ -4,5 +4,6 @@ They need hypothesis (``pip install "qjax[test]"``), which is imported when a su
 """
 
 from qjax.testing.formats import check_format
+from qjax.testing.passes import check_pass
 
-__all__ = ["check_format"]
+__all__ = ["check_format", "check_pass"]
