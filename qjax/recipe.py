@@ -420,6 +420,10 @@ class Recipe:
             return f"{start} never decides: its {len(same_op)} sites are taken by rule {listed} before it; move it up"
         able = [site.name for site in sites if not _op_names(site).isdisjoint(rule.ops)]
         if not able:
+            wanted = {*rule.ops, *(PARAMETER_OPS if "linear" in rule.ops else ())}
+            stuck = next((site for site in sites if site.op in wanted and getattr(site, "reason", "")), None)
+            if stuck is not None:
+                return f"{start} matches no site that can be quantized: {stuck.name}: {stuck.reason}"  # type: ignore[attr-defined]
             ops = sorted({site.op for site in sites})
             return f"{start} matches no site: the program has no site of that op (it has {', '.join(ops) or 'none'})"
         if named:

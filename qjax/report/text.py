@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -128,7 +129,12 @@ class _Footnotes:
 
 
 def _generic(row: SiteRow) -> str:
-    return row.note.replace(row.name, "the site")
+    return _nameless(row.note, row.name)
+
+
+def _nameless(remark: str, name: str) -> str:
+    """A remark without the site's own name (as a whole word, and not where it is a quoted pattern)."""
+    return re.sub(rf"(?<![\w/'#.-]){re.escape(name)}(?![\w/'#-])", "the site", remark)
 
 
 def _headline(report: Report) -> Text:
@@ -264,7 +270,7 @@ def _stored(group: Group, say_inputs: bool) -> str:
 
 def why(group: Group, read: Callable[[SiteRow], Iterable[str]]) -> str:
     """Distinct non-empty remarks of a group's rows, their own names left out, joined."""
-    return "; ".join(dict.fromkeys(t.replace(r.name, "the site") for r in group.rows for t in read(r) if t))
+    return "; ".join(dict.fromkeys(_nameless(t, r.name) for r in group.rows for t in read(r) if t))
 
 
 def said_of_inputs(report: Report) -> str:
@@ -297,7 +303,7 @@ def _free(rows: tuple[SiteRow, ...], width: int) -> Any:
     """Sites that cost no bytes, by op and reason: of 500 sites these would be most of the lines and say least."""
     kinds: dict[tuple[str, str], list[SiteRow]] = {}
     for r in rows:
-        kinds.setdefault((r.op, r.reason.replace(r.name, "the site")), []).append(r)
+        kinds.setdefault((r.op, _nameless(r.reason, r.name)), []).append(r)
     counts = _Column("", tuple(f"×{len(k)}" if len(k) > 1 else "" for k in kinds.values()), right=True)
     reasons = _Column("why", tuple(reason for _, reason in kinds))
     return _lay_out([(op, "") for op, _ in kinds], [counts, reasons], width, fill="why", head="op", least=0)
