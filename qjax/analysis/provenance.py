@@ -70,6 +70,8 @@ class Ref:
         axes = self.leaf_axes(dims)
         everywhere = [a for dim in self.dims for a in dim]
         for axis in axes:
+            if any(a[0] == axis and a[1] == GATHERED for a in atoms):
+                continue  # each looked up dimension picks along the whole axis
             if sum(a[0] == axis for a in atoms) != sum(a[0] == axis for a in everywhere):
                 return None
         return axes
@@ -77,6 +79,10 @@ class Ref:
     def leaf_axes(self, dims: Sequence[int]) -> tuple[int, ...]:
         """Leaf axes behind the dimensions ``dims``, wholly or in part, in leaf order (in which groups run)."""
         return tuple(sorted({a[0] for d in dims for a in self.dims[d]}))
+
+    def summed_axes(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """Leaf axes that a sum over ``dims`` runs along: a sum over looked up matrices runs along none."""
+        return tuple(sorted({a[0] for d in dims for a in self.dims[d] if a[1] != GATHERED}))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -219,15 +219,18 @@ class _Walker:
             contract, batch = dims[side]  # type: ignore[misc]
             kept = [d for d in range(len(ref.dims)) if d not in contract and d not in batch]
             axes = [ref.axes_of(list(d)) for d in (contract, kept, batch)]
+            summed = ref.summed_axes(contract)
             reason = ""
-            if any(a is None for a in axes) or set(axes[0] or ()) & set((axes[1] or ()) + (axes[2] or ())):
+            if any(a is None for a in axes) or set(summed) & set((axes[1] or ()) + (axes[2] or ())):
                 reason = "only part of a weight axis is contracted: reshape the weight so that whole axes are"
+            elif axes[0] and not summed:
+                reason = "the product mixes whole matrices and sums over none of their axes"
             read = Read(
                 op=op,
                 kind=op,
                 side=side,
                 ref=ref,
-                in_axes=ref.leaf_axes(contract),
+                in_axes=summed,
                 out_axes=axes[1] or (),
                 batch_axes=ref.leaf_axes(batch),
                 dtype=str(eqn.invars[side].aval.dtype),

@@ -26,6 +26,14 @@ from qjax.rewriting.sharding import quantized_specs
 from qjax.rewriting.steps import Steps
 
 
+class SelectedResult(Exception):
+    """A jit body would return a selected layer, which is no pytree."""
+
+
+INLINE = object()
+"""In ``Rewriter.shared``: a body that cannot be a jit of its own."""
+
+
 def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
     """jit: bodies that were one stay one, so that 24 calls of one layer compile once."""
     body = eqn.params["jaxpr"]
@@ -33,18 +41,25 @@ def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> lis
     inner = tuple((relative, rw.acts_of(number, context)) for relative, number in rw.active.get(path, ()))
     free, fixed = _split_selected(values)
     leaves, treedef = jax.tree.flatten(free)
-    if fixed:  # a selected layer is no pytree: inline
-        return rw.run(body, values, path, context)
     key = (id(body), treedef, tuple(_aval(x) for x in leaves), repr(inner))
+    if fixed or rw.shared.get(key) is INLINE:  # a selected layer is no pytree: inline
+        return rw.run(body, values, path, context)
     if key not in rw.shared:
 
         def body_function(*args: Any) -> list[Any]:
-            return rw.run(body, args, path, context)
+            outs = rw.run(body, args, path, context)
+            if _split_selected(outs)[1]:
+                raise SelectedResult
+            return outs
 
         body_function.__name__ = body_function.__qualname__ = eqn.params.get("name") or "jit"
         rw.shared[key] = (jax.jit(body_function, keep_unused=eqn.params.get("keep_unused", False)), body)
     in_shardings, out_shardings = (eqn.params.get(k) or () for k in ("in_shardings", "out_shardings"))
-    outs = rw.shared[key][0](*(_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings)))
+    try:
+        outs = rw.shared[key][0](*(_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings)))
+    except SelectedResult:
+        rw.shared[key] = INLINE
+        return rw.run(body, values, path, context)
     return [_constrained(v, s) for v, s in itertools.zip_longest(outs, out_shardings)]
 
 
