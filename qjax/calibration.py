@@ -155,7 +155,8 @@ class _Distribution(Observer):
 
 def _blocks(x: AnyArray, fmt: Format) -> tuple[Array, Array]:
     """Return the elements of each block, [*blocked, n], and which of them are finite and no padding."""
-    if fmt.per == "group":
+    x = jnp.asarray(x)
+    if fmt.per == "group" and fmt.group is not None:
         real = grouped(jnp.ones(x.shape, bool), fmt.group)
         x = grouped(x, fmt.group)
         return x, real & jnp.isfinite(x)
@@ -322,4 +323,4 @@ class MSE(_Distribution):
         # size * 0 + 1 rather than ones: inside shard_map the carry has to vary over devices as the errors do.
         first = (error(jnp.float32(1.0)), size * 0 + 1)
         (_, factor), _ = lax.scan(step, first, jnp.asarray(self.shrinks[1:]))
-        return low * factor, high * factor
+        return jnp.asarray(low * factor), jnp.asarray(high * factor)

@@ -107,11 +107,11 @@ class Format:
 
     def scale_of(self, aux: Aux) -> Array:
         """Return the float32 blocked scale, for kernels that compute on codes."""
-        return aux["scale"].astype(jnp.float32)
+        return jnp.asarray(aux["scale"], jnp.float32)
 
     def zero_of(self, aux: Aux) -> Array | None:
         """Return the integer zero point as a blocked array, or None."""
-        return aux.get("zero")
+        return jnp.asarray(aux["zero"]) if "zero" in aux else None
 
     # Helpers for subclasses and for code that works on any format.
 
@@ -134,7 +134,7 @@ class Format:
         if not self._too_long(length):
             return self
         per = {"per": "group"} if "per" in self._settable() else {}
-        return dataclasses.replace(self, group=length, **per)
+        return type(self)(**{name: getattr(self, name) for name in self._settable()} | {"group": length} | per)
 
     def reduce(self, x: AnyArray, function: Callable[..., Array]) -> Array:
         """Reduce each block of x [*stack, N, K] to one number; see `qjax.formats.blocks.reduce_blocks`."""
@@ -153,7 +153,7 @@ class Format:
         if x.ndim < 2:
             raise FormatError(f"{self.name}: fit takes a matrix [*stack, N, K], an array of shape {x.shape} was given")
         self._check_length(x.shape[-1])
-        x = finite_part(x.astype(jnp.float32))
+        x = finite_part(jnp.asarray(x, jnp.float32))
         low = self.reduce(x, lambda v, **kw: jnp.min(v, initial=0.0, **kw))
         high = self.reduce(x, lambda v, **kw: jnp.max(v, initial=0.0, **kw))
         return low, high

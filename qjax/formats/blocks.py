@@ -23,8 +23,8 @@ def group_count(length: int, group: int | None) -> int:
 
 def grouped(x: AnyArray, group: int) -> Array:
     """Split rows into groups: [..., K] -> [..., ceil(K / group), group], the tail filled with zeros."""
-    tail = -x.shape[-1] % group
-    if tail:
+    x = jnp.asarray(x)
+    if tail := -x.shape[-1] % group:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, tail)])
     return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
@@ -44,7 +44,7 @@ def reduce_blocks(x: AnyArray, per: str, group: int | None, reduce: Callable[...
     """
     if per == "tensor":
         return reduce(x, axis=(-2, -1), keepdims=True)
-    if per == "group":
+    if per == "group" and group is not None:
         return reduce(grouped(x, group), axis=-1, keepdims=False)
     return reduce(x, axis=-1, keepdims=True)
 
@@ -56,6 +56,6 @@ def spread(blocked: AnyArray, length: int, group: int | None) -> Array:
     """
     blocks = blocked.shape[-1]
     if group is None or (blocks == 1 and length):
-        return blocked
+        return jnp.asarray(blocked)
     full = jnp.broadcast_to(blocked[..., None], (*blocked.shape, group)).reshape(*blocked.shape[:-1], blocks * group)
     return full if blocks * group == length else full[..., :length]

@@ -81,8 +81,8 @@ class Float8(Format):
     def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return 8-bit float codes."""
         inverse = self.spread(1.0 / aux["scale"], x.shape[-1])
-        return to_float8(x.astype(jnp.float32) * inverse, self.code_dtype)
+        return to_float8(jnp.asarray(x, jnp.float32) * inverse, self.code_dtype)
 
     def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return code * scale in float32."""
-        return codes.astype(jnp.float32) * self.spread(aux["scale"], codes.shape[-1])
+        return jnp.asarray(codes, jnp.float32) * self.spread(aux["scale"], codes.shape[-1])

@@ -100,7 +100,7 @@ class Int(Format):
         """Return int8 codes, or uint8 if asymmetric."""
         length = x.shape[-1]
         low, high = self.code_range
-        steps = jnp.round(x.astype(jnp.float32) * self.spread(1.0 / aux["scale"], length))
+        steps = jnp.round(jnp.asarray(x, jnp.float32) * self.spread(1.0 / aux["scale"], length))
         if self.symmetric:
             return saturate(steps, low, high).astype(jnp.int8)
         # Rounded before the zero point is added: x * inverse + zero could be contracted into one instruction in one
@@ -111,7 +111,7 @@ class Int(Format):
     def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return (code - zero) * scale in float32."""
         length = codes.shape[-1]
-        numbers = codes.astype(jnp.float32)
+        numbers = jnp.asarray(codes, jnp.float32)
         if not self.symmetric:
             numbers = numbers - self.spread(aux["zero"], length).astype(jnp.float32)
         return numbers * self.spread(aux["scale"], length)

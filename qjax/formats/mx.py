@@ -47,7 +47,7 @@ class _Microscaling(Format):
 
     def exponent_of(self, aux: Aux) -> Array:
         """Return the int32 exponents of the scales."""
-        return aux["scale"].astype(jnp.int32) - E8M0_BIAS
+        return jnp.asarray(aux["scale"], jnp.int32) - E8M0_BIAS
 
     def scale_of(self, aux: Aux) -> Array:
         """Return the float32 scales; 2**-127 reads as the subnormal that it is, which XLA on CPU takes for 0."""
@@ -55,7 +55,7 @@ class _Microscaling(Format):
 
     def _scaled(self, x: AnyArray, aux: Aux, sign: int) -> Array:
         """Return x * scale**sign, exact short of overflow and underflow."""
-        return times_power_of_two(x.astype(jnp.float32), self.spread(sign * self.exponent_of(aux), x.shape[-1]))
+        return times_power_of_two(jnp.asarray(x, jnp.float32), self.spread(sign * self.exponent_of(aux), x.shape[-1]))
 
 
 @register_format("mxfp4")
@@ -64,7 +64,11 @@ class MXFP4(_Microscaling):
     """E2M1 elements in blocks of 32 with an E8M0 scale: 4.25 bits per element."""
 
     code_bits = 4
-    largest_exponent = e2m1.LARGEST_EXPONENT
+
+    @property
+    def largest_exponent(self) -> int:
+        """2: the exponent of 4 and 6."""
+        return e2m1.LARGEST_EXPONENT
 
     @property
     def name(self) -> str:
@@ -122,4 +126,4 @@ class MXFP8(_Microscaling):
 
     def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return element * 2**exponent in float32."""
-        return self._scaled(codes.astype(jnp.float32), aux, 1)
+        return self._scaled(jnp.asarray(codes, jnp.float32), aux, 1)

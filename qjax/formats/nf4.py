@@ -93,7 +93,7 @@ class NF4(Format):
     def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return uint8 indices of the nearest values."""
         inverse = self.spread(1.0 / aux["scale"], x.shape[-1])
-        y = saturate(x.astype(jnp.float32) * inverse, -1.0, 1.0)
+        y = saturate(jnp.asarray(x, jnp.float32) * inverse, -1.0, 1.0)
         # The number of midpoints below y: fifteen comparisons fuse into one loop, a search or a table of distances
         # would not.
         middles = (NF4_VALUES[1:] + NF4_VALUES[:-1]) * np.float32(0.5)
@@ -115,9 +115,9 @@ def lookup(codes: AnyArray, table: np.ndarray) -> Array:
     """
     bits = [(codes >> k) & 1 != 0 for k in range(len(table).bit_length() - 1)]
 
-    def pick(values: np.ndarray) -> Array | np.float32:
+    def pick(values: np.ndarray) -> Array:
         if len(values) == 1:
-            return np.float32(values[0])
+            return jnp.float32(values[0])
         half = len(values) // 2
         return jnp.where(bits[half.bit_length() - 1], pick(values[half:]), pick(values[:half]))
 

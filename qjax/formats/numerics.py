@@ -69,11 +69,12 @@ def times_power_of_two(x: AnyArray, exponent: AnyArray) -> Array:
 
     In two steps, because 2**-127 (the smallest E8M0 scale) and its like are not normal float32 numbers.
     """
-    half = exponent.astype(jnp.int32) >> 1
-    return x * power_of_two(half) * power_of_two(exponent.astype(jnp.int32) - half)
+    exponent = jnp.asarray(exponent, jnp.int32)
+    half = exponent >> 1
+    return jnp.asarray(x) * power_of_two(half) * power_of_two(exponent - half)
 
 
 def floor_log2(x: AnyArray) -> Array:
     """Return int32 floor(log2(x)) of positive float32 numbers from the exponent bits; -127 for subnormals and 0."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)
     return ((bits >> 23) & 0xFF) - 127

@@ -69,11 +69,11 @@ class NVFP4(Format):
 
     def scale_of(self, aux: Aux) -> Array:
         """Return block_scale * global_scale, float32."""
-        return aux["scale"].astype(jnp.float32) * aux["global_scale"]
+        return jnp.asarray(aux["scale"], jnp.float32) * aux["global_scale"]
 
     def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return E2M1 codes."""
-        return e2m1.to_e2m1(x.astype(jnp.float32) * self.spread(1.0 / self.scale_of(aux), x.shape[-1]))
+        return e2m1.to_e2m1(jnp.asarray(x, jnp.float32) * self.spread(1.0 / self.scale_of(aux), x.shape[-1]))
 
     def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return element * block_scale * global_scale in float32."""

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from qjax.errors import FormatError, LayoutError
 from qjax.formats.base import Aux, Format
 from qjax.formats.layout import Layout, in_sizes, weight_layout
+from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import pack_bits, row_padding, unpack_bits, unpacked_length
 from qjax.formats.registry import format_from_dict
 
@@ -176,7 +177,7 @@ class QArray:
 
     def take(self, axis: int, indices: ArrayLike, mode: str = "clip") -> QArray:
         """Gather along a stack or out axis, which is replaced by the dimensions of ``indices``."""
-        return views.take(self, axis, indices, mode)
+        return views.take(self, axis, jnp.asarray(indices), mode)
 
     def transpose(self, *perm: Any) -> QArray:
         """Permute the dimensions: ``transpose()``, ``transpose(1, 0)`` or ``transpose((1, 0))``."""
@@ -284,7 +285,7 @@ def assemble(
     bits = fmt.code_bits
     stored = codes if bits == 8 else pack_bits(codes, bits)
 
-    def place(name: str, a: Array) -> Array:
+    def place(name: str, a: AnyArray) -> AnyArray:
         if a.ndim != codes.ndim or a.shape[: len(stacks)] != stacks or a.shape[-2] not in (1, rows):
             raise FormatError(
                 f"{fmt.name}: aux {name!r} has shape {a.shape}; it has to be [*{stacks}, 1 or {rows}, blocks]"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from qjax.errors import LayoutError
@@ -93,7 +94,7 @@ class QStack:
         if axis != self.axis:
             parts = tuple(_index(p, axis, i) for p in self.parts)
             return QStack(parts, self.axis - (axis < self.axis), self.assign)
-        if isinstance(i, jax.core.Tracer):
+        if isinstance(i, Tracer):
             raise LayoutError(
                 f"a traced index into axis {axis} of a stack of several formats ({len(self.parts)} parts); "
                 "use dequantize_at, or a static index"
@@ -113,10 +114,10 @@ class QStack:
 
         One branch of a `lax.switch` per part, so that only the part in question is decoded.
         """
-        dtype = np.dtype(self.dtype if dtype is None else dtype)
+        target = np.dtype(self.dtype if dtype is None else dtype)
         part, position = (jnp.asarray(column, jnp.int32) for column in zip(*self.assign, strict=True))
         i = jnp.clip(i, 0, len(self.assign) - 1)
-        branches = [lambda k, p=p: _floats(_index(p, self.axis, k), dtype) for p in self.parts]
+        branches = [lambda k, p=p: _floats(_index(p, self.axis, k), target) for p in self.parts]
         return lax.switch(part[i], branches, position[i])
 
     def runs(self) -> list[tuple[int, int, QArray | Array | QStack]]:
@@ -131,8 +132,8 @@ class QStack:
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Array:
         """Return the array in the user's layout, in ``dtype`` (by default the dtype that it stands for)."""
-        dtype = np.dtype(self.dtype if dtype is None else dtype)
-        whole = jnp.concatenate([_floats(p, dtype) for p in self.parts], axis=self.axis)
+        target = np.dtype(self.dtype if dtype is None else dtype)
+        whole = jnp.concatenate([_floats(p, target) for p in self.parts], axis=self.axis)
         starts = np.cumsum([0, *(p.shape[self.axis] for p in self.parts)])
         order = np.array([starts[part] + position for part, position in self.assign], np.int32)
         if np.array_equal(order, np.arange(whole.shape[self.axis])):
@@ -168,8 +169,8 @@ def stack_slices(slices: Sequence[QArray | Array], axis: int = 0) -> QStack:
     for number, members in enumerate(kinds.values()):
         group = [slices[k] for k in members]
         assign |= {k: (number, position) for position, k in enumerate(members)}
-        if isinstance(group[0], QArray):
-            part = stack(group)
+        if packed := [s for s in group if isinstance(s, QArray)]:
+            part = stack(packed)
             parts.append(part.transpose([*range(1, axis + 1), 0, *range(axis + 1, part.ndim)]))
         else:
             parts.append(jnp.stack([jnp.asarray(g) for g in group], axis=axis))
@@ -182,7 +183,7 @@ def is_quantized(x: Any) -> bool:
 
 
 def _index(x: QArray | Array | QStack, axis: int, i: int | Array) -> QArray | Array | QStack:
-    if is_quantized(x):
+    if isinstance(x, QArray | QStack):
         return x.index_stack(axis, i)
     return lax.dynamic_index_in_dim(jnp.asarray(x), i, axis, keepdims=False)
 
@@ -196,4 +197,4 @@ def _slice(x: QArray | Array | QStack, axis: int, start: int, size: int) -> QArr
 
 
 def _floats(x: QArray | Array | QStack, dtype: np.dtype) -> Array:
-    return x.dequantize(dtype) if is_quantized(x) else jnp.asarray(x).astype(dtype)
+    return x.dequantize(dtype) if isinstance(x, QArray | QStack) else jnp.asarray(x).astype(dtype)

@@ -62,4 +62,4 @@ def format_from_dict(spec: Mapping[str, object]) -> Format:
     if not isinstance(spec, Mapping) or "format" not in spec:
         raise FormatError(f"a format is described by a table with the key 'format', not by {spec!r}")
     settings = {k: v for k, v in spec.items() if k != "format"}
-    return get(spec["format"]).from_dict(settings)
+    return get(str(spec["format"])).from_dict(settings)
