@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 
-from qjax.analysis.provenance import DYNAMIC, Index
+from qjax.analysis.provenance import DYNAMIC, Index, Ref
 from qjax.analysis.reads import Analysis, Path, Read
 from qjax.analysis.values import Near, common_prefix
 
@@ -104,16 +104,13 @@ def name_sites(
     sites: list[Site] = []
     slices: list[Slices] = []
     for number, read in enumerate(analysis.reads):
-        if read.ref is not None:
-            made, table = _leaf_sites(number, read, analysis, leaf_names, leaf_shapes, itemsizes, groups, seen)
-        else:
-            made, table = _free_sites(number, read, analysis, leaf_names, groups, seen)
+        made, table = _sites_of(number, read, analysis, leaf_names, leaf_shapes, itemsizes, groups, seen)
         sites += made
         slices.append(table)
     return sites, slices
 
 
-def _leaf_sites(
+def _sites_of(
     number: int,
     read: Read,
     analysis: Analysis,
@@ -123,23 +120,26 @@ def _leaf_sites(
     groups: dict[int, tuple[str, ...]],
     seen: Counter[str],
 ) -> tuple[list[Site], Slices]:
-    assert read.ref is not None
-    ref, leaf = read.ref, leaf_names[read.ref.leaf]
-    shape = list(leaf_shapes[ref.leaf])
-    for axis, _, size in ref.ranges:
-        shape[axis] = size
-    gone = {i.axis for i in ref.index}
-    weight_shape = tuple(n for axis, n in enumerate(shape) if axis not in gone)
-    sites, name_of = [], {}
-    by_step, counts, loops = _steps(ref.index)
+    """The sites of one read: one for each slice that some loop step takes."""
+    leaf, weight_shape, size = None, None, 0
+    if read.ref is not None:
+        leaf = leaf_names[read.ref.leaf]
+        weight_shape = _slice_shape(read.ref, leaf_shapes[read.ref.leaf])
+        segments, index, kind = leaf.split("/"), read.ref.index, ""
+        size = math.prod(weight_shape) * itemsizes[read.ref.leaf]
+    else:
+        segments, index = _place(read, leaf_names)
+        kind = read.kind
+    by_step, counts, loops = _steps(index)
     length = _executions(read, analysis)
+    sites, name_of = [], {}
     for key, steps in counts.items():
-        base = _insert(leaf.split("/"), ref.index, [i for _, i in key], analysis, leaf_names, groups)
+        path = _insert(segments, index, [i for _, i in key], analysis, leaf_names, groups)
+        base = "/".join(part for part in (path, kind) if part)
         name = base if not seen[base] else f"{base}#{seen[base]}"
         seen[base] += 1
         name_of[key] = name
-        total = math.prod(counts.values()) if len(counts) == 1 else len(by_step)
-        repeats = None if length is None else max(1, length * steps // max(total, 1)) if loops else length
+        repeats = None if length is None else max(1, length * steps // max(len(by_step), 1)) if loops else length
         sites.append(
             Site(
                 name=name,
@@ -156,7 +156,7 @@ def _leaf_sites(
                 dtype=read.dtype,
                 repeats=repeats,
                 flops=read.flops * (repeats or 1),
-                bytes=math.prod(weight_shape) * itemsizes[ref.leaf],
+                bytes=size,
                 reason=read.reason,
                 read=number,
                 path=read.path,
@@ -165,56 +165,23 @@ def _leaf_sites(
     return sites, Slices(loops, by_step, name_of)
 
 
-def _free_sites(
-    number: int,
-    read: Read,
-    analysis: Analysis,
-    leaf_names: list[str],
-    groups: dict[int, tuple[str, ...]],
-    seen: Counter[str],
-) -> tuple[list[Site], Slices]:
+def _slice_shape(ref: Ref, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one slice in the leaf's layout."""
+    part = {axis: size for axis, _, size in ref.ranges}
+    gone = {i.axis for i in ref.index}
+    return tuple(part.get(axis, n) for axis, n in enumerate(shape) if axis not in gone)
+
+
+def _place(read: Read, leaf_names: list[str]) -> tuple[list[str], tuple[Index, ...]]:
+    """Where a site without a leaf of its own belongs: what the weights upstream have in common, or its scope."""
     near = read.near
     if read.leaves:  # a computed weight is named after what it is made of
         paths = [tuple(leaf_names[i].split("/")) for i in read.leaves]
         near = Near(common_prefix(paths), near.index if near is not None and len(paths) > 1 else None)
+    if near is not None and near.segments:
+        return list(near.segments), near.index or ()
     scope = clean_scope(read.scope)
-    segments = list(near.segments) if near is not None else []
-    index = near.index or () if near is not None and segments else ()
-    if not segments and scope:
-        segments = scope.split("/")
-    by_step, counts, loops = _steps(index)
-    length = _executions(read, analysis)
-    sites, name_of = [], {}
-    for key, steps in counts.items():
-        prefix = _insert(segments, index, [i for _, i in key], analysis, leaf_names, groups)
-        base = f"{prefix}/{read.kind}" if prefix else read.kind
-        name = base if not seen[base] else f"{base}#{seen[base]}"
-        seen[base] += 1
-        name_of[key] = name
-        repeats = None if length is None else max(1, length * steps // max(len(by_step), 1)) if loops else length
-        sites.append(
-            Site(
-                name=name,
-                op=read.op,
-                kind=read.kind,
-                leaf=None,
-                slice=key,
-                in_axes=(),
-                out_axes=(),
-                batch_axes=(),
-                weight_shape=None,
-                shapes=read.shapes,
-                out_shape=read.out_shape,
-                dtype=read.dtype,
-                repeats=repeats,
-                flops=read.flops * (repeats or 1),
-                bytes=0,
-                reason=read.reason,
-                read=number,
-                path=read.path,
-            )
-        )
-    return sites, Slices(loops, by_step, name_of)
+    return scope.split("/") if scope else [], ()
 
 
 def _steps(

@@ -15,7 +15,8 @@ from jax.extend import core as jex
 
 from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
 from qjax.analysis import provenance
-from qjax.analysis.provenance import Index, Known, Ref
+from qjax.analysis.known import Known, known_result
+from qjax.analysis.provenance import Index, Ref
 from qjax.analysis.reads import Analysis, Loop, Path, Read, Slicing, flops_of, scope_of
 from qjax.analysis.values import (
     DATA,
@@ -143,7 +144,7 @@ class _Walker:
                     self.opaque(eqn, v.ref, here, scope, loops)
         if not eqn.outvars:
             return []
-        known = provenance.known_result(eqn, [v.known for v in ins])
+        known = known_result(eqn, [v.known for v in ins])
         if name == "optimization_barrier":
             return list(ins)
         leaves = frozenset().union(*(v.leaves for v in ins if not v.data)) if ins else frozenset()

@@ -10,7 +10,8 @@ from jax.core import Tracer
 from jax.extend import core as jex
 
 from qjax._compat import consts_of, constvars_and_invars, open_jaxpr
-from qjax.analysis.provenance import Index, Known, Ref
+from qjax.analysis.known import Known
+from qjax.analysis.provenance import Index, Ref
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
