@@ -106,7 +106,7 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
             kwargs["sharding"] = sharding
         if getattr(avals[0], "weak_type", False):
             kwargs["weak_type"] = True
-    dtype = x.dtype if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+    dtype = x.dtype if jax.numpy.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
     return jax.ShapeDtypeStruct(x.shape, dtype, **kwargs)
 
 
