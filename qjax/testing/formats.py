@@ -3,14 +3,16 @@
     def test_ternary():
         check_format(Ternary(group=64))
 
-The suite draws matrices of a few shapes (even and uneven groups, stacks) and many kinds (normal, heavy-tailed,
-constant, zero, single spikes, huge, tiny, subnormal, with NaN and infinity) and holds the format to its word.
+The suite draws matrices and weights of a few shapes and axes (even and uneven groups, stacks, convolutions) and many
+kinds (normal, heavy-tailed, constant, zero, single spikes, huge, tiny, subnormal, with NaN and infinity) and holds the
+format to its word.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,16 +87,19 @@ def check_format(
     run = functools.partial(_check_matrix, nearest=nearest, exact_zero=exact_zero, homogeneous=homogeneous)
     for kind in ("normal", "zero", "bad"):  # whatever the draw
         run(fmt, kind, shapes[0], 0)
-    _check_storage(fmt)
+    for weight in _weights(fmt):
+        _check_storage(fmt, weight, "normal", 0)
 
     @hypothesis.settings(deadline=None, max_examples=examples, database=None)
     @hypothesis.given(
         kind=strategies.sampled_from(KINDS),
         shape=strategies.sampled_from(shapes),
+        weight=strategies.sampled_from(_weights(fmt)),
         seed=strategies.integers(0, 2**32 - 1),
     )
-    def drawn(kind: str, shape: tuple[int, ...], seed: int) -> None:
+    def drawn(kind: str, shape: tuple[int, ...], weight: _Weight, seed: int) -> None:
         run(fmt, kind, shape, seed)
+        _check_storage(fmt, weight, kind, seed)
 
     drawn()
 
@@ -220,21 +225,31 @@ def _check_shapes(fmt: Format, shape: tuple[int, ...]) -> None:
     )
 
 
-def _check_storage(fmt: Format) -> None:
-    """A convolution's weight and a stacked one are stored as promised and decode to what the format says."""
+_Weight = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # shape, in axes, stack axes
+
+
+def _weights(fmt: Format) -> list[_Weight]:
+    """Shapes, in axes and stack axes of a convolution's weight and of one whose stack axis is in the middle."""
     group = fmt.group or 8
-    for shape, in_axes, stack_axes in (((2, 1, group, 3), (0, 1, 2), ()), ((group + 3, 2, 3), (0,), (1,))):
-        w = matrix("normal", shape, 1)
-        q = quantize_array(w, fmt, in_axes=in_axes, stack_axes=stack_axes)
-        assert q.shape == shape and q.dtype == np.float32, _say(fmt, f"a weight {shape} is stored as {q!r}")
-        rest = [a for a in range(len(shape)) if a not in in_axes + stack_axes]
-        x = w.transpose([*stack_axes, *rest, *in_axes])
-        length = int(np.prod([shape[a] for a in in_axes]))
-        x = x.reshape(*(shape[a] for a in stack_axes), -1, length)
-        out = _compiled(fmt)(x)
-        np.testing.assert_array_equal(q.decode_canonical(), out["decoded"], _say(fmt, "storage changes the numbers"))
-        aux = sum(a.size * a.dtype.itemsize for a in out["aux"].values())
-        stored = x.shape[-2] * packed_bytes(length, fmt.code_bits) * int(np.prod(x.shape[:-2]))
-        assert q.nbytes == stored + aux, _say(fmt, f"stores {q.nbytes} bytes instead of {stored} and {aux} of aux")
-        leaves, tree = jax.tree.flatten(q)
-        assert jax.tree.unflatten(tree, leaves).shape == shape, _say(fmt, "flattening loses the shape")
+    return [((2, 1, group, 3), (0, 1, 2), ()), ((group + 3, 2, 3), (0,), (1,))]
+
+
+def _check_storage(fmt: Format, weight: _Weight, kind: str, seed: int) -> None:
+    """A weight is stored as promised, with any axes, and decodes to what the format says."""
+    shape, in_axes, stack_axes = weight
+    here = f" (kind {kind!r}, weight {shape}, in axes {in_axes}, stack axes {stack_axes}, seed {seed})"
+    w = matrix(kind, shape, seed)
+    q = quantize_array(w, fmt, in_axes=in_axes, stack_axes=stack_axes)
+    assert q.shape == shape and q.dtype == np.float32, _say(fmt, f"it is stored as {q!r}{here}")
+    rest = [a for a in range(len(shape)) if a not in in_axes + stack_axes]
+    length = math.prod(shape[a] for a in in_axes)
+    order = [*stack_axes, *rest, *in_axes]
+    x = w.transpose(order).reshape(*(shape[a] for a in stack_axes), -1, length)
+    out = _compiled(fmt)(x)
+    back = np.asarray(q.dequantize()).transpose(order).reshape(x.shape)
+    np.testing.assert_array_equal(back, out["decoded"], _say(fmt, f"storage changes the numbers{here}"))
+    aux = sum(a.size * a.dtype.itemsize for a in out["aux"].values())
+    stored = math.prod(x.shape[:-1]) * packed_bytes(length, fmt.code_bits)
+    assert q.nbytes == stored + aux, _say(fmt, f"{q.nbytes} bytes are stored, not {stored} and {aux} of aux{here}")
+    leaves, tree = jax.tree.flatten(q)
+    assert jax.tree.unflatten(tree, leaves).shape == shape, _say(fmt, f"flattening loses the shape{here}")
