@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jax.extend.core import Jaxpr
-
 from qjax import _compat, plugins
 from qjax.composites.activation import find_activations
 from qjax.composites.attention import find_attention
@@ -17,7 +15,7 @@ from qjax.composites.norm import find_norms, variance_clips
 from qjax.composites.softmax import find_softmax
 
 
-def find_composites(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> list[Composite]:
+def find_composites(jaxpr: Any, consts: Sequence[Any] = ()) -> list[Composite]:
     """Return the composites of one control-flow level, in program order of their results.
 
     Args:
@@ -32,7 +30,7 @@ def find_composites(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> list[Composite]
     return composites_of(inlined(jaxpr, consts))
 
 
-def find_nested(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> list[Composite]:
+def find_nested(jaxpr: Any, consts: Sequence[Any] = ()) -> list[Composite]:
     """Return the composites of a program and of all its control flow, with paths from the program's own jaxpr.
 
     Bodies are searched knowing which of their inputs are constants outside: a causal mask that is made once and used

@@ -193,7 +193,7 @@ class Level:
         )
 
 
-def inlined(jaxpr: Jaxpr, consts: Sequence[Any] = (), scope: Path = (), outside: Sequence[Value | None] = ()) -> Level:
+def inlined(jaxpr: Any, consts: Sequence[Any] = (), scope: Path = (), outside: Sequence[Value | None] = ()) -> Level:
     """Return the flat view of one control-flow level; linear in the number of equations reached.
 
     Args:
