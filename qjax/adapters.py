@@ -32,7 +32,7 @@ def from_nnx(module: Any, *, mutable: Any = None, method: str = "__call__") -> t
     graph, params = nnx.split(module)
 
     def fn(params: Any, *args: Any, **kwargs: Any) -> Any:
-        model = nnx.merge(graph, params)
+        model = nnx.merge(graph, params, copy=True)  # or the call writes into `params`
         out = getattr(model, method)(*args, **kwargs)
         return out if mutable is None else (out, nnx.state(model, mutable))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 import qjax
@@ -76,6 +77,24 @@ def test_a_jitted_lookup_of_layers_with_several_formats():
     rules = [Rule("layers/1/**", skip=True), Rule("layers/0/up", weights=qjax.Int(3, group=8)), *INT8.rules]
     model = agrees(fn, params, normal(0, 5, D), recipe=Recipe(rules))
     assert stored(model.params) == {"layers/up", "layers/down"}
+
+
+# ------------------------------------------------------------------------------------------- modules
+def test_a_call_of_an_nnx_function_leaves_its_parameters_alone():
+    net = nnx.Sequential(nnx.Linear(D, D, rngs=nnx.Rngs(0)), nnx.BatchNorm(D, rngs=nnx.Rngs(0)))
+    net.layers.append(nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    fn, params = qjax.from_nnx(net)
+    before = jax.tree.map(lambda a: a + 0 if jnp.issubdtype(a.dtype, jnp.number) else a, params)
+    first, second = fn(params, normal(0, 5, D)), fn(params, normal(0, 5, D))
+    np.testing.assert_array_equal(first, second)
+    for want, got in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
+        assert (want == got).all()
+
+
+# ------------------------------------------------------------------------------------------- formats
+@pytest.mark.parametrize("fmt", [qjax.MXFP4(), qjax.NVFP4()], ids=str)
+def test_a_short_row_is_a_short_block(fmt):
+    agrees(lambda p, x: x @ p["w"], {"w": normal(1, D, D)}, normal(0, 5, D), recipe=Recipe([Rule("**", weights=fmt)]))
 
 
 # ------------------------------------------------------------------------------------------- errors

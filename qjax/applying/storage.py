@@ -173,11 +173,11 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
                 "the weight float"
             )
     note = ""
-    if fmt.group is not None and fmt.group > length:
+    if fmt.group is not None and fmt.group > length and fmt.clamped(length) != fmt:  # a short MX block is a block
         if not decision.clamp_group:
             raise RecipeError(
                 f"{site.name}: a group of {fmt.group} is longer than the {length} numbers that the product sums over; "
-                f"use group={length} or less, or per='channel'"
+                f"use group={length} or less, or clamp_group=True in the rule"
             )
         note = f"one group: the axis has {length} elements, the preset's group is {fmt.group}"
         fmt = fmt.clamped(length)
