@@ -106,6 +106,14 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
             kwargs["sharding"] = sharding
         if getattr(avals[0], "weak_type", False):
             kwargs["weak_type"] = True
+    codes = getattr(x, "codes", None)
+    if codes is not None and not varying and not isinstance(codes, jax.ShapeDtypeStruct):
+        sharding = getattr(jax.typeof(codes), "sharding", None)
+        if sharding is not None and _has_explicit_axes(sharding):  # codes are [*stack, *out, 1.., in]
+            by_axis = dict(zip((*x.stack_axes, *x.out_axes), sharding.spec, strict=False))
+            by_axis |= {axis: sharding.spec[-1] for axis in x.in_axes[:1]}
+            spec = jax.sharding.PartitionSpec(*(by_axis.get(axis) for axis in range(x.ndim)))
+            kwargs["sharding"] = jax.sharding.NamedSharding(sharding.mesh, spec)
     dtype = x.dtype if jax.numpy.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
     return jax.ShapeDtypeStruct(x.shape, dtype, **kwargs)
 

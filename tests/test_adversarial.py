@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.formats import is_quantized
@@ -77,6 +79,45 @@ def test_a_jitted_lookup_of_layers_with_several_formats():
     rules = [Rule("layers/1/**", skip=True), Rule("layers/0/up", weights=qjax.Int(3, group=8)), *INT8.rules]
     model = agrees(fn, params, normal(0, 5, D), recipe=Recipe(rules))
     assert stored(model.params) == {"layers/up", "layers/down"}
+
+
+# ------------------------------------------------------------------------------------------- explicit sharding
+@pytest.fixture
+def mesh():
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def split_by_mesh(mesh):
+    specs = {"up": P(None, "model"), "down": P("model", None)}
+    params = {"up": normal(1, D, F), "down": normal(2, F, D)}
+    put = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in params.items()}
+    return specs, put, jax.device_put(normal(0, 4, D), NamedSharding(mesh, P("data")))
+
+
+def test_a_sum_over_a_sharded_axis_goes_where_out_sharding_says(mesh):
+    _, params, x = split_by_mesh(mesh)
+
+    def fn(p, x):
+        h = jnp.einsum("bd,df->bf", x, p["up"], out_sharding=P("data", "model"))
+        return jnp.einsum("bf,fd->bd", h, p["down"], out_sharding=P("data", None))
+
+    model = agrees(fn, params, x)
+    assert jax.typeof(model(model.params, x)) == jax.typeof(fn(params, x))
+    assert stored(model.params) == {"up", "down"}
+
+
+def test_shard_map_over_explicit_axes(mesh):
+    specs, params, x = split_by_mesh(mesh)
+
+    @jax.shard_map(in_specs=(specs, P("data")), out_specs=P("data"))
+    def fn(p, x):
+        return lax.psum(jnp.tanh(x @ p["up"]) @ p["down"], "model")
+
+    assert stored(agrees(fn, params, x).params) == {"up", "down"}
 
 
 # ------------------------------------------------------------------------------------------- modules

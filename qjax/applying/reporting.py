@@ -30,6 +30,12 @@ ROWS = ops.Choice("rows", "")
 NO_CHOICE = ops.Choice("dequantize", "dequantized where it is read: see the notes")
 
 
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """An argument as it was traced, with its sharding where that is part of its type."""
+    explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding if explicit else None)
+
+
 def build_report(
     program: Program,
     plan: Plan,
@@ -49,8 +55,7 @@ def build_report(
         name: the model's name. recipe: the recipe's.
         rewritten: the quantized function; it is replayed abstractly to learn where weights are dequantized.
     """
-    rest = [a for a in program.jaxpr.in_avals[len(stored) :]]
-    avals = [*stored, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in rest)]
+    avals = [*stored, *(_struct(a) for a in program.jaxpr.in_avals[len(stored) :])]
     rewriter = rewritten.rewriter(program, record=True)
     jax.eval_shape(lambda *arrays: rewriter(arrays), *avals)
     position = {leaf: i for i, leaf in enumerate(program.leaf_names)}

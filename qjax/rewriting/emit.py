@@ -59,24 +59,12 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     contract = [xc[wc.index(d)] for d in order.contract]
     rows = [x.shape[d] for d in xfree]
     batch_shape = [x.shape[d] for d in batch]
-    xt = lax.transpose(x, (*batch, *xfree, *contract))
-    xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
     if rewriter.choices is not None:
         rows_of = math.prod(rows)
         sizes = (*batch_shape, rows_of, canonical.codes.shape[-2], canonical.length)
         rewriter.choose("dot", canonical.fmt, act, sizes, x.dtype, where)
-    result = ops.q_dot(
-        xt,
-        canonical,
-        act=_act(act, xt),
-        out_dtype=out.dtype,
-        precision=eqn.params["precision"],
-        implementation=rewriter.implementation,
-        site=where,
-    )
     # [*batch, M, N] -> [*batch, *rows, *free axes of the weight in stored order] -> the equation's order
-    shape = weight.shape
-    result = _reshape(result, (*batch_shape, *rows, *(shape[d] for d in order.free)))
+    free_shape = [weight.shape[d] for d in order.free]
     nb = len(batch)
     batch_at = {d: i for i, d in enumerate(order.batch)}
     free_at = {d: nb + len(rows) + i for i, d in enumerate(order.free)}
@@ -84,7 +72,25 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     x_perm = list(range(nb, nb + len(rows)))
     w_perm = [free_at[d] for d in wfree]
     permutation = batch_perm + (x_perm + w_perm if side else w_perm + x_perm)
-    return lax.transpose(result, permutation)
+
+    def product(x: Any, canonical: QArray) -> Any:
+        xt = lax.transpose(x, (*batch, *xfree, *contract))
+        xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
+        result = ops.q_dot(
+            xt,
+            canonical,
+            act=_act(act, xt),
+            out_dtype=out.dtype,
+            precision=eqn.params["precision"],
+            implementation=rewriter.implementation,
+            site=where,
+        )
+        return lax.transpose(_reshape(result, (*batch_shape, *rows, *free_shape)), permutation)
+
+    sharding = eqn.params.get("out_sharding")
+    if sharding is not None:  # asked for by the user under explicit sharding: the partitioner finds the way there
+        product = jax.sharding.auto_axes(product, out_sharding=sharding)
+    return product(x, canonical)
 
 
 def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
