@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.applying.leaves import quantize_leaf
+from qjax.applying.leaves import quantize_leaves
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.reporting import build_report, explain_row
 from qjax.applying.storage import WEIGHT_OPS
@@ -198,17 +197,10 @@ def quantize(
     del arrays
     stored: list[Any] = list(leaves)
     sqnr: dict[int, dict[tuple[int, ...], float]] = {}
-    for done, (position, leaf_plan) in enumerate(planned.leaves.items()):
-        value = leaves[position]
-        if isinstance(value, jax.ShapeDtypeStruct):
-            raise QjaxError(f"{leaf_plan.name} is abstract: quantize needs the numbers, qjax.plan does not")
-        stored[position], sqnr[position] = quantize_leaf(leaf_plan, jnp.asarray(value))
-        if donate and isinstance(value, jax.Array):
-            jax.block_until_ready(jax.tree.leaves(stored[position]))
-            value.delete()
-        leaves[position] = None
+    for done, (position, value, figures) in enumerate(quantize_leaves(planned.leaves, leaves, donate)):
+        stored[position], sqnr[position] = value, figures
         if progress is not None:
-            progress(done + 1, len(planned.leaves), leaf_plan.name)
+            progress(done + 1, len(planned.leaves), planned.leaves[position].name)
     rewritten = Rewritten(fn, recipe, max_runs=max_runs, implementation=implementation)
     report = build_report(program, planned, stored, sqnr, name=name, recipe=recipe.name, rewritten=rewritten)
     report = report.with_notes(*notes)

@@ -1,9 +1,16 @@
-"""Turning float leaves into stored ones, as planned: one jitted call per shape and format."""
+"""Turning float leaves into stored ones, as planned: a few jitted calls per shape and format.
+
+A leaf passes through three programs and not one: into canonical order, into codes and scales, and into the sums that
+its SQNR is made of. As one program XLA on CPU fuses the transpose into everything that follows and reads the weight
+across its rows again and again (measured: five times as long). Each is begun without waiting for the one before, and
+the next leaf is begun before the figures of the last are read.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,41 +19,99 @@ import numpy as np
 
 from qjax.applying.storage import LeafPlan, Slices, alike, assignment
 from qjax.errors import QjaxError
-from qjax.formats import QArray, QStack, assemble, canonical_matrix, quantize_array
+from qjax.formats import QArray, QStack, assemble, canonical_matrix
 from qjax.passes import RTN
 
+Figures = dict[tuple[int, ...], float]
+"""SQNR in dB of each quantized slice, by its key."""
 
-def quantize_leaf(plan: LeafPlan, leaf: Any) -> tuple[Any, dict[tuple[int, ...], float]]:
-    """Store one float leaf as planned.
+
+def quantize_leaves(
+    plans: Mapping[int, LeafPlan], leaves: list[Any], donate: bool = False
+) -> Iterator[tuple[int, Any, Figures]]:
+    """Store float leaves as planned, one after the other.
+
+    Args:
+        plans: position -> how that leaf is stored.
+        leaves: all leaves; each that is stored is replaced by None, so that it can be freed.
+        donate: free the float leaf itself as well.
+
+    Yields:
+        Position, a `QArray` (or a `QStack` where slices have different formats), and the SQNR of its slices.
+
+    Raises:
+        QjaxError: a leaf is abstract, or holds NaN or infinity.
+    """
+    last: tuple[int, Any, Any, Callable[[], Figures]] | None = None
+
+    def finish(position: int, value: Any, stored: Any, figures: Callable[[], Figures]) -> tuple[int, Any, Figures]:
+        found = figures()
+        if donate and isinstance(value, jax.Array):
+            jax.block_until_ready(jax.tree.leaves(stored))
+            value.delete()
+        return position, stored, found
+
+    for position, plan in plans.items():
+        value, leaves[position] = leaves[position], None
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise QjaxError(f"{plan.name} is abstract: quantize needs the numbers, qjax.plan does not")
+        begun = position, value, *begin_leaf(plan, jnp.asarray(value))
+        if last is not None:
+            yield finish(*last)
+        last = begun
+    if last is not None:
+        yield finish(*last)
+
+
+def begin_leaf(plan: LeafPlan, leaf: Any) -> tuple[Any, Callable[[], Figures]]:
+    """Begin to store one float leaf as planned.
 
     Args:
         plan: how.
         leaf: the float array, of ``plan.shape``.
 
     Returns:
-        A `QArray` (or a `QStack` where slices have different formats), and the SQNR in dB of each quantized slice.
-
-    Raises:
-        QjaxError: the leaf holds NaN or infinity.
+        The stored leaf, and a function that waits for it: it returns the SQNR of each quantized slice, or raises
+        QjaxError if the leaf holds NaN or infinity.
     """
-    if not bool(_all_finite(leaf)):
-        bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
+    positions = {axis: list(range(leaf.shape[axis])) for axis in plan.key_axes}
+    stored, begun = _part(plan, leaf, plan.slices, plan.key_axes, positions)
+
+    def figures() -> Figures:
+        found: Figures = {}
+        for keys, signal, noise in begun:
+            signal, noise = (np.asarray(a, np.float64).reshape(-1) for a in (signal, noise))
+            if not np.isfinite(signal).all():  # NaN, infinity, or numbers whose squares overflow
+                _check_finite(plan.name, leaf)
+            found.update(zip(keys, _decibel(signal, noise), strict=True))
+        return found
+
+    return stored, figures
+
+
+def _check_finite(name: str, leaf: Any) -> None:
+    bad = int(jnp.sum(~jnp.isfinite(leaf)))
+    if bad:
         raise QjaxError(
-            f"{plan.name}: {bad} of its {leaf.size} numbers are NaN or infinite and cannot be quantized; "
+            f"{name}: {bad} of its {leaf.size} numbers are NaN or infinite and cannot be quantized; "
             "repair the checkpoint, or add a rule with skip=True for it"
         )
-    positions = {axis: list(range(leaf.shape[axis])) for axis in plan.key_axes}
-    return _part(plan, leaf, plan.slices, plan.key_axes, positions)
 
 
-@jax.jit
-def _all_finite(x: Any) -> Any:
-    return jnp.isfinite(x).all()
+def _decibel(signal: np.ndarray, noise: np.ndarray) -> list[float]:
+    """10·log10(signal / noise); inf where nothing is lost."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(noise > 0, signal / noise, np.inf)
+        return (10 * np.log10(ratio)).tolist()
+
+
+_Begun = list[tuple[list[tuple[int, ...]], Any, Any]]
+"""Keys of slices that are stored in one array, and the sums of their squares and of their squared errors."""
 
 
 def _part(
     plan: LeafPlan, leaf: Any, slices: Slices, key_axes: tuple[int, ...], positions: dict[int, list[int]]
-) -> tuple[Any, dict[tuple[int, ...], float]]:
+) -> tuple[Any, _Begun]:
     """Quantize the part of a leaf whose slices along ``key_axes`` are stored as ``slices`` says.
 
     Args:
@@ -60,58 +125,51 @@ def _part(
     if len(distinct) == 1:
         stored = distinct[0]
         if stored.fmt is None:
-            return jnp.asarray(leaf), {}
-        q, sqnr = _stored(
-            leaf, stored.fmt, stored.rounding, stored.observer, plan.in_axes, plan.stack_axes, plan.key_axes
-        )
+            return jnp.asarray(leaf), []
+        matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
+        rounding = stored.rounding or RTN()
+        q = _rounded(matrix, stored.fmt, rounding, stored.observer, leaf.shape, plan.in_axes, plan.stack_axes)
+        along = tuple(plan.stack_axes.index(a) for a in plan.key_axes)
         keys = itertools.product(*(positions[a] for a in plan.key_axes))
-        return q, dict(zip(keys, np.asarray(sqnr, np.float64).reshape(-1).tolist(), strict=True))
+        return q, [(list(keys), *_sums(matrix, q, along))]
     axis, groups = key_axes[0], alike(slices)
-    parts, figures = [], {}
+    parts, begun = [], []
     for inner, where in groups:
         rows = jnp.take(jnp.asarray(leaf), jnp.asarray(where), axis=axis)
         part, found = _part(plan, rows, inner, key_axes[1:], {**positions, axis: [positions[axis][i] for i in where]})
         parts.append(part)
-        figures.update(found)
-    return QStack(tuple(parts), axis=axis, assign=assignment(groups)), figures
+        begun += found
+    return QStack(tuple(parts), axis=axis, assign=assignment(groups)), begun
+
+
+_canonical = jax.jit(canonical_matrix, static_argnums=(1, 2))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def _stored(
-    leaf: Any, fmt: Any, rounding: Any, observer: Any, in_axes: Any, stack_axes: Any, key_axes: Any
-) -> tuple[QArray, Any]:
-    if rounding is None and observer is None:
-        q = quantize_array(leaf, fmt, in_axes=in_axes, stack_axes=stack_axes)
-    else:
-        q = round_array(leaf, fmt, rounding or RTN(), observer, in_axes, stack_axes)
-    return q, _sqnr(leaf, q, key_axes)
-
-
-def round_array(leaf: Any, fmt: Any, rounding: Any, observer: Any, in_axes: Any, stack_axes: Any) -> QArray:
-    """Round each matrix of a (stacked) weight with a rounding function.
+def _rounded(
+    matrix: Any, fmt: Any, rounding: Any, observer: Any, shape: Any, in_axes: Any, stack_axes: Any
+) -> QArray:
+    """Round each matrix [N, K] of a canonical weight [*stack, N, K] and pack it.
 
     Args:
-        leaf: float array. fmt: the format.
+        matrix: the weight.
+        fmt: the format.
         rounding: with ``round(matrix [N, K], fmt, observer=...) -> (codes, aux)``.
         observer: how the range is chosen, or None.
-        in_axes, stack_axes: of the leaf.
+        shape, in_axes, stack_axes: of the leaf.
     """
-    matrix = canonical_matrix(leaf, in_axes, stack_axes)
     one: Any = functools.partial(rounding.round, fmt=fmt, observer=observer)
     for _ in range(matrix.ndim - 2):
         one = jax.vmap(one)
     codes, aux = one(matrix)
-    return assemble(codes, aux, fmt, shape=leaf.shape, in_axes=in_axes, stack_axes=stack_axes, dtype=leaf.dtype)
+    return assemble(codes, aux, fmt, shape=shape, in_axes=in_axes, stack_axes=stack_axes, dtype=matrix.dtype)
 
 
-def _sqnr(leaf: Any, q: QArray, axes: tuple[int, ...]) -> Any:
-    """10·log10(Σw² / Σ(w − q)²) over all but ``axes``; inf where nothing is lost."""
-    w = leaf.astype(jnp.float32)
-    error = w - q.dequantize(jnp.float32)
-    rest = tuple(a for a in range(w.ndim) if a not in axes)
-    signal, noise = jnp.sum(w * w, rest), jnp.sum(error * error, rest)
-    ratio = jnp.where(noise > 0, signal / jnp.where(noise > 0, noise, 1), jnp.inf)
-    order = sorted(range(len(axes)), key=lambda i: axes[i])
-    out = 10 * jnp.log10(ratio)
-    # the sums keep the axes in the leaf's order; the keys want them in slicing order
-    return jnp.transpose(out, [order.index(i) for i in range(len(axes))]) if len(axes) > 1 else out
+@functools.partial(jax.jit, static_argnums=2)
+def _sums(matrix: Any, q: QArray, along: tuple[int, ...]) -> tuple[Any, Any]:
+    """Σw² and Σ(w − q)² over all axes of a canonical weight but the stack axes ``along``, in that order."""
+    w = matrix.astype(jnp.float32)
+    error = w - q.decode_canonical()
+    rest = tuple(a for a in range(w.ndim) if a not in along)
+    order = [sorted(along).index(a) for a in along]
+    return jnp.transpose(jnp.sum(w * w, rest), order), jnp.transpose(jnp.sum(error * error, rest), order)
