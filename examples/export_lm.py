@@ -51,7 +51,7 @@ behind `<s>`; all {block} are scored ({scored:,} tokens); float32 arithmetic on 
 ## Training
 
 `examples/train_lm.py`: AdamW (0.9, 0.98, decay 0.1), peak rate 2e-3, constant, then linearly to zero over the last part
-of the run; 4,096 tokens per step; products in bfloat16 with float32 sums, on two CPU cores.
+of the run; 4,096 tokens per step; products in bfloat16 with float32 sums. {note}
 
 ## Sample
 
@@ -61,7 +61,7 @@ Greedy would loop, as small models do; at temperature 0.7, `jax.random.key(0)`:
 
 ## Limits
 
-It writes grammatical nineteenth-century prose without sense. It knows no facts, follows no instructions, has seen no
+It writes mostly grammatical nineteenth-century prose without sense. It knows no facts, follows no instructions, has seen no
 text after 1900 and repeats the views of its time. It is a yardstick for quantization and nothing else.
 
 ## Licence
@@ -98,6 +98,7 @@ def main() -> None:
     p.add_argument("--work", type=Path, required=True, help="folder of the training run")
     p.add_argument("--valid", type=Path, required=True, help="validation text")
     p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--note", default="", help="what else to say of the training, in sentences")
     o = p.parse_args()
     raw = json.loads((o.work / "config.json").read_text())
     config = LlamaConfig.from_hf(raw)
@@ -130,7 +131,15 @@ def main() -> None:
     prompt = tok.encode("The old man looked out of the window, and")
     out = fn.generate(params, prompt, 100, temperature=0.7, key=jax.random.key(0))
     unique = int(np.load(o.work / "train.npy", mmap_mode="r").shape[0])
-    facts = {"name": o.out.name, **raw, **meta, **figures, "unique": unique, "passes": meta["seen"] / unique}
+    facts = {
+        "name": o.out.name,
+        **raw,
+        **meta,
+        **figures,
+        "note": o.note,
+        "unique": unique,
+        "passes": meta["seen"] / unique,
+    }
     facts["parameters"] = sum(x.size for x in jax.tree.leaves(params))
     facts["sample"] = tok.decode(out[0]).replace("\n", "\n> ")
     (o.out / "README.md").write_text(CARD.format(**facts))
