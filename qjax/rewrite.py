@@ -320,6 +320,8 @@ def _dynamic_slice(eqn: Any, values: list[Any]) -> Any:
     shape = q.shape
     for axis, (size, start) in enumerate(zip(sizes, values[1:], strict=True)):
         if size != shape[axis]:
+            if size == 1 and q.ndim == 2 and isinstance(q, QArray) and axis in q.out_axes:  # one row of a table
+                return ops.q_take(q, axis, jnp.clip(start, 0, shape[axis] - 1)[None])
             if size != 1 or not selection.is_stack_axis(q, axis):
                 raise LayoutError("only single slices of a stack axis are views at a run-time index")
             q = selection.expand_dims(_pick(q, axis, jnp.clip(start, 0, shape[axis] - 1)), (axis,))

@@ -45,6 +45,11 @@ class Rewritten:
         self.has_inputs = any(rule.inputs is not None for rule in recipe.rules)
         self._jitted = jax.jit(self._run, static_argnums=0)
 
+    def __repr__(self) -> str:
+        """Name the function and the recipe."""
+        name = getattr(self.fn, "__qualname__", type(self.fn).__name__)
+        return f"Rewritten({name}, recipe={self.recipe.name or 'unnamed'!r})"
+
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the quantized function."""
         signature, arrays = Signature.of(params, args, kwargs)

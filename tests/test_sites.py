@@ -234,3 +234,21 @@ def test_a_site_that_is_not_there_offers_the_nearest():
 def test_the_table_groups_equal_layers():
     text = str(qjax.trace(scanned, stacked(), TOKENS))
     assert "layers/{0..3}/mlp/up " in text and "float32[8×16]" in text and len(text.splitlines()) < 20
+
+
+def test_a_single_token_is_a_lookup():
+    p = {"emb": jnp.ones((10, 8)), "up": jnp.ones((8, 8))}
+    fn = lambda p, t: jnp.tanh(p["emb"][t]) @ p["up"] @ p["emb"].T  # noqa: E731
+    program = qjax.trace(fn, p, jnp.int32(3))
+    assert [(s.name, s.op) for s in program.sites] == [("emb", "embedding"), ("up", "dot"), ("emb#1", "dot")]
+
+    def decode(p, t):  # the token is loop state
+        return lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.argmax(fn(p, c[1])).astype(jnp.int32)), (0, t)
+        )
+
+    assert [s.name for s in qjax.trace(decode, p, jnp.int32(3)).sites] == ["emb", "up", "emb#1"]
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8)), qjax.Rule("**", op="embedding", weights=qjax.Int(8))])
+    model = qjax.quantize(fn, p, jnp.int32(3), recipe=recipe)
+    assert not model.report.notes
+    np.testing.assert_allclose(model(model.params, jnp.int32(7)), fn(p, jnp.int32(7)), rtol=0.05)

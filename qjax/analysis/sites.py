@@ -121,7 +121,9 @@ class _Walker:
         name = eqn.primitive.name
         first = ins[0] if ins else Val()
         view = provenance.VIEWS.get(name)
-        if view is not None and first.ref is not None:
+        if name == "dynamic_slice" and first.ref is not None and self.looks_up(eqn, ins):
+            self.embedding(eqn, ins, here, scope, loops)
+        elif view is not None and first.ref is not None:
             self.event += 1
             knowns = [v.known for v in ins]
             refs = view(first.ref, eqn, knowns, self.event)
@@ -153,7 +155,8 @@ class _Walker:
             if v.ref is not None:
                 self.other_uses.setdefault(v.ref.leaf, set()).add(name)
         const = not data and not leaves and any(v.const for v in ins)
-        out = Val(None, leaves if not data else frozenset(), data, const, known, nearest(ins))
+        counter = any(v.counter for v in ins) and all(v.counter or v.known is not None for v in ins)
+        out = Val(None, leaves if not data else frozenset(), data, const, known, nearest(ins), counter)
         return [out] + [dataclasses.replace(out, known=None)] * (len(eqn.outvars) - 1)
 
     def near_of(self, ref: Ref) -> Near:
@@ -274,17 +277,31 @@ class _Walker:
         leaves = frozenset() if any(data) else ins[0].leaves | ins[1].leaves
         return [Val(leaves=leaves, data=any(data), near=out_near)] * len(eqn.outvars)
 
+    def looks_up(self, eqn: Any, ins: list[Val]) -> bool:
+        """Whether a dynamic_slice takes one row of a table at an index that is data (a single token)."""
+        shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+        picked = [d for d, (n, size) in enumerate(zip(shape, sizes, strict=True)) if size != n]
+        if len(shape) != 2 or len(picked) != 1 or sizes[picked[0]] != 1:
+            return False
+        index = ins[1 + picked[0]]
+        return index.data and index.known is None and not index.counter
+
     def embedding(self, eqn: Any, ins: list[Val], here: Path, scope: str, loops: tuple[int, ...]) -> None:
-        """Rows looked up by run-time indices."""
-        ref, dn, sizes = ins[0].ref, eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        """Rows looked up by run-time indices: a gather, or a dynamic_slice of one row."""
+        ref, sizes = ins[0].ref, eqn.params["slice_sizes"]
         assert ref is not None
         shape = eqn.invars[0].aval.shape
-        looked_up = tuple(dn.start_index_map)
+        if eqn.primitive.name == "gather":
+            dn = eqn.params["dimension_numbers"]
+            looked_up = tuple(dn.start_index_map)
+            dropped = set(dn.collapsed_slice_dims) == set(looked_up) and not dn.operand_batching_dims
+        else:
+            looked_up, dropped = tuple(d for d, n in enumerate(shape) if sizes[d] != n), True
         rows = ref.axes_of(list(looked_up))
         kept = ref.axes_of([d for d in range(len(shape)) if d not in looked_up])
         whole = all(sizes[d] == n for d, n in enumerate(shape) if d not in looked_up)
-        single = all(sizes[d] == 1 for d in looked_up) and set(dn.collapsed_slice_dims) == set(looked_up)
-        ok = rows is not None and kept and whole and single and len(looked_up) == 1 and not dn.operand_batching_dims
+        single = all(sizes[d] == 1 for d in looked_up) and dropped
+        ok = rows is not None and kept and whole and single and len(looked_up) == 1
         self.reads.append(
             Read(
                 path=here,

@@ -33,6 +33,7 @@ class Val:
         const: whether it is (a view of) a captured array.
         known: its integer value, if known.
         near: the weights just upstream.
+        counter: whether it is a loop counter, or computed from counters and known numbers alone.
     """
 
     ref: Ref | None = None
@@ -41,6 +42,7 @@ class Val:
     const: bool = False
     known: Known | None = None
     near: Near | None = None
+    counter: bool = False
 
 
 DATA = Val(data=True)
@@ -84,22 +86,13 @@ def carry_in(body: Any, n_consts: int, n_carry: int, carry: list[Val], loop: int
         if result is var:
             out.append(init)
             continue
+        start, step = steps.get(result, (None, 0)) if not isinstance(result, jex.Literal) else (None, 0)
+        counter = start is var and float(step).is_integer()
         known = None
-        if (
-            not isinstance(result, jex.Literal)
-            and result in steps
-            and steps[result][0] is var
-            and init.known is not None
-        ):
-            step = steps[result][1]
-            if (
-                init.known.loop is None
-                and init.known.value.ndim == 0
-                and length is not None
-                and float(step).is_integer()
-            ):
+        if counter and length is not None and init.known is not None and init.known.loop is None:
+            if init.known.value.ndim == 0:
                 known = Known(int(init.known.value) + int(step) * np.arange(length), loop)
-        out.append(Val(data=True, known=known, near=init.near))
+        out.append(Val(data=True, known=known, near=init.near, counter=counter))
     return out
 
 
