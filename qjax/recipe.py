@@ -464,8 +464,8 @@ def recipe(name: str) -> Recipe:
     return load_preset(name)
 
 
-def recipes() -> list[tuple[str, str]]:
-    """Return (name, description) of every preset."""
+def recipes() -> dict[str, str]:
+    """Return the description of every preset, by name."""
     from qjax.recipe_toml import presets
 
-    return [(name, preset["description"]) for name, preset in presets().items()]
+    return {name: preset["description"] for name, preset in presets().items()}

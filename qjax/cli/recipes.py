@@ -12,8 +12,8 @@ def run(args: argparse.Namespace) -> None:
     """List the presets."""
     presets = qjax.recipes()
     if args.json:
-        print_json({"recipes": [{"name": name, "description": text} for name, text in presets]})
+        print_json({"recipes": [{"name": name, "description": text} for name, text in presets.items()]})
         return
-    width = max(len(name) for name, _ in presets)
-    for name, text in presets:
+    width = max(map(len, presets))
+    for name, text in presets.items():
         print(f"{name.ljust(width)}  {text}")

@@ -51,7 +51,7 @@ def test_a_loaded_model_is_the_saved_one(models, saved):
 
 
 def test_every_preset(tmp_path):
-    recipes = [qjax.recipe(name) for name, _ in qjax.recipes()]
+    recipes = [qjax.recipe(name) for name in qjax.recipes()]
     params = {r.name: quantize_array(weights(8, 32), r.rules[-1].weights.clamped(32), in_axes=1) for r in recipes}
     for recipe in recipes:  # every recipe, and the formats of all of them
         qjax.save(tmp_path / "m", model_of(params, recipe=recipe))
