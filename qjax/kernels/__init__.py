@@ -9,6 +9,7 @@ from qjax._guard import only_inside_qjax
 only_inside_qjax(__name__)
 
 from qjax.kernels import conv, dot, ragged_dot  # noqa: F401 (they fill the table)
+from qjax.kernels.figures import kind_of
 from qjax.kernels.registry import (
     Act,
     Choice,
@@ -30,6 +31,7 @@ __all__ = [
     "Problem",
     "choice_for",
     "choose",
+    "kind_of",
     "lowering_table",
     "register_lowering",
     "select",

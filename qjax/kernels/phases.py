@@ -16,7 +16,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from qjax.formats import MXFP4, NF4, NVFP4, Format, Int, QArray
+from qjax.formats import MXFP4, NF4, NVFP4, Aux, Format, Int, QArray
+from qjax.kernels.unpack import widened
 
 ELEMENTWISE = (Int, NF4, MXFP4, NVFP4)
 """Formats whose decode treats every element by itself, given the numbers of its block."""
@@ -54,9 +55,9 @@ def decoded_phases(w: QArray) -> list[Array]:
     """
     n, nbytes = w.codes.shape
     groups = w.fmt.groups(w.length)
-    aux = {
+    aux: Aux = {
         name: a.reshape(a.shape[0], 1, a.shape[1]) if name in w.fmt.row_aux else a.reshape(*a.shape, 1)
-        for name, a in w.aux.items()
+        for name, a in ((name, widened(a)) for name, a in w.aux.items())
     }
     return [
         w.fmt.decode(code.reshape(n, groups, nbytes // groups), aux).reshape(n, nbytes)

@@ -28,6 +28,9 @@ from qjax.kernels.figures import describe
 Act = tuple[Format, Aux]
 """A format of activations and the aux that was fitted to them."""
 
+Formats = type[Format] | str | tuple[type[Format] | str, ...]
+"""Classes of formats, or the keys that they are registered under."""
+
 Function = Callable[..., Any]
 When = Callable[["Problem"], "bool | str"]
 
@@ -84,7 +87,7 @@ class Lowering:
     name: str
     op: str
     function: Function
-    format: type[Format] | tuple[type[Format], ...] | None = None
+    format: Formats | None = None
     platform: str | None = None
     when: When | None = None
     worth: When | None = None
@@ -98,9 +101,8 @@ class Lowering:
             return f"it is a lowering of {self.op}"
         if self.platform is not None and problem.platform != self.platform:
             return f"it runs on {self.platform}"
-        if self.format is not None and not isinstance(problem.weight, self.format):
-            kinds = self.format if isinstance(self.format, tuple) else (self.format,)
-            return f"it reads {' or '.join(k.__name__ for k in kinds)} weights"
+        if self.format is not None and not any(_reads(kind, problem.weight) for kind in _kinds(self.format)):
+            return f"it reads {' or '.join(_format_names(self.format))} weights"
         return _reason(self.when, problem)
 
     def declines(self, problem: Problem) -> str | None:
@@ -137,7 +139,7 @@ _counter = 0
 
 def register_lowering(
     op: str,
-    format: type[Format] | tuple[type[Format], ...] | None = None,
+    format: Formats | None = None,
     platform: str | None = None,
     when: When | None = None,
     *,
@@ -153,7 +155,7 @@ def register_lowering(
 
     Args:
         op: "dot", "dot_transposed", "conv" or "ragged_dot".
-        format: the class of weight formats it reads, several in a tuple, or None for all.
+        format: the weight formats it reads, by class or key, several in a tuple, or None for all.
         platform: "cpu", "cuda", "rocm", "tpu", or None for all.
         when: ``when(problem)`` returns True if it can run, else False or, better, the reason as a sentence.
         worth: like ``when``, for the question whether it is the better choice; asked only if no lowering is named.
@@ -269,18 +271,7 @@ def choice_for(problem: Problem, implementation: str | None = None) -> Choice:
         LoweringError: as `select` does.
     """
     entry = select(problem, implementation)
-    op, platform, w_fmt, act_fmt, rows = problem.op, problem.platform, problem.weight, problem.act, problem.rows
-    note, slower = describe(
-        op=op,
-        name=entry.name,
-        platform=platform,
-        bits=w_fmt.code_bits,
-        integer=w_fmt.is_integer,
-        grouped=w_fmt.per == "group",
-        weight=w_fmt.name,
-        act=act_fmt.name if act_fmt else "",
-        rows=rows,
-    )
+    note, slower = describe(problem.op, entry.name, problem.weight, problem.act, problem.rows, problem.platform)
     return Choice(entry.name, note, slower)
 
 
@@ -293,7 +284,10 @@ class LoweringTable:
     def __str__(self) -> str:
         """Return the table as text."""
         head = ("op", "name", "platform", "weights", "about")
-        body = [(e.op, e.name, e.platform or "any", _format_names(e.format), e.about) for e in self.rows]
+        body = [
+            (e.op, e.name, e.platform or "any", ", ".join(_format_names(e.format)) if e.format else "any", e.about)
+            for e in self.rows
+        ]
         widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head) - 1)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
@@ -304,10 +298,16 @@ class LoweringTable:
     __repr__ = __str__
 
 
-def _format_names(kinds: type[Format] | tuple[type[Format], ...] | None) -> str:
-    if kinds is None:
-        return "any"
-    return ", ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+def _kinds(formats: Formats) -> tuple[type[Format] | str, ...]:
+    return formats if isinstance(formats, tuple) else (formats,)
+
+
+def _reads(kind: type[Format] | str, fmt: Format) -> bool:
+    return fmt.key == kind if isinstance(kind, str) else isinstance(fmt, kind)
+
+
+def _format_names(formats: Formats) -> list[str]:
+    return [kind if isinstance(kind, str) else kind.__name__ for kind in _kinds(formats)]
 
 
 def lowering_table(op: str | None = None, platform: str | None = None) -> LoweringTable:

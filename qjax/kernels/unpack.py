@@ -4,6 +4,9 @@
 slowly on CPU, the more so the more codes a unit has (measured per product: 5 ms for 4 bits, 15 to 19 ms for 3, 5 and
 7, where the float product takes 2). For small weights, of which a model has hundreds, the codes are read by a shift
 that varies along the row instead: 4 to 8 ms.
+
+8-bit floats are widened by moving their bits into a float16, which has room for both kinds and which processors
+convert; XLA's own conversion works bit by bit and takes more than twice as long.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from qjax.formats import QArray, unpack_bits
+from qjax.formats import QArray
 
 SMALL_ELEMENTS = 1 << 20
 """Weights of fewer elements are small: compiling them takes longer than a few hundred runs."""
@@ -31,6 +34,24 @@ def unpacked(w: QArray) -> Array:
         return code
     half = 1 << (bits - 1)  # two's complement of few bits: flip the sign bit, then subtract its weight
     return (code ^ jnp.uint8(half)).astype(jnp.int8) - jnp.int8(half)
+
+
+def widened(a: Array) -> Array:
+    """Return float8_e4m3fn or float8_e5m2 numbers as float32, exactly; other arrays as they are."""
+    if a.dtype not in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        return a
+    bits = lax.bitcast_convert_type(a, jnp.uint8).astype(jnp.uint16)
+    if a.dtype == jnp.float8_e5m2:  # the upper half of a float16
+        return lax.bitcast_convert_type(bits << 8, jnp.float16).astype(jnp.float32)
+    rest = bits & jnp.uint16(0x7F)
+    half = ((bits & jnp.uint16(0x80)) << 8) | (rest << 7)  # exponents are 8 less than in a float16
+    half = jnp.where(rest == 0x7F, jnp.uint16(0x7E00), half)
+    return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * jnp.float32(256)
+
+
+def floats(w: QArray) -> Array:
+    """Return a canonical weight as float32 [*stack, N, K]; equal to ``w.decode_canonical()``."""
+    return w.fmt.decode(widened(unpacked(w)), {name: widened(a) for name, a in w.aux.items()})
 
 
 def _aligned(packed: Array, bits: int) -> Array:

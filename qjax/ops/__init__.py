@@ -6,6 +6,7 @@ from qjax.kernels import (
     Problem,
     choice_for,
     choose,
+    kind_of,
     lowering_table,
     register_lowering,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "choose",
     "conv_activation_aux",
     "conv_problem",
+    "kind_of",
     "lowering_table",
     "q_conv",
     "q_dot",

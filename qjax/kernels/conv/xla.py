@@ -13,13 +13,14 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from qjax.formats import QArray
 from qjax.kernels.conv.reference import conv_reference, convolve
 from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.xla import both_quantized, on_one_cpu
-from qjax.kernels.order import after
+from qjax.kernels.order import after, runtime_zero
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 ENOUGH_CHANNELS = 16
@@ -73,10 +74,9 @@ def int_conv(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     settings = problem.settings
     lhs, rhs, out = settings.dimension_numbers
     codes = fmt.encode(x, aux)
-    kernel = dataclasses.replace(w, codes=after(codes, w.codes)) if on_one_cpu(problem) else w
     # Channels last: x [N, *spatial, C], kernel [*spatial, I, O], result [N, *spatial, O].
     codes = codes.transpose(lhs[0], *lhs[2:], lhs[1])
-    kernel = _in_order(kernel, (*rhs[2:], rhs[1], rhs[0]))
+    kernel = _in_order(w, (*rhs[2:], rhs[1]), runtime_zero(codes) if codes.size else None)
     last = len(lhs) - 1
     spatial = tuple(range(1, last))
     numbers = lax.ConvDimensionNumbers(
@@ -85,14 +85,30 @@ def int_conv(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     moved: Any = dataclasses.replace(settings, dimension_numbers=numbers)
     acc = convolve(codes, kernel, moved, jnp.int32).astype(jnp.float32)
     scale_x = fmt.scale_of(aux).transpose(lhs[0], *lhs[2:], lhs[1])
-    scale_w = w.canonical().fmt.scale_of(w.canonical().aux)[:, 0]
+    scale_w = w.fmt.scale_of(w.canonical().aux)[:, 0]
     y = acc * scale_x * scale_w
     place = {axis: i for i, axis in enumerate((out[0], *out[2:], out[1]))}
     return y.transpose([place[a] for a in range(len(out))]).astype(problem.out_dtype)
 
 
-def _in_order(w: QArray, axes: tuple[int, ...]) -> Array:
-    """Return a kernel's codes with the user's axes in the order given."""
-    stored = (*w.out_axes, *w.in_axes)
-    codes = w.unpacked().reshape([w.shape[a] for a in stored])
-    return codes.transpose([stored.index(a) for a in axes])
+def _in_order(w: QArray, axes: tuple[int, ...], zero: Array | None) -> Array:
+    """Return a kernel's codes as [*in axes in the order given, O].
+
+    Written as a gather of columns: behind a transpose XLA on CPU does not recognise its fast int8 convolution (and
+    takes a hundred times longer). ``zero`` is a 0 of which the compiler does not know it.
+    """
+    codes = w.unpacked()  # [O, K]
+    sizes = [w.shape[a] for a in w.in_axes]
+    columns = np.arange(codes.shape[1], dtype=np.int32).reshape(sizes)
+    columns = columns.transpose([w.in_axes.index(a) for a in axes]).reshape(-1, 1)
+    numbers = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(1,), start_index_map=(1,))
+    picked = lax.gather(
+        codes,
+        columns if zero is None else columns + zero.astype(jnp.int32),
+        numbers,
+        slice_sizes=(codes.shape[0], 1),
+        indices_are_sorted=False,
+        unique_indices=True,
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+    return picked.reshape(*(w.shape[a] for a in axes), codes.shape[0])

@@ -22,7 +22,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.formats import Format, QArray
+from qjax.formats import Aux, Format, QArray
 from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, over_stack, zeros_like_varying
 from qjax.kernels.order import after
 from qjax.kernels.phases import code_phases, phase_count, split_phases
@@ -103,8 +103,8 @@ def _cpu_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array
     shape, x = x.shape[:-1], fold_rows(x)
     rows = x.shape[0]
     fmt, aux = both_quantized(act)
-    aux = {k: jnp.broadcast_to(a, (*shape, a.shape[-1])).reshape(rows, -1) for k, a in aux.items()}
-    side = _activations(x, (fmt, aux))
+    folded: Aux = {k: jnp.broadcast_to(a, (*shape, a.shape[-1])).reshape(rows, -1) for k, a in aux.items()}
+    side = _activations(x, (fmt, folded))
     # Rows of qx, a row of ones where sums over qw are needed, and zeros up to the rows that make the dot fast.
     ones = [jnp.ones((1, problem.k), jnp.int8)] if side.zero is not None else []
     filled = rows + len(ones)

@@ -26,7 +26,7 @@ from qjax.kernels.dot.reference import contract, dot_reference, round_trip, wide
 from qjax.kernels.order import after, runtime_zero
 from qjax.kernels.phases import decoded_phases, phase_count, split_phases
 from qjax.kernels.registry import Act, Problem, register_lowering
-from qjax.kernels.unpack import unpacked
+from qjax.kernels.unpack import floats
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of one block: 4 MiB of float32, which the last-level cache holds."""
@@ -34,7 +34,7 @@ BLOCK_ELEMENTS = 1 << 20
 LOOP_ELEMENTS = 3 << 20
 """Weights of more elements are dequantized in blocks."""
 
-PHASE_ROWS = 8
+PHASE_ROWS = 128
 """At most so many rows are multiplied phase by phase."""
 
 PHASE_ELEMENTS = 1 << 20
@@ -111,8 +111,9 @@ def _float_product(problem: Problem, x: Array, w: QArray) -> Array:
     precision = problem.settings.precision if problem.settings else None
     phases = 1 if transposed else _phases(problem, w)
     if phases == 1:
-        floats = w.fmt.decode(unpacked(w), w.aux).astype(x.dtype)
-        return contract(x, floats, transposed=transposed, out_dtype=problem.out_dtype, precision=precision)
+        return contract(
+            x, floats(w).astype(x.dtype), transposed=transposed, out_dtype=problem.out_dtype, precision=precision
+        )
     # Terms are summed in float32 at least, as inside one dot, and rounded once.
     terms = [
         contract(xp, wp.astype(x.dtype), transposed=False, out_dtype=wide(x.dtype), precision=precision)
@@ -160,30 +161,53 @@ def _blocks_of_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) ->
     if act is not None:
         x = round_trip(x, act)
     rows, x = x.shape[:-1], fold_rows(x)
+    y = in_blocks(problem, x, w, _float_product)
+    return y.astype(problem.out_dtype).reshape(*rows, y.shape[-1])
+
+
+def in_blocks(problem: Problem, x: Array, w: QArray, product: Callable[[Problem, Array, QArray], Array]) -> Array:
+    """Return a product in the dtype of accumulation, a block of rows of the weight at a time.
+
+    Args:
+        problem: what is to be computed, without a stack.
+        x: [rows, K], or [rows, N] if transposed.
+        w: canonical [N, K].
+        product: computes one block, ``problem.n`` and ``out_dtype`` replaced by the block's.
+    """
     step = min(problem.n, max(32, BLOCK_ELEMENTS // max(problem.k, 1) // 32 * 32))
     transposed = problem.op == "dot_transposed"
     partial = dataclasses.replace(problem, n=step, out_dtype=np.dtype(wide(x.dtype)))
     last = problem.n - step
 
+    # 8-bit floats are sliced as bytes: XLA on CPU would widen the whole array before each slice.
+    stored = _map_arrays(lambda a: lax.bitcast_convert_type(a, jnp.uint8) if _is_float8(a.dtype) else a, w)
+
     def block(start: Array) -> QArray:
-        take = lambda a: lax.dynamic_slice_in_dim(a, start, step) if a.shape[0] == problem.n else a  # noqa: E731
-        return _map_arrays(take, w)
+        def take(whole: Array, dtype: np.dtype) -> Array:
+            part = lax.dynamic_slice_in_dim(whole, start, step) if whole.shape[0] == problem.n else whole
+            return lax.bitcast_convert_type(part, dtype) if _is_float8(dtype) else part
+
+        aux = {name: take(a, w.aux[name].dtype) for name, a in stored.aux.items()}
+        return dataclasses.replace(w, codes=take(stored.codes, w.codes.dtype), aux=aux)
 
     def forward(i: Array, y: Array) -> Array:
         start = jnp.minimum(i * step, last)  # the last block may overlap the one before: the same numbers again
-        return lax.dynamic_update_slice_in_dim(y, _float_product(partial, x, block(start)), start, axis=1)
+        return lax.dynamic_update_slice_in_dim(y, product(partial, x, block(start)), start, axis=1)
 
     def backward(i: Array, y: Array) -> Array:
         start = jnp.minimum(i * step, last)
         part = lax.dynamic_slice_in_dim(x, start, step, axis=1)
         fresh = start + jnp.arange(step) >= i * step  # columns of the overlap are already summed
         part = jnp.where(fresh, part, jnp.zeros((), x.dtype))
-        return y + _float_product(partial, part, block(start))
+        return y + product(partial, part, block(start))
 
     width = problem.k if transposed else problem.n
-    count = -(-problem.n // step)
-    y = lax.fori_loop(0, count, backward if transposed else forward, zeros_like_varying((x.shape[0], width), x, w))
-    return y.astype(problem.out_dtype).reshape(*rows, width)
+    zeros = zeros_like_varying((x.shape[0], width), x, w)
+    return lax.fori_loop(0, -(-problem.n // step), backward if transposed else forward, zeros)
+
+
+def _is_float8(dtype: np.dtype) -> bool:
+    return dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating)
 
 
 def zeros_like_varying(shape: tuple[int, ...], x: Array, w: QArray) -> Array:
@@ -220,8 +244,17 @@ def float8_dot(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
 def _float8_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     fmt, aux = both_quantized(act)
     codes = fmt.encode(x, aux)
-    w_codes = after(codes, w.codes) if on_one_cpu(problem) else w.codes
-    y = contract(codes, w_codes, transposed=False, out_dtype=jnp.float32, out_sharding=problem.settings.out_sharding)
+    sharding = problem.settings.out_sharding if problem.settings else None
+
+    def product(part: Problem, codes: Array, w: QArray) -> Array:
+        return contract(codes, w.codes, transposed=False, out_dtype=jnp.float32, out_sharding=sharding)
+
+    if not on_one_cpu(problem):
+        y = product(problem, codes, w)
+    elif problem.n * problem.k <= LOOP_ELEMENTS:
+        y = product(problem, codes, dataclasses.replace(w, codes=after(codes, w.codes)))
+    else:  # XLA on CPU widens the codes of the whole weight: keep that to a block at a time
+        y = in_blocks(problem, fold_rows(codes), w, product).reshape(*x.shape[:-1], problem.n)
     scale = jnp.moveaxis(w.fmt.scale_of(w.aux), -1, -2)  # [*stack, 1, N]
     scale = scale.reshape(*scale.shape[:-2], *(1,) * (y.ndim - len(problem.stack) - 1), scale.shape[-1])
     return (y * fmt.scale_of(aux) * scale).astype(problem.out_dtype)
