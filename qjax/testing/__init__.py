@@ -4,6 +4,7 @@ They need hypothesis (``pip install "qjax[test]"``), which is imported when a su
 """
 
 from qjax.testing.formats import check_format
+from qjax.testing.lowering import check_lowering
 from qjax.testing.passes import check_pass
 
-__all__ = ["check_format", "check_pass"]
+__all__ = ["check_format", "check_lowering", "check_pass"]
