@@ -15,6 +15,8 @@ VENV ?= .venv
 EXTRA ?=
 # Arguments for pytest, such as ARGS='tests/formats -x'.
 ARGS ?=
+# Processes that share the tests; 0 runs them in one, for a debugger.
+WORKERS ?= 2
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -25,7 +27,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	@echo "== Running the tests; 'make test ARGS=-x' passes arguments to pytest"
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "== Style (ruff)"
