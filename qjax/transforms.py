@@ -76,10 +76,23 @@ class Rewritten:
         }
         return Rewriter(program, inputs, max_runs=self.max_runs, implementation=self.implementation, record=record)
 
+    def recorded(self, program: Program, stored: Sequence[Any]) -> Rewriter:
+        """Replay abstractly with the parameter leaves as stored; what is returned knows what each site became."""
+        avals = [*stored, *(_struct(a) for a in program.jaxpr.in_avals[len(stored) :])]
+        rewriter = self.rewriter(program, record=True)
+        jax.eval_shape(lambda *arrays: rewriter(arrays), *avals)
+        return rewriter
+
     def rewritten_jaxpr(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The closed jaxpr of the rewritten function, for reading and comparing."""
         signature, arrays = Signature.of(params, args, kwargs)
         return jax.make_jaxpr(lambda *a: self._run(signature, *a))(*arrays)
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """An argument as it was traced, with its sharding where that is part of its type."""
+    explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding if explicit else None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,14 +213,10 @@ def quantize(
     chosen = [name for name, d in planned.decisions.items() if d.weights is not None and not d.skip]
     leaves, notes = run_passes(recipe.prepare, program, arrays[: signature.n_params], chosen)
     del arrays
-    stored: list[Any] = list(leaves)
-    sqnr: dict[int, dict[tuple[int, ...], float]] = {}
-    for done, (position, value, figures) in enumerate(quantize_leaves(planned.leaves, leaves, donate)):
-        stored[position], sqnr[position] = value, figures
-        if progress is not None:
-            progress(done + 1, len(planned.leaves), planned.leaves[position].name)
+    stored, finish = quantize_leaves(planned.leaves, leaves, donate=donate, progress=progress)
     rewritten = Rewritten(fn, recipe, max_runs=max_runs, implementation=implementation)
-    report = build_report(program, planned, stored, sqnr, name=name, recipe=recipe.name, rewritten=rewritten)
+    replayed = rewritten.recorded(program, stored)  # while the device is busy
+    report = build_report(program, planned, stored, finish(), replayed, name=name, recipe=recipe.name)
     report = report.with_notes(*notes)
     return Model(fn, replace_arrays(params, stored), recipe, report, rewritten)
 

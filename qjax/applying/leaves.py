@@ -1,16 +1,18 @@
 """Turning float leaves into stored ones, as planned: a few jitted calls per shape and format.
 
-A leaf passes through three programs and not one: into canonical order, into codes and scales, and into the sums that
-its SQNR is made of. As one program XLA on CPU fuses the transpose into everything that follows and reads the weight
-across its rows again and again (measured: five times as long). Each is begun without waiting for the one before, and
-the next leaf is begun before the figures of the last are read.
+A leaf passes through several programs and not one: into canonical order, into codes and scales, into the sums that its
+SQNR is made of, and into packed storage. As one program XLA on CPU fuses the transpose into everything that follows,
+reads the weight across its rows again and again and computes the codes anew for each use (measured: five times as
+long). Each is begun without waiting for the one before, and the next leaf is begun before the figures of the last are
+read.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,48 +21,62 @@ import numpy as np
 
 from qjax.applying.storage import LeafPlan, Slices, alike, assignment
 from qjax.errors import QjaxError
-from qjax.formats import QArray, QStack, assemble, canonical_matrix
+from qjax.formats import Aux, Format, QStack, assemble, canonical_matrix
 from qjax.passes import RTN
 
 Figures = dict[tuple[int, ...], float]
 """SQNR in dB of each quantized slice, by its key."""
 
 
+IN_FLIGHT = 1 << 28
+"""Bytes of float leaves that may have been begun and not waited for: what keeps a device busy, and no more."""
+
+
 def quantize_leaves(
-    plans: Mapping[int, LeafPlan], leaves: list[Any], donate: bool = False
-) -> Iterator[tuple[int, Any, Figures]]:
-    """Store float leaves as planned, one after the other.
+    plans: Mapping[int, LeafPlan],
+    leaves: list[Any],
+    *,
+    donate: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[list[Any], Callable[[], dict[int, Figures]]]:
+    """Begin to store float leaves as planned, one after the other.
 
     Args:
         plans: position -> how that leaf is stored.
         leaves: all leaves; each that is stored is replaced by None, so that it can be freed.
-        donate: free the float leaf itself as well.
+        donate: free the float leaf itself as well, before the next is begun.
+        progress: called as ``progress(done, total, leaf name)`` after each leaf.
 
-    Yields:
-        Position, a `QArray` (or a `QStack` where slices have different formats), and the SQNR of its slices.
+    Returns:
+        All leaves, a `QArray` (or a `QStack` where slices have different formats) in the place of each that has a
+        plan, and a function that waits for them: position -> SQNR of each quantized slice.
 
     Raises:
-        QjaxError: a leaf is abstract, or holds NaN or infinity.
+        QjaxError: a leaf is abstract, or holds NaN or infinity (here, or when waited for).
     """
-    last: tuple[int, Any, Any, Callable[[], Figures]] | None = None
+    stored = list(leaves)
+    found: dict[int, Figures] = {}
+    begun: collections.deque[tuple[int, Any, Callable[[], Figures]]] = collections.deque()
 
-    def finish(position: int, value: Any, stored: Any, figures: Callable[[], Figures]) -> tuple[int, Any, Figures]:
-        found = figures()
-        if donate and isinstance(value, jax.Array):
-            jax.block_until_ready(jax.tree.leaves(stored))
-            value.delete()
-        return position, stored, found
+    def finish(limit: int = 0) -> dict[int, Figures]:
+        while begun and sum(value.nbytes for _, value, _ in begun) > limit:
+            position, value, figures = begun.popleft()
+            found[position] = figures()
+            if donate and isinstance(value, jax.Array):
+                jax.block_until_ready(jax.tree.leaves(stored[position]))
+                value.delete()
+            if progress is not None:
+                progress(len(found), len(plans), plans[position].name)
+        return found
 
     for position, plan in plans.items():
         value, leaves[position] = leaves[position], None
         if isinstance(value, jax.ShapeDtypeStruct):
             raise QjaxError(f"{plan.name} is abstract: quantize needs the numbers, qjax.plan does not")
-        begun = position, value, *begin_leaf(plan, jnp.asarray(value))
-        if last is not None:
-            yield finish(*last)
-        last = begun
-    if last is not None:
-        yield finish(*last)
+        stored[position], figures = begin_leaf(plan, jnp.asarray(value))
+        begun.append((position, value, figures))
+        finish(0 if donate else IN_FLIGHT)
+    return stored, finish
 
 
 def begin_leaf(plan: LeafPlan, leaf: Any) -> tuple[Any, Callable[[], Figures]]:
@@ -127,11 +143,14 @@ def _part(
         if stored.fmt is None:
             return jnp.asarray(leaf), []
         matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
-        rounding = stored.rounding or RTN()
-        q = _rounded(matrix, stored.fmt, rounding, stored.observer, leaf.shape, plan.in_axes, plan.stack_axes)
+        codes, aux = _rounded(matrix, stored.fmt, stored.rounding or RTN(), stored.observer)
         along = tuple(plan.stack_axes.index(a) for a in plan.key_axes)
+        sums = _sums(matrix, codes, aux, stored.fmt, along)
+        # Codes of eight bits are stored as they are: a program would only copy them.
+        pack = assemble if stored.fmt.code_bits == 8 else _packed
+        where = dict(shape=leaf.shape, in_axes=plan.in_axes, stack_axes=plan.stack_axes, dtype=matrix.dtype)
         keys = itertools.product(*(positions[a] for a in plan.key_axes))
-        return q, [(list(keys), *_sums(matrix, q, along))]
+        return pack(codes, aux, stored.fmt, **where), [(list(keys), *sums)]
     axis, groups = key_axes[0], alike(slices)
     parts, begun = [], []
     for inner, where in groups:
@@ -143,33 +162,30 @@ def _part(
 
 
 _canonical = jax.jit(canonical_matrix, static_argnums=(1, 2))
+_packed = jax.jit(assemble, static_argnums=2, static_argnames=("shape", "in_axes", "stack_axes", "dtype"))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
-def _rounded(
-    matrix: Any, fmt: Any, rounding: Any, observer: Any, shape: Any, in_axes: Any, stack_axes: Any
-) -> QArray:
-    """Round each matrix [N, K] of a canonical weight [*stack, N, K] and pack it.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _rounded(matrix: Any, fmt: Format, rounding: Any, observer: Any) -> tuple[Any, Aux]:
+    """Round each matrix [N, K] of a canonical weight [*stack, N, K]: codes and aux.
 
     Args:
         matrix: the weight.
         fmt: the format.
         rounding: with ``round(matrix [N, K], fmt, observer=...) -> (codes, aux)``.
         observer: how the range is chosen, or None.
-        shape, in_axes, stack_axes: of the leaf.
     """
     one: Any = functools.partial(rounding.round, fmt=fmt, observer=observer)
     for _ in range(matrix.ndim - 2):
         one = jax.vmap(one)
-    codes, aux = one(matrix)
-    return assemble(codes, aux, fmt, shape=shape, in_axes=in_axes, stack_axes=stack_axes, dtype=matrix.dtype)
+    return one(matrix)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _sums(matrix: Any, q: QArray, along: tuple[int, ...]) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _sums(matrix: Any, codes: Any, aux: Aux, fmt: Format, along: tuple[int, ...]) -> tuple[Any, Any]:
     """Σw² and Σ(w − q)² over all axes of a canonical weight but the stack axes ``along``, in that order."""
     w = matrix.astype(jnp.float32)
-    error = w - q.decode_canonical()
+    error = w - fmt.decode(codes, aux)
     rest = tuple(a for a in range(w.ndim) if a not in along)
     order = [sorted(along).index(a) for a in along]
     return jnp.transpose(jnp.sum(w * w, rest), order), jnp.transpose(jnp.sum(error * error, rest), order)

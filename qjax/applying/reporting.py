@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from qjax import ops
 from qjax.analysis.naming import Site
 from qjax.applying.planning import Plan
@@ -30,21 +28,15 @@ ROWS = ops.Choice("rows", "")
 NO_CHOICE = ops.Choice("dequantize", "dequantized where it is read: see the notes")
 
 
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    """An argument as it was traced, with its sharding where that is part of its type."""
-    explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding if explicit else None)
-
-
 def build_report(
     program: Program,
     plan: Plan,
     stored: Sequence[Any],
     sqnr: dict[int, dict[tuple[int, ...], float]],
+    rewriter: Any,
     *,
     name: str,
     recipe: str,
-    rewritten: Any,
 ) -> Report:
     """The report of one quantization.
 
@@ -52,12 +44,9 @@ def build_report(
         program, plan: what was found and decided.
         stored: the parameter leaves as stored.
         sqnr: leaf position -> slice -> SQNR in dB.
+        rewriter: has replayed the program with these leaves, and knows where weights were dequantized.
         name: the model's name. recipe: the recipe's.
-        rewritten: the quantized function; it is replayed abstractly to learn where weights are dequantized.
     """
-    avals = [*stored, *(_struct(a) for a in program.jaxpr.in_avals[len(stored) :])]
-    rewriter = rewritten.rewriter(program, record=True)
-    jax.eval_shape(lambda *arrays: rewriter(arrays), *avals)
     position = {leaf: i for i, leaf in enumerate(program.leaf_names)}
     seen: set[tuple[str, tuple[int, ...]]] = set()
     rows, carried = [], 0
