@@ -12,6 +12,7 @@ that refuses a problem is taken at its word; one that refuses all of them fails.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,12 +78,14 @@ def check_lowering(
     def run(weight: Format, act: Format | None, dtype: Any, size: tuple[int, ...], values: str, seed: int) -> None:
         case = _MAKERS[op](weight, act, np.dtype(dtype), size, values, seed)
         try:
-            result = case.run(case.x, case.w, *case.extra, implementation=name)
+            results = jax.jit(functools.partial(_everything, case, name))(case.x, case.w, *case.extra)
         except LoweringError as error:
             refusals.add(str(error))
             return
+        if not outcomes:
+            results["eager"] = case.run(case.x, case.w, *case.extra, implementation=name)
         outcomes.append(True)
-        _compare(op, name, case, result, act, tolerance)
+        _compare(op, name, case, results, act, tolerance)
 
     for weight in weights:  # whatever the draw
         for act in acts:
@@ -106,7 +109,15 @@ def check_lowering(
 
 # Sizes: of dot (stack, rows, N, K) with stack 0 for none; of conv (examples, side, channels, outputs, stride, groups);
 # of ragged_dot (groups, rows, N, K).
-_DOT_SIZES = [(0, 5, 24, 64), (0, 1, 33, 64), (0, 2, 7, 96), (0, 17, 64, 37), (2, 3, 16, 64), (0, 0, 8, 32), (0, 4, 1, 32)]
+_DOT_SIZES = [
+    (0, 5, 24, 64),
+    (0, 1, 33, 64),
+    (0, 2, 7, 96),
+    (0, 17, 64, 37),
+    (2, 3, 16, 64),
+    (0, 0, 8, 32),
+    (0, 4, 1, 32),
+]
 _SIZES: dict[str, list[tuple[int, ...]]] = {
     "dot": _DOT_SIZES,
     "dot_transposed": _DOT_SIZES,
@@ -213,44 +224,42 @@ _MAKERS: dict[str, Callable[..., _Case]] = {
 }
 
 
-def _compare(op: str, name: str, case: _Case, result: Array, act: Format | None, tolerance: float) -> None:
+def _everything(case: _Case, name: str, x: Array, w: QArray, *extra: Array) -> dict[str, Array]:
+    """Return the result as each transformation computes it; one function, because compiling takes the time."""
+    run = functools.partial(case.run, implementation=name)
+    weights = stack([w, w])
+    return {
+        "jit": run(x, w, *extra),
+        "vmap over activations": jax.vmap(lambda x: run(x, w, *extra))(jnp.stack([x, x]))[1],
+        "vmap over weights": jax.vmap(lambda w: run(x, w, *extra))(weights)[1],
+        "scan over weights": lax.scan(lambda c, w: (c, run(x, w, *extra)), 0, weights)[1][1],
+    }
+
+
+def _compare(op: str, name: str, case: _Case, results: dict[str, Array], act: Format | None, tolerance: float) -> None:
     say = f"{op}, {name}, weights {case.w.fmt.name}, x {case.x.dtype} {case.x.shape}, w {case.w.shape}"
     say += f", activations {act.name}" if act else ""
-    x, w, extra = case.x, case.w, case.extra
-    expected = case.run(x, w, *extra, implementation="reference")
-    assert result.shape == expected.shape, f"{say}: shape {result.shape}, the oracle's is {expected.shape}"
-    assert result.dtype == expected.dtype, f"{say}: dtype {result.dtype}, the oracle's is {expected.dtype}"
+    x, w = case.x, case.w
+    expected = case.run(x, w, *case.extra, implementation="reference")
+    for what, got in results.items():
+        assert got.shape == expected.shape, f"{say}, {what}: shape {got.shape}, the oracle's is {expected.shape}"
+        assert got.dtype == expected.dtype, f"{say}, {what}: dtype {got.dtype}, the oracle's is {expected.dtype}"
     if not x.size:
         return
-    # The size of the terms of each result: the oracle on magnitudes.
-    magnitude = dataclasses.replace(case, x=jnp.abs(x))
-    absolute = dataclasses.replace(case.w, aux={k: jnp.abs(a) if k == "scale" else a for k, a in w.aux.items()})
-    del absolute
-    scale = _term_size(magnitude)
+    size = _term_size(x, w)
     bound = tolerance + float(jnp.finfo(x.dtype).eps) * (2 if x.dtype.itemsize == 2 else 0)
 
-    def near(got: Array, want: Array, what: str, size: Array = scale) -> None:
-        finite = jnp.isfinite(want)
-        assert bool(jnp.all(finite == jnp.isfinite(got))), f"{say}: {what}: NaN or infinity where the oracle has none"
-        off = jnp.where(finite, jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32)), 0)
-        worst = float(jnp.max(off / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)))
-        assert worst <= bound, f"{say}: {what} differs from the oracle by {worst:.1e} of the terms, {bound:.1e} allowed"
-
-    def run(x: Array, w: QArray, *extra: Array) -> Array:
-        return case.run(x, w, *extra, implementation=name)
-
-    near(result, expected, "the result")
-    near(jax.jit(run)(x, w, *extra), expected, "the jitted result")
-    pair = jnp.stack([x, x])
-    near(jax.vmap(lambda x: run(x, w, *extra))(pair)[1], expected, "vmap over activations")
-    if op != "conv" or not w.stack_ndim:
-        near(jax.vmap(lambda w: run(x, w, *extra))(stack([w, w]))[1], expected, "vmap over weights")
-    _, ys = lax.scan(lambda c, w: (c, run(x, w, *extra)), 0, stack([w, w]))
-    near(ys[1], expected, "inside scan")
+    for what, got in results.items():
+        finite = jnp.isfinite(expected)
+        assert bool(jnp.all(finite == jnp.isfinite(got))), f"{say}, {what}: NaN or infinity where the oracle has none"
+        off = jnp.where(finite, jnp.abs(got.astype(jnp.float32) - expected.astype(jnp.float32)), 0)
+        worst = float(jnp.max(off) / size)
+        assert worst <= bound, f"{say}, {what}: off by {worst:.1e} of the sum of terms, {bound:.1e} allowed"
 
 
-def _term_size(case: _Case) -> Array:
-    """Return an upper bound of the sum of magnitudes behind each result: the largest over all, shaped to broadcast."""
-    x = jnp.where(jnp.isfinite(case.x), case.x, 0).astype(jnp.float32)
-    weight = jnp.abs(case.w.decode_canonical())
-    return jnp.max(x) * jnp.max(jnp.sum(weight, axis=(-1 if case.w.shape[-1] else -2))) + jnp.float32(1e-30)
+def _term_size(x: Array, w: QArray) -> float:
+    """Return an upper bound of the sum of magnitudes behind any result."""
+    finite = jnp.where(jnp.isfinite(x), jnp.abs(x), 0).astype(jnp.float32)
+    weight = jnp.abs(w.decode_canonical())
+    sums = [jnp.max(jnp.sum(weight, axis=axis)) for axis in (-1, -2)]
+    return max(float(jnp.max(finite)) * float(max(sums)), 1e-30)
