@@ -89,7 +89,8 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
 
     sharding = eqn.params.get("out_sharding")
     if sharding is not None:  # asked for by the user under explicit sharding: the partitioner finds the way there
-        return jax.sharding.auto_axes(product, out_sharding=sharding)(x, canonical)
+        anywhere: Any = jax.sharding.auto_axes(product, out_sharding=sharding)
+        return anywhere(x, canonical)
     return product(x, canonical)
 
 
