@@ -107,7 +107,7 @@ def main() -> None:
             40,
             prefill=bind(fn.prefill),
             decode_step=bind(fn.decode_step),
-            cache=fn.init_cache(1, len(ids) + 40),
+            cache=cache,
         )
         console.print(f"[bold]{title}[/bold]: {tokenizer.decode(out[0])}", highlight=False)
     files = report.save(args.out)

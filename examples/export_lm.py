@@ -61,8 +61,8 @@ Greedy would loop, as small models do; at temperature 0.7, `jax.random.key(0)`:
 
 ## Limits
 
-It writes mostly grammatical nineteenth-century prose without sense. It knows no facts, follows no instructions, has seen no
-text after 1900 and repeats the views of its time. It is a yardstick for quantization and nothing else.
+It writes mostly grammatical nineteenth-century prose without sense. It knows no facts, follows no instructions, has
+seen no text after 1900 and repeats the views of its time. It is a yardstick for quantization and nothing else.
 
 ## Licence
 
