@@ -108,6 +108,8 @@ def main() -> None:
             prefill=bind(fn.prefill),
             decode_step=bind(fn.decode_step),
             cache=cache,
+            temperature=0.7,  # greedy text of a model this small runs in circles
+            key=jax.random.key(1),
         )
         console.print(f"[bold]{title}[/bold]: {tokenizer.decode(out[0])}", highlight=False)
     files = report.save(args.out)
