@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.applying.storage import LeafPlan, Slices, alike, assignment
+from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment
 from qjax.errors import QjaxError
 from qjax.formats import Aux, Format, QStack, assemble, canonical_matrix
+from qjax.formats.numerics import finite_part
 from qjax.passes import RTN
 
 Figures = dict[tuple[int, ...], float]
@@ -142,13 +144,17 @@ def _part(
         stored = distinct[0]
         if stored.fmt is None:
             return jnp.asarray(leaf), []
-        matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
-        codes, aux = _rounded(matrix, stored.fmt, stored.rounding or RTN(), stored.observer)
         along = tuple(plan.stack_axes.index(a) for a in plan.key_axes)
-        sums = _sums(matrix, codes, aux, stored.fmt, along)
+        if _as_it_lies(plan, stored):
+            codes, aux, sums = _rounded_as_it_lies(leaf, stored.fmt, len(plan.stack_axes), len(plan.in_axes), along)
+            codes = _exchanged(codes)
+        else:
+            matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
+            codes, aux = _rounded(matrix, stored.fmt, stored.rounding or RTN(), stored.observer)
+            sums = _sums(matrix, codes, aux, stored.fmt, along)
         # Codes of eight bits are stored as they are: a program would only copy them.
         pack = assemble if stored.fmt.code_bits == 8 else _packed
-        where = dict(shape=leaf.shape, in_axes=plan.in_axes, stack_axes=plan.stack_axes, dtype=matrix.dtype)
+        where = dict(shape=leaf.shape, in_axes=plan.in_axes, stack_axes=plan.stack_axes, dtype=leaf.dtype)
         keys = itertools.product(*(positions[a] for a in plan.key_axes))
         return pack(codes, aux, stored.fmt, **where), [(list(keys), *sums)]
     axis, groups = key_axes[0], alike(slices)
@@ -184,8 +190,45 @@ def _rounded(matrix: Any, fmt: Format, rounding: Any, observer: Any) -> tuple[An
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _sums(matrix: Any, codes: Any, aux: Aux, fmt: Format, along: tuple[int, ...]) -> tuple[Any, Any]:
     """Σw² and Σ(w − q)² over all axes of a canonical weight but the stack axes ``along``, in that order."""
-    w = matrix.astype(jnp.float32)
-    error = w - fmt.decode(codes, aux)
+    return _squares(matrix.astype(jnp.float32), fmt.decode(codes, aux), along)
+
+
+def _squares(w: Any, near: Any, along: tuple[int, ...]) -> tuple[Any, Any]:
+    error = w - near
     rest = tuple(a for a in range(w.ndim) if a not in along)
     order = [sorted(along).index(a) for a in along]
     return jnp.transpose(jnp.sum(w * w, rest), order), jnp.transpose(jnp.sum(error * error, rest), order)
+
+
+def _as_it_lies(plan: LeafPlan, stored: Stored) -> bool:
+    """Whether a leaf can be rounded before it is transposed, which then moves bytes in the place of floats.
+
+    It can if it lies as [*stack, *in, *out], is rounded to nearest, and elements of its format share nothing but the
+    scale of their row: arrays that broadcast along columns then do for rows what others do the other way round.
+    """
+    fmt = stored.fmt
+    lies = (*plan.stack_axes, *plan.in_axes) == tuple(range(len(plan.stack_axes) + len(plan.in_axes)))
+    nearest = stored.rounding in (None, RTN()) and stored.observer is None and type(fmt).fit is Format.fit
+    return lies and nearest and fmt.elementwise and fmt.per in ("channel", "token")
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rounded_as_it_lies(
+    leaf: Any, fmt: Format, stacks: int, ins: int, along: tuple[int, ...]
+) -> tuple[Any, Aux, tuple[Any, Any]]:
+    """Codes [*stack, K, N], canonical aux and the sums of `_sums` of a leaf [*stack, *in, *out]."""
+    stack, rows = leaf.shape[:stacks], leaf.shape[stacks : stacks + ins]
+    w = leaf.astype(jnp.float32).reshape(*stack, math.prod(rows), math.prod(leaf.shape[stacks + ins :]))
+    finite = finite_part(w)
+    low, high = (f(finite, axis=-2, keepdims=True, initial=0.0) for f in (jnp.min, jnp.max))
+    aux = fmt.from_range(_exchange(low), _exchange(high))
+    columns = {name: _exchange(a) for name, a in aux.items()}
+    codes = fmt.encode(w, columns)
+    return codes, aux, _squares(w, fmt.decode(codes, columns), along)
+
+
+def _exchange(a: Any) -> Any:
+    return jnp.swapaxes(a, -1, -2)
+
+
+_exchanged = jax.jit(_exchange)

@@ -45,6 +45,8 @@ class Format:
         group: length of a group along K, or None.
         affine: whether ``decode`` is ``(code - zero) * scale`` with the code read as a number (``zero`` absent: 0), so
             that a product can be formed on codes and scaled afterwards.
+        elementwise: whether, without groups, ``encode`` and ``decode`` treat every element by itself, with whatever
+            element of aux broadcasting puts beside it; a weight can then be rounded before it is transposed.
         symmetric: whether only the magnitude of a range counts, so that an observer may look at magnitudes alone.
         weights_only: whether a recipe refuses the format for activations: encoding them as they pass would cost more
             than the product gains.
@@ -53,6 +55,7 @@ class Format:
 
     key: ClassVar[str] = ""
     affine: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
     weights_only: ClassVar[bool] = False
     symmetric: bool = True
     row_aux: ClassVar[tuple[str, ...]] = ()

@@ -57,6 +57,7 @@ class Float8(Format):
     group: int | None = None
 
     affine = True
+    elementwise = True
     code_bits = 8
 
     def __post_init__(self) -> None:

@@ -49,6 +49,7 @@ class Int(Format):
     scale: str = "half"
 
     affine = True
+    elementwise = True
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
