@@ -1,0 +1,50 @@
+"""Every lowering of qjax passes the suite that others are held to."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from qjax import ops
+from qjax.formats import MXFP4, MXFP8, NF4, NVFP4, Float8, Int
+from qjax.testing import check_lowering
+
+WEIGHTS = [
+    Int(8),
+    Int(4, group=32),
+    Int(3),
+    Int(2, group=32, symmetric=False),
+    NF4(group=32),
+    MXFP4(),
+    NVFP4(),
+    MXFP8(),
+    Float8("e5m2"),
+]
+INTEGERS = [Int(8), Int(8, symmetric=False), Int(4, group=32), Int(4), Int(3, group=32, symmetric=False)]
+TOKEN = Int(8, per="token")
+TOKENS = [TOKEN, Int(8, per="tensor"), Int(8, per="token", symmetric=False), Int(6, group=32)]
+EIGHTS = [Float8(per="token"), Float8("e5m2", per="tensor")]
+
+SUITES = {
+    ("dot", "dequantize"): {"weights": WEIGHTS, "acts": [None, TOKEN]},
+    ("dot", "dequantize_blocks"): {"weights": WEIGHTS},
+    ("dot", "int_dot"): {"weights": INTEGERS, "acts": TOKENS},
+    ("dot", "float8_dot"): {"weights": [Float8(), Float8("e5m2", per="tensor")], "acts": EIGHTS},
+    ("dot_transposed", "dequantize"): {"weights": WEIGHTS[:5]},
+    ("dot_transposed", "dequantize_blocks"): {"weights": WEIGHTS[:5]},
+    ("conv", "dequantize"): {"weights": [Int(8), Int(4, group=8), NF4(group=8)], "acts": [None, TOKEN]},
+    ("conv", "int_conv"): {"weights": [Int(8), Int(4)], "acts": [Int(8, per="tensor"), TOKEN]},
+    ("ragged_dot", "experts"): {"weights": [Int(8), Int(4, group=32), NF4(group=32)], "acts": [None, TOKEN]},
+    ("ragged_dot", "dequantize"): {"weights": [Int(8)]},
+}
+
+
+@pytest.mark.parametrize(("op", "name"), SUITES)
+def test_lowering(op, name):
+    check_lowering(op, name, dtypes=(jnp.float32, jnp.bfloat16), examples=3, **SUITES[op, name])
+
+
+def test_no_lowering_is_forgotten():
+    there = {(e.op, e.name) for e in ops.lowering_table().rows if e.function.__module__.startswith("qjax.")}
+    oracles = {(op, "reference") for op in ("dot", "dot_transposed", "conv", "ragged_dot")}
+    assert there - oracles == set(SUITES)
