@@ -179,8 +179,12 @@ def in_blocks(problem: Problem, x: Array, w: QArray, product: Callable[[Problem,
     partial = dataclasses.replace(problem, n=step, out_dtype=np.dtype(wide(x.dtype)))
     last = problem.n - step
 
-    # 8-bit floats are sliced as bytes: XLA on CPU would widen the whole array before each slice.
-    stored = _map_arrays(lambda a: lax.bitcast_convert_type(a, jnp.uint8) if _is_float8(a.dtype) else a, w)
+    def as_bytes(a: Array) -> Array:
+        # 8-bit floats are sliced as bytes: XLA on CPU would widen the whole array before each slice. The view as bytes
+        # is a copy, so it waits for x like everything else.
+        return after(x, lax.bitcast_convert_type(a, jnp.uint8)) if _is_float8(a.dtype) else a
+
+    stored = _map_arrays(as_bytes, w)
 
     def block(start: Array) -> QArray:
         def take(whole: Array, dtype: np.dtype) -> Array:
