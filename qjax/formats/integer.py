@@ -11,7 +11,7 @@ from jax import Array
 
 from qjax.errors import FormatError, near
 from qjax.formats.base import Aux, Format, ImplicitPer
-from qjax.formats.numerics import AnyArray, saturate, scale_for
+from qjax.formats.numerics import AnyArray, round_even, saturate, scale_for
 from qjax.formats.registry import register_format
 
 
@@ -101,7 +101,7 @@ class Int(Format):
         """Return int8 codes, or uint8 if asymmetric."""
         length = x.shape[-1]
         low, high = self.code_range
-        steps = jnp.round(jnp.asarray(x, jnp.float32) * self.spread(1.0 / aux["scale"], length))
+        steps = round_even(jnp.asarray(x, jnp.float32) * self.spread(1.0 / aux["scale"], length))
         if self.symmetric:
             return saturate(steps, low, high).astype(jnp.int8)
         # Rounded before the zero point is added: x * inverse + zero could be contracted into one instruction in one

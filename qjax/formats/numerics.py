@@ -15,10 +15,9 @@ Three facts decide how it is written.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 AnyArray = Array | np.ndarray
 """What formats compute on: arrays, tracers, and NumPy arrays that jnp takes as they are."""
@@ -44,24 +43,46 @@ def scale_for(size: AnyArray, bound: float, largest_code: float) -> Array:
         float32; 1 where ``size`` is zero or subnormal.
     """
     limit = min(LARGEST_SCALE, 0.999 * float(np.finfo(np.float32).max) / largest_code)
-    scale = jnp.clip(size * reciprocal(bound), SMALLEST_SCALE, limit)
-    return jnp.where(size < SMALLEST_SCALE, jnp.float32(1.0), scale)
+    size = jnp.asarray(size)
+    scale = _clamp(size * reciprocal(bound), SMALLEST_SCALE, limit)
+    return _where(lax.ge(size, lax.full_like(size, SMALLEST_SCALE)), scale, 1.0)
 
 
 def finite_part(x: AnyArray) -> Array:
     """Return x with NaN and infinity replaced by 0, for taking ranges."""
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+    x = jnp.asarray(x)
+    return _where(lax.is_finite(x), x, 0)
 
 
 def saturate(x: AnyArray, low: float, high: float) -> Array:
     """Clip to [low, high]; NaN becomes 0."""
-    return jnp.where(jnp.isnan(x), jnp.zeros((), x.dtype), jnp.clip(x, low, high))
+    x = jnp.asarray(x)
+    return _where(lax.eq(x, x), _clamp(x, low, high), 0)
+
+
+def round_even(x: AnyArray) -> Array:
+    """Round to the nearest integer, ties to even, in the dtype of x."""
+    return lax.round(jnp.asarray(x), lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+# Written with lax, because each jnp function of this kind is a call of its own in what XLA gets to compile, and a model
+# with dynamic activations has a thousand of them.
+
+
+def _where(condition: Array, x: Array, other: float) -> Array:
+    """Return x where the condition holds, a number elsewhere."""
+    return lax.select(condition, x, lax.full_like(x, other))
+
+
+def _clamp(x: Array, low: float, high: float) -> Array:
+    """Return x within bounds; NaN stays NaN."""
+    return lax.clamp(x.dtype.type(low), x, x.dtype.type(high))
 
 
 def power_of_two(exponent: AnyArray) -> Array:
     """Return float32 2**exponent, exactly, for integer exponents in [-126, 127]."""
     bits = (exponent.astype(jnp.int32) + 127) << 23
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def times_power_of_two(x: AnyArray, exponent: AnyArray) -> Array:
@@ -76,5 +97,5 @@ def times_power_of_two(x: AnyArray, exponent: AnyArray) -> Array:
 
 def floor_log2(x: AnyArray) -> Array:
     """Return int32 floor(log2(x)) of positive float32 numbers from the exponent bits; -127 for subnormals and 0."""
-    bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)
+    bits = lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)
     return ((bits >> 23) & 0xFF) - 127

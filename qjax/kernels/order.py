@@ -17,11 +17,15 @@ from jax import Array, lax
 def runtime_zero(x: Array) -> Array:
     """Return a uint8 0 that the compiler cannot know before x is there; x must not be empty.
 
-    The sign bit of the first element, shifted out: no arithmetic on floats, so NaN and infinity do no harm.
+    For floats: whether the first element is below minus infinity. The passes that schedule and fuse take this for a
+    computation; the code generator, later, sees that it is false, so that the loop does not compute it. For other
+    dtypes: the sign bit of the first element, shifted out.
     """
     first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
     if jnp.issubdtype(first.dtype, jnp.complexfloating):
         first = first.real
+    if jnp.issubdtype(first.dtype, jnp.floating) and first.dtype.itemsize > 1:
+        return lax.lt(first, jnp.array(-jnp.inf, first.dtype)).astype(jnp.uint8)
     if jnp.issubdtype(first.dtype, jnp.bool_):
         first = first.astype(jnp.uint8)
     width = first.dtype.itemsize * 8
@@ -36,8 +40,8 @@ def after(x: Array, codes: Array) -> Array:
     if x.size == 0 or codes.dtype.itemsize != 1:
         return codes
     zero = runtime_zero(x)
-    if codes.dtype == jnp.uint8:
-        return codes ^ zero
+    if jnp.issubdtype(codes.dtype, jnp.integer):
+        return codes ^ zero.astype(codes.dtype)
     as_bytes = lax.bitcast_convert_type(codes, jnp.uint8) ^ zero
     return lax.bitcast_convert_type(as_bytes, codes.dtype)
 

@@ -23,17 +23,24 @@ SMALL_ELEMENTS = 1 << 20
 """Weights of fewer elements are small: compiling them takes longer than a few hundred runs."""
 
 
-def unpacked(w: QArray) -> Array:
-    """Return the codes of a canonical weight, ``fmt.code_dtype`` [*stack, N, K]; equal to ``w.unpacked()``."""
+def unpacked(w: QArray, dtype: np.dtype | None = None) -> Array:
+    """Return the codes of a canonical weight [*stack, N, K]; equal to ``w.unpacked()``.
+
+    Args:
+        w: the weight.
+        dtype: ``fmt.code_dtype``, or float32 where the codes are wanted as numbers.
+    """
     bits, codes = w.fmt.code_bits, w.codes
+    dtype = dtype or w.fmt.code_dtype
     if bits == 8 or math.prod(codes.shape[-2:-1]) * w.length >= SMALL_ELEMENTS or not w.length:
-        return w.unpacked()
-    code = _aligned(codes, bits) if 8 % bits == 0 else _spanning(codes, bits, w.length)
-    code = code[..., : w.length]
-    if not w.fmt.signed:
-        return code
-    half = 1 << (bits - 1)  # two's complement of few bits: flip the sign bit, then subtract its weight
-    return (code ^ jnp.uint8(half)).astype(jnp.int8) - jnp.int8(half)
+        return w.unpacked().astype(dtype)
+    if 8 % bits == 0:
+        return _aligned(codes, bits, w.fmt.signed, dtype)[..., : w.length]
+    code = _spanning(codes, bits, w.length)[..., : w.length]
+    if w.fmt.signed:
+        half = 1 << (bits - 1)  # two's complement of few bits: flip the sign bit, then subtract its weight
+        code = (code ^ jnp.uint8(half)).astype(jnp.int8) - jnp.int8(half)
+    return code.astype(dtype)
 
 
 def widened(a: Array) -> Array:
@@ -51,14 +58,28 @@ def widened(a: Array) -> Array:
 
 def floats(w: QArray) -> Array:
     """Return a canonical weight as float32 [*stack, N, K]; equal to ``w.decode_canonical()``."""
-    return w.fmt.decode(widened(unpacked(w)), {name: widened(a) for name, a in w.aux.items()})
+    codes = unpacked(w, np.dtype(np.float32) if w.fmt.is_integer else None)
+    return w.fmt.decode(widened(codes), {name: widened(a) for name, a in w.aux.items()})
 
 
-def _aligned(packed: Array, bits: int) -> Array:
-    """Codes that never straddle bytes: repeat each byte, shift each repetition by its own amount."""
+def _aligned(packed: Array, bits: int, signed: bool, dtype: np.dtype) -> Array:
+    """Codes that never straddle bytes: repeat each byte, shift each repetition by its own amount.
+
+    XLA's own 4-bit integers are the shortest way to say what a code's sign is. They exist only between two conversions:
+    in the XLA of jax 0.10 on CPU, `lax.bitcast_convert_type(packed, jnp.int4)` gives wrong numbers where the dot that
+    follows contracts the other axis.
+    """
     count = 8 // bits
-    shifts = np.tile(np.arange(count) * bits, packed.shape[-1]).astype(np.uint8)
-    return (jnp.repeat(packed, count, axis=-1) >> shifts) & jnp.uint8(2**bits - 1)
+    shape = (*packed.shape, count)
+    codes = lax.broadcast_in_dim(packed, shape, tuple(range(packed.ndim))) >> (np.arange(count, dtype=np.uint8) * bits)
+    if bits == 4:
+        codes = codes.astype(jnp.int4 if signed else jnp.uint4)
+    else:
+        codes = codes & jnp.uint8(2**bits - 1)
+        if signed:
+            half = 1 << (bits - 1)
+            codes = (codes ^ jnp.uint8(half)).astype(jnp.int8) - jnp.int8(half)
+    return codes.astype(dtype).reshape(*packed.shape[:-1], packed.shape[-1] * count)
 
 
 def _spanning(packed: Array, bits: int, length: int) -> Array:

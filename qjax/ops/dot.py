@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from qjax import _compat
 from qjax.errors import LayoutError, QjaxWarning
 from qjax.formats import Aux, Float8, Format, Int, QArray
+from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.kernels import Act, Problem, select
 from qjax.kernels.dot.reference import dot_reference
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
@@ -215,6 +216,10 @@ def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0) -> Aux:
     own; on a mesh it is the maximum over all shards, inside shard_map too (a `pmax` over the axes over which x is
     known to vary, which needs ``check_vma=True``).
 
+    NaN and infinity in a token make its scale NaN, and so its row of the product, as in the float product: nothing is
+    hidden, and other tokens are left alone. A scale per tensor or group is taken over finite elements, because one
+    padded row must not spoil the others; NaN then counts as 0 and infinity as the largest code.
+
     Args:
         x: float [*stack, *rows, K].
         fmt: the format; per "tensor" means all rows of one element of the stack.
@@ -234,24 +239,29 @@ def _activation_aux(x: Array, fmt: Format, stack_ndim: int) -> Aux:
         return fmt.fit(x)
     # Formats that are fitted to the largest magnitude alone need one reduction in place of two.
     by_magnitude = isinstance(fmt, Float8) or (isinstance(fmt, Int) and fmt.symmetric)
+    if by_magnitude and fmt.per in ("token", "channel"):
+        # Short, because it is compiled into everything that reads the scale: no look at every element for NaN (which
+        # would double the time of the reduction on CPU too), and no scale of 1 where a row is zero. A multiple of the
+        # scale that the format has for [-1, 1] is to the bit the scale that it has for [-top, top].
+        with jax.ensure_compile_time_eval():
+            unit = fmt.from_range(jnp.float32(-1), jnp.float32(1))["scale"]
+        top = fmt.reduce(jnp.abs(x), jnp.max)
+        return {"scale": lax.max(top * unit, lax.full_like(top, SMALLEST_SCALE))}
+    if fmt.per in ("token", "channel") and isinstance(fmt, Int):
+        low, high = (fmt.reduce(x, lambda a, f=f, **k: f(a, initial=0.0, **k)) for f in (jnp.min, jnp.max))
+        aux = dict(fmt.from_range(low, high))
+        good = lax.is_finite(low) & lax.is_finite(high)
+        return {**aux, "scale": lax.select(good, aux["scale"], lax.full_like(aux["scale"], jnp.nan))}
     if fmt.per != "tensor":
-        if not by_magnitude or fmt.per == "group":
-            return fmt.fit(x)
-        top = fmt.reduce(_finite(jnp.abs(x)), jnp.max)
-        return fmt.from_range(-top, top)
+        return fmt.fit(x)
     axes = tuple(range(stack_ndim, x.ndim))
     shards = _compat.varying_axes(x, jax.sharding.get_abstract_mesh().manual_axes)
     if by_magnitude:
-        top = jnp.max(_finite(jnp.abs(x)), axis=axes, keepdims=True)
+        top = jnp.max(finite_part(jnp.abs(x)), axis=axes, keepdims=True)
         top = lax.pmax(top, shards) if shards else top
         return fmt.from_range(-top, top)
-    low = jnp.min(_finite(x), axis=axes, keepdims=True, initial=0.0)
-    high = jnp.max(_finite(x), axis=axes, keepdims=True, initial=0.0)
+    low = jnp.min(finite_part(x), axis=axes, keepdims=True, initial=0.0)
+    high = jnp.max(finite_part(x), axis=axes, keepdims=True, initial=0.0)
     if shards:
         low, high = lax.pmin(low, shards), lax.pmax(high, shards)
     return fmt.from_range(low, high)
-
-
-def _finite(x: Array) -> Array:
-    """Return x with NaN and infinity replaced by 0."""
-    return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.float32(0))

@@ -168,11 +168,14 @@ def test_dtypes_follow_dot_general(setting, dtype, out):
         np.testing.assert_allclose(y.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-2, atol=1e-2)
 
 
-def test_nan_in_one_row_stays_there(setting):
-    if setting.act is not None:
-        pytest.skip("quantized activations have no NaN: it is encoded as 0")
-    y = setting.q(setting.x.at[0, 0].set(jnp.nan), setting.w)
-    assert np.isnan(y[0]).all() and np.isfinite(y[1:]).all()
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_not_finite_in_one_row_stays_there(setting, bad, same):
+    y = setting.q(setting.x.at[0, 3].set(bad), setting.w)
+    if setting.act is not None and setting.act.per == "tensor":  # a padded row must not spoil the others
+        assert np.isfinite(y).all()
+    else:
+        assert not np.isfinite(y[0]).any()
+        same(y[1:], setting.q(setting.x, setting.w)[1:])
 
 
 def test_weights_of_any_layout_are_viewed_canonically(same):
