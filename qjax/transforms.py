@@ -22,7 +22,7 @@ from qjax.recipe import recipe as named_recipe
 from qjax.report.data import Report
 from qjax.rewrite import Rewriter
 from qjax.rewriting.emit import Act
-from qjax.trees import replace_arrays
+from qjax.trees import is_array, replace_arrays
 
 
 class Rewritten:
@@ -43,7 +43,7 @@ class Rewritten:
         self.fn, self.recipe = fn, recipe
         self.max_runs, self.implementation = max_runs, implementation
         self.has_inputs = any(rule.inputs is not None for rule in recipe.rules)
-        self._jitted = jax.jit(self._run, static_argnums=0)
+        self._jitted = jax.jit(self._called, static_argnums=0)
 
     def __repr__(self) -> str:
         """Name the function and the recipe."""
@@ -52,10 +52,24 @@ class Rewritten:
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the quantized function."""
-        signature, arrays = Signature.of(params, args, kwargs)
-        return self._jitted(signature, *arrays)
+        # The way of every call: leaves without their paths, quantized ones taken apart by jax.
+        leaves, treedef = jax.tree.flatten((params, args, kwargs))
+        arrays, static = [], []
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, jax.Array) or is_array(leaf):
+                arrays.append(leaf)
+            else:
+                static.append((position, type(leaf), leaf))  # the type, because 1 == 1.0 == True
+        return self._jitted((treedef, tuple(static)), *arrays)
 
-    def _run(self, signature: Signature, *arrays: Any) -> Any:
+    def _called(self, call: tuple[Any, tuple[tuple[int, type, Any], ...]], *arrays: Any) -> Any:
+        treedef, static = call
+        given, it = {position: leaf for position, _, leaf in static}, iter(arrays)
+        leaves = [given[n] if n in given else next(it) for n in range(treedef.num_leaves)]
+        params, args, kwargs = jax.tree.unflatten(treedef, leaves)
+        return self._run(*Signature.of(params, args, kwargs))
+
+    def _run(self, signature: Signature, arrays: Sequence[Any]) -> Any:
         if not self.has_inputs and not any(is_quantized(a) for a in arrays):
             params, args, kwargs = signature.rebuild(arrays)
             return self.fn(params, *args, **kwargs)
@@ -86,7 +100,7 @@ class Rewritten:
     def rewritten_jaxpr(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The closed jaxpr of the rewritten function, for reading and comparing."""
         signature, arrays = Signature.of(params, args, kwargs)
-        return jax.make_jaxpr(lambda *a: self._run(signature, *a))(*arrays)
+        return jax.make_jaxpr(lambda *a: self._run(signature, a))(*arrays)
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:

@@ -311,6 +311,16 @@ def test_integer_weights_are_named():
         qjax.quantize(lambda p, x: x @ p["w"], p, jnp.ones((2, 8), jnp.int32), recipe=W8)
 
 
+def test_numbers_that_are_equal_and_not_the_same_are_told_apart():
+    def fn(params, x, power):
+        return (x @ params["w"]) ** power if isinstance(power, bool) else x @ params["w"] + jnp.asarray(power)
+
+    params, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4), jnp.bfloat16)
+    model = qjax.quantize(fn, params, x, 1, recipe=qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8))]))
+    for power in (1, 1.0, True):
+        np.testing.assert_array_equal(model(params, x, power), fn(params, x, power))
+
+
 def test_static_activations_need_calibration():
     recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), inputs=qjax.static(qjax.Int(8, per="tensor")))])
     with pytest.raises(RecipeError, match="batches="):
