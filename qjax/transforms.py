@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,6 +24,12 @@ from qjax.report.data import Report
 from qjax.rewrite import Rewriter
 from qjax.rewriting.emit import Act
 from qjax.trees import is_array, replace_arrays
+
+
+@functools.cache
+def _is_concrete(kind: type) -> bool:
+    """Whether a type is that of concrete arrays; asked once for each, because jax's own isinstance is slow."""
+    return issubclass(kind, jax.Array | np.ndarray)
 
 
 class Rewritten:
@@ -54,9 +61,11 @@ class Rewritten:
         """Call the quantized function."""
         # The way of every call: leaves without their paths, quantized ones taken apart by jax.
         leaves, treedef = jax.tree.flatten((params, args, kwargs))
+        if all(map(_is_concrete, set(map(type, leaves)))):
+            return self._jitted((treedef, ()), *leaves)
         arrays, static = [], []
         for position, leaf in enumerate(leaves):
-            if isinstance(leaf, jax.Array) or is_array(leaf):
+            if is_array(leaf):
                 arrays.append(leaf)
             else:
                 static.append((position, type(leaf), leaf))  # the type, because 1 == 1.0 == True
