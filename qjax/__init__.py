@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from qjax.formats import QArray as QArray
     from qjax.formats import QStack as QStack
     from qjax.formats import register_format as register_format
+    from qjax.observed import calibrate as calibrate
+    from qjax.observed import observe as observe
     from qjax.ops import register_lowering as register_lowering
     from qjax.passes import RTN as RTN
     from qjax.program import Program as Program
@@ -61,6 +63,8 @@ _HOME = {
     "quantize": "qjax.transforms",
     "plan": "qjax.transforms",
     "Model": "qjax.transforms",
+    "observe": "qjax.observed",
+    "calibrate": "qjax.observed",
     "from_nnx": "qjax.adapters",
     "from_linen": "qjax.adapters",
     "from_equinox": "qjax.adapters",
@@ -106,6 +110,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "astype",
+    "calibrate",
     "checkpoint",
     "combine",
     "dynamic",
@@ -117,6 +122,7 @@ __all__ = [
     "from_nnx",
     "load",
     "models",
+    "observe",
     "partition",
     "passes",
     "plan",

@@ -469,3 +469,12 @@ def recipes() -> dict[str, str]:
     from qjax.recipe_toml import presets
 
     return {name: preset["description"] for name, preset in presets().items()}
+
+
+def resolve_recipe(given: Recipe | str) -> Recipe:
+    """A recipe, or the preset of that name."""
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str):
+        return recipe(given)
+    raise RecipeError(f"recipe= takes a qjax.Recipe or the name of a preset, not {type(given).__name__}")

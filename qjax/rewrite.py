@@ -15,8 +15,9 @@ shardings as they were. Named scopes and tracebacks are replayed for each equati
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +36,7 @@ from qjax.formats import QArray, QStack, is_quantized
 from qjax.program import Program
 from qjax.rewriting import selection
 from qjax.rewriting.control_flow import CONTROL_FLOW
-from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged
+from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants
 from qjax.rewriting.selection import Selected, dense
 from qjax.rewriting.sharding import quantized_specs
 from qjax.rewriting.steps import Context
@@ -55,7 +56,7 @@ class Rewriter:
     def __init__(
         self,
         program: Program,
-        inputs: Mapping[str, Act] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         *,
         max_runs: int = 4,
         implementation: str | None = None,
@@ -109,6 +110,21 @@ class Rewriter:
                 by_step[step[at]].add((tuple(s for i, s in enumerate(step) if i != at), act))
             columns.append([frozenset(by_step[t]) for t in range(length)])
         return list(zip(*columns, strict=True)) if columns else None
+
+    # What bodies of control flow return beside their results; see `qjax.rewriting.taps`.
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[dict[Any, Any]]:
+        """Collect what is observed inside: nothing, in a plain replay."""
+        yield {}
+
+    def deposit(self, taken: dict[Any, Any]) -> None:
+        """Take what a body has collected."""
+
+    @property
+    def observing(self) -> bool:
+        """Whether something is collected."""
+        return False
 
     def needs(self, eqn: Any, values: Sequence[Any], here: Path) -> bool:
         """Whether a higher-order equation has to be re-emitted: a quantized operand, or a decision inside."""
@@ -216,7 +232,7 @@ class Rewriter:
                     inner = [selected.part(part, position) if v is selected else next(it) for v in values]
                     inner = [dense(v) if isinstance(v, Selected) else v for v in inner]
                     if len(distinct) == 1:
-                        return emit(self, eqn, inner, distinct[0], where)
+                        return emit(self, eqn, inner, distinct[0] if has_constants(inner, distinct[0]) else None, where)
                     return _switch_acts(self, emit, eqn, inner, distinct, acts, index, where)
 
                 return run
@@ -264,9 +280,12 @@ def _switch_acts(
     rewriter: Rewriter, emit: Any, eqn: Any, values: list[Any], distinct: list[Any], acts: Any, index: Any, where: str
 ) -> Any:
     which = jnp.asarray([distinct.index(act) for _, act in acts], jnp.int32)[index]
-    return lax.switch(
-        which, [lambda vs, act=act: emit(rewriter, eqn, vs, act, where) for act in distinct], list(values)
-    )
+
+    def branch(act: Any) -> Callable[[list[Any]], Any]:
+        # A weight that is stored without the constants of a decision is never met where that decision holds.
+        return lambda vs: emit(rewriter, eqn, vs, act if has_constants(vs, act) else None, where)
+
+    return lax.switch(which, [branch(act) for act in distinct], list(values))
 
 
 # --------------------------------------------------------------------------------------------- views of a QArray

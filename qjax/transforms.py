@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +14,14 @@ import numpy as np
 from qjax.applying.leaves import quantize_leaves
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.reporting import build_report, explain_row
-from qjax.applying.storage import WEIGHT_OPS
-from qjax.errors import QjaxError, RecipeError, TraceError
+from qjax.applying.static import constants_of, taps_of, with_constants
+from qjax.applying.storage import WEIGHT_OPS, input_prefix
+from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
 from qjax.formats import is_quantized
+from qjax.observed import argument_tuples, calibrate
 from qjax.passes import run_passes
 from qjax.program import Program, Signature, trace_flat
-from qjax.recipe import Dynamic, Recipe
-from qjax.recipe import recipe as named_recipe
+from qjax.recipe import Recipe, Static, resolve_recipe
 from qjax.report.data import Report
 from qjax.rewrite import Rewriter
 from qjax.rewriting.emit import Act
@@ -93,9 +95,9 @@ class Rewritten:
         """What replays the program by the recipe."""
         decisions = self.recipe.decide(program.sites, strict=False)
         inputs = {
-            site.name: Act(decision.inputs.fmt)
+            site.name: Act(source.fmt, input_prefix(site.name) if isinstance(source, Static) else None)
             for site in program.sites
-            if site.op in WEIGHT_OPS and isinstance((decision := decisions[site.name]).inputs, Dynamic)
+            if site.op in WEIGHT_OPS and (source := decisions[site.name].inputs) is not None
         }
         return Rewriter(program, inputs, max_runs=self.max_runs, implementation=self.implementation, record=record)
 
@@ -163,15 +165,6 @@ class Model:
         return explain_row(self.report.row(site))
 
 
-def resolve_recipe(recipe: Recipe | str) -> Recipe:
-    """A recipe, or the preset of that name."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, str):
-        return named_recipe(recipe)
-    raise RecipeError(f"recipe= takes a qjax.Recipe or the name of a preset, not {type(recipe).__name__}")
-
-
 def plan(fn: Callable[..., Any], params: Any, *args: Any, recipe: Recipe | str, **kwargs: Any) -> Plan:
     """What `quantize` would do, without doing it.
 
@@ -196,6 +189,7 @@ def quantize(
     *args: Any,
     recipe: Recipe | str,
     batches: Iterable[Any] | None = None,
+    state: Mapping[str, Any] | None = None,
     name: str = "",
     donate: bool = False,
     max_runs: int = 4,
@@ -210,7 +204,9 @@ def quantize(
         params: its parameter tree, float arrays.
         *args, **kwargs: example arguments (or `jax.ShapeDtypeStruct`) of any batch size and length.
         recipe: a recipe, or the name of a preset (`qjax.recipes()`).
-        batches: calibration data; no recipe of this version needs it.
+        batches: calibration data for recipes with static inputs: argument tuples, as `qjax.calibrate` takes them. Where
+            no example arguments are given, the first batch is the example.
+        state: what `qjax.calibrate` returned for this recipe, in place of batches.
         name: the model's name in the report.
         donate: free each float leaf once it is packed (the float tree cannot be used afterwards).
         max_runs: how many scans one scan may be split into where its layers have different formats.
@@ -222,21 +218,34 @@ def quantize(
 
     Raises:
         RecipeError: the recipe does not fit the program, or needs calibration data.
+        DataError: batches that cannot be used, or a state that belongs to something else.
         QjaxError: a weight holds NaN or infinity.
     """
     recipe = resolve_recipe(recipe)
-    if recipe.needs_batches and batches is None:
+    if recipe.needs_batches and batches is None and state is None:
         raise RecipeError(f"{recipe.needs_batches}: pass calibration data as batches=, or choose a dynamic recipe")
+    if batches is not None:
+        if kwargs:
+            raise QjaxError("batches are tuples of positional arguments; give the function without keyword arguments")
+        if not recipe.needs_batches:
+            warnings.warn("the recipe needs no calibration data: batches are not looked at", QjaxWarning, stacklevel=2)
+        elif state is None:
+            args = args or next(argument_tuples(batches), ())
+            state = calibrate(fn, params, batches, recipe=recipe)
     signature, arrays = Signature.of(params, args, kwargs)
     if any(is_quantized(a) for a in arrays[: signature.n_params]):
         raise QjaxError("these parameters are quantized already; pass the float parameters")
     _refuse_bad_leaves(params)
     program = trace_flat(fn, signature, arrays)
     planned = plan_program(program, recipe)
+    constants = constants_of(taps_of(planned.decisions), state or {})
     chosen = [name for name, d in planned.decisions.items() if d.weights is not None and not d.skip]
     leaves, notes = run_passes(recipe.prepare, program, arrays[: signature.n_params], chosen)
     del arrays
     stored, finish = quantize_leaves(planned.leaves, leaves, donate=donate, progress=progress)
+    if constants:
+        for position, leaf in planned.leaves.items():
+            stored[position] = with_constants(program, leaf, stored[position], constants)
     rewritten = Rewritten(fn, recipe, max_runs=max_runs, implementation=implementation)
     replayed = rewritten.recorded(program, stored)  # while the device is busy
     report = build_report(program, planned, stored, finish(), replayed, name=name, recipe=recipe.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import jax
@@ -309,6 +310,16 @@ def test_integer_weights_are_named():
     p = {"w": jnp.ones((8, 8), jnp.int32)}
     with pytest.raises(RecipeError, match="w has dtype int32"):
         qjax.quantize(lambda p, x: x @ p["w"], p, jnp.ones((2, 8), jnp.int32), recipe=W8)
+
+
+@pytest.mark.parametrize("per", ["tensor", "token"])
+@pytest.mark.parametrize("fmt", [qjax.Int(8), qjax.Int(8, symmetric=False), qjax.Float8()], ids=lambda f: f.name)
+def test_activations_of_a_batched_product(fmt, per):
+    inputs = qjax.dynamic(dataclasses.replace(fmt, per=per))
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), inputs=inputs)])
+    model = qjax.quantize(CASES["expert_einsum"], params(), batch(), recipe=recipe)
+    got, want = model(model.params, batch()), CASES["expert_einsum"](params(), batch())
+    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.05
 
 
 def test_numbers_that_are_equal_and_not_the_same_are_told_apart():

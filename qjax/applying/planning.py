@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.applying.static import abstract_inputs
 from qjax.applying.storage import LeafPlan, Slices, alike, assignment, check_decisions, plan_leaves
 from qjax.errors import RecipeError
 from qjax.formats import QStack, is_quantized, quantize_array
@@ -144,7 +145,8 @@ def _abstract_part(aval: Any, leaf: LeafPlan, slices: Slices, key_axes: tuple[in
         fmt = distinct[0].fmt
         if fmt is None:
             return aval
-        return jax.eval_shape(lambda w: quantize_array(w, fmt, in_axes=leaf.in_axes, stack_axes=leaf.stack_axes), aval)
+        q = jax.eval_shape(lambda w: quantize_array(w, fmt, in_axes=leaf.in_axes, stack_axes=leaf.stack_axes), aval)
+        return abstract_inputs(q, distinct[0].inputs)
     axis, groups = key_axes[0], alike(slices)
     parts = []
     for inner, where in groups:

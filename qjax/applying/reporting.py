@@ -106,8 +106,8 @@ def _leaf_row(
         stored = leaf.slices.get(key) or (leaf.uniform or Stored(reason="slices of several formats"))
     elif site.slice:
         key = tuple(p for _, p in site.slice)
-    act = decision.inputs.fmt if isinstance(decision.inputs, Dynamic) and not decision.skip else None
-    inputs = f"{act.name} dynamic" if act is not None else "float"
+    act = decision.inputs.fmt if decision.inputs is not None and not decision.skip else None
+    inputs = f"{act.name} {'dynamic' if isinstance(decision.inputs, Dynamic) else 'static'}" if act else "float"
     if stored.fmt is None:
         reason = stored.reason or decision.reason or NOT_QUANTIZED_HERE.get(site.op, "no rule of the recipe matches it")
         if act is not None:

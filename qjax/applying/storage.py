@@ -19,6 +19,9 @@ from qjax.errors import RecipeError
 from qjax.program import Program
 from qjax.recipe import Decision, Static
 
+INPUT = "input"
+"""Prefix of the arrays of a weight that belong to the activations it meets."""
+
 WEIGHT_OPS = (*LINEAR, "embedding")
 """Ops of the sites that read a weight."""
 
@@ -33,6 +36,7 @@ class Stored:
         observer: how the range is chosen; None is the largest magnitude.
         reason: why it stays float.
         note: anything the report should say.
+        inputs: prefix and source of the constant activation scales that are kept with the weight.
     """
 
     fmt: Any = None
@@ -40,6 +44,7 @@ class Stored:
     observer: Any = None
     reason: str = ""
     note: str = dataclasses.field(default="", compare=False)
+    inputs: tuple[tuple[str, Static], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +146,15 @@ def _plan_leaf(position: int, name: str, aval: Any, readers: list[tuple[Site, De
     length = math.prod(aval.shape[a] for a in lead.in_axes)
     slices = {}
     for key in itertools.product(*(range(aval.shape[a]) for a in key_axes)):
-        here = [(s, d) for s, d in readers if _reads(s.slice, dict(zip(key_axes, key, strict=True)))]
+        here = [(s, d) for s, d in readers if reads_slice(s.slice, dict(zip(key_axes, key, strict=True)))]
         slices[key] = _stored(here, length)
     if all(s.fmt is None for s in slices.values()):
         return None
     return LeafPlan(position, name, tuple(aval.shape), aval.dtype, lead.in_axes, stack_axes, key_axes, slices)
 
 
-def _reads(key: SliceKey, position: Mapping[int, int]) -> bool:
+def reads_slice(key: SliceKey, position: Mapping[int, int]) -> bool:
+    """Whether a reader of the slice ``key`` reads at a position (axis -> index) of the leaf."""
     return all(position.get(axis, at) == at for axis, at in key)
 
 
@@ -181,24 +187,40 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
             )
         note = f"one group: the axis has {length} elements, the preset's group is {fmt.group}"
         fmt = fmt.clamped(length)
-    return Stored(fmt, decision.rounding, decision.weight_observer, note=note)
+    inputs = tuple((input_prefix(s.name), d.inputs) for s, d in readers if isinstance(d.inputs, Static))
+    return Stored(fmt, decision.rounding, decision.weight_observer, note=note, inputs=inputs)
 
 
-def check_decisions(program: Program, decisions: Mapping[str, Decision], calibrated: bool = False) -> None:
+def input_prefix(site: str) -> str:
+    """Under which names the constant scales of a site's activations stand among the arrays of its weight.
+
+    ``input`` for the first reader of the weight, ``input#1`` for the next, as its name says.
+    """
+    head, mark, number = site.rpartition("#")
+    return f"{INPUT}#{number}" if mark and head and number.isdigit() else INPUT
+
+
+def check_decisions(program: Program, decisions: Mapping[str, Decision]) -> None:
     """Refuse what this version cannot do, naming the site.
 
     Raises:
-        RecipeError: static activations without calibration, or quantized results and composites.
+        RecipeError: static activations that no scale serves, or quantized results and composites.
     """
     for site in program.sites:
         d = decisions[site.name]
         if d.skip or d.rule is None:
             continue
-        if isinstance(d.inputs, Static) and not calibrated:
-            raise RecipeError(
-                f"{site.name}: rule {d.rule} asks for static activation scales, which need calibration batches and are "
-                "not there yet; use dynamic(...) for inputs"
-            )
+        if isinstance(d.inputs, Static):
+            if d.inputs.fmt.per != "tensor":
+                raise RecipeError(
+                    f"{site.name}: rule {d.rule} asks for static {d.inputs.fmt.name} inputs, but a constant scale "
+                    'serves the whole tensor: give the format per="tensor", or use dynamic(...)'
+                )
+            if d.weights is None:
+                raise RecipeError(
+                    f"{site.name}: rule {d.rule} asks for static inputs and float weights; constant scales are kept "
+                    "with a quantized weight, so give weights= a format too, or use dynamic(...)"
+                )
         if d.outputs is not None or d.operands or site.op not in WEIGHT_OPS:
             what = "outputs" if d.outputs is not None else "operands" if d.operands else f"inputs of a {site.op}"
             raise RecipeError(

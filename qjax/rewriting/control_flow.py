@@ -38,7 +38,8 @@ def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> lis
     """jit: bodies that were one stay one, so that 24 calls of one layer compile once."""
     body = eqn.params["jaxpr"]
     path = (*here, ("jaxpr", 0))
-    inner = tuple((relative, rw.acts_of(number, context)) for relative, number in rw.active.get(path, ()))
+    below = rw.active.get(path, ())
+    inner = tuple((relative, rw.acts_of(number, context)) for relative, number in below)
     free, fixed = _split_selected(values)
     leaves, treedef = jax.tree.flatten(free)
     key = (id(body), treedef, tuple(_aval(x) for x in leaves), repr(inner))
@@ -46,20 +47,25 @@ def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> lis
         return rw.run(body, values, path, context)
     if key not in rw.shared:
 
-        def body_function(*args: Any) -> list[Any]:
-            outs = rw.run(body, args, path, context)
+        def body_function(*args: Any) -> tuple[list[Any], Any]:
+            with rw.collecting() as taken:
+                outs = rw.run(body, args, path, context)
             if _split_selected(outs)[1]:
                 raise SelectedResult
-            return outs
+            return outs, taken
 
         body_function.__name__ = body_function.__qualname__ = eqn.params.get("name") or "jit"
-        rw.shared[key] = (jax.jit(body_function, keep_unused=eqn.params.get("keep_unused", False)), body)
+        rw.shared[key] = (jax.jit(body_function, keep_unused=eqn.params.get("keep_unused", False)), body, below)
     in_shardings, out_shardings = (eqn.params.get(k) or () for k in ("in_shardings", "out_shardings"))
     try:
-        outs = rw.shared[key][0](*(_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings)))
+        outs, taken = rw.shared[key][0](*(_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings)))
     except SelectedResult:
         rw.shared[key] = INLINE
         return rw.run(body, values, path, context)
+    if taken:  # collected under the reads of the call that was traced first
+        known = {relative: number for relative, number in below}
+        taken = rw.moved(taken, {number: known[relative] for relative, number in rw.shared[key][2]})
+        rw.deposit(taken)
     return [_constrained(v, s) for v, s in itertools.zip_longest(outs, out_shardings)]
 
 
@@ -83,20 +89,27 @@ def do_remat(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> l
         prevent_cse=p["prevent_cse"],
         policy=ops.remat_policy(p["policy"]) if p["policy"] is not None else None,
     )
-    return function(*_free(values))
+    outs, taken = function(*_free(values))
+    rw.deposit(taken)
+    return outs
 
 
 def _free(values: Sequence[Any]) -> list[Any]:
     return [v for v in values if not isinstance(v, Selected)]
 
 
-def _body(rw: Any, jaxpr: Any, path: Any, context: Any, values: Sequence[Any]) -> Callable[..., list[Any]]:
-    """A function of the pytree operands; selected layers are closed over. Results are float arrays."""
+def _body(rw: Any, jaxpr: Any, path: Any, context: Any, values: Sequence[Any]) -> Callable[..., Any]:
+    """A function of the pytree operands; selected layers are closed over.
 
-    def function(*free: Any) -> list[Any]:
+    Its results are float arrays, and what was collected beside them.
+    """
+
+    def function(*free: Any) -> tuple[list[Any], dict[Any, Any]]:
         it = iter(free)
         args = [v if isinstance(v, Selected) else next(it) for v in values]
-        return [rw.dense(o, "a result of a sub-function") for o in rw.run(jaxpr, args, path, context)]
+        with rw.collecting() as taken:
+            outs = [rw.dense(o, "a result of a sub-function") for o in rw.run(jaxpr, args, path, context)]
+        return outs, taken
 
     return function
 
@@ -167,7 +180,7 @@ def _emit_scan(
         else:
             sliced.append(x if whole else jax.tree.map(lambda a: lax.slice_in_dim(a, where[0], where[-1] + 1), x))
 
-    def body(carry: list[Any], step: Any) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Any], step: Any) -> tuple[list[Any], Any]:
         current, t = step
         inner = dict(context)
         inner[loop] = Steps(tuple(steps), t)
@@ -180,12 +193,13 @@ def _emit_scan(
                 args.append(c)
         it = iter(carry)
         state = [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)]
-        outs = rw.run(p["jaxpr"], [*consts, *state, *args], path, inner)
+        with rw.collecting() as taken:
+            outs = rw.run(p["jaxpr"], [*consts, *state, *args], path, inner)
         outs = [o if i < n_carry and invariant[i] else rw.dense(o, "loop state") for i, o in enumerate(outs)]
-        return [o for o, inv in zip(outs[:n_carry], invariant, strict=True) if not inv], outs[n_carry:]
+        return [o for o, inv in zip(outs[:n_carry], invariant, strict=True) if not inv], (outs[n_carry:], taken)
 
     moving = [v for v, inv in zip(init, invariant, strict=True) if not inv]
-    last, ys = lax.scan(
+    last, (ys, taken) = lax.scan(
         body,
         moving,
         (sliced, running),
@@ -193,6 +207,8 @@ def _emit_scan(
         reverse=p["reverse"],
         unroll=_unroll(p["unroll"], len(steps)),
     )
+    if taken:
+        rw.deposit(rw.stacked(taken, loop, sorted(steps, key=lambda t: slices[t])))
     it = iter(last)
     return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)] + list(ys)
 
@@ -248,13 +264,25 @@ def do_while(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> l
         return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)]
 
     def cond(carry: Any) -> Any:
-        return rw.run(p["cond_jaxpr"], [*cond_consts, *state(carry)], (*here, ("cond_jaxpr", 0)), context)[0]
+        with rw.collecting():  # what the condition looks at is observed by the body, or is no site
+            return rw.run(p["cond_jaxpr"], [*cond_consts, *state(carry[0])], (*here, ("cond_jaxpr", 0)), context)[0]
 
-    def body(carry: Any) -> list[Any]:
-        outs = rw.run(p["body_jaxpr"], [*body_consts, *state(carry)], (*here, ("body_jaxpr", 0)), context)
-        return [rw.dense(o, "loop state") for o, inv in zip(outs, invariant, strict=True) if not inv]
+    def step(carry: Any) -> tuple[list[Any], Any]:
+        with rw.collecting() as taken:
+            outs = rw.run(p["body_jaxpr"], [*body_consts, *state(carry)], (*here, ("body_jaxpr", 0)), context)
+        return [rw.dense(o, "loop state") for o, inv in zip(outs, invariant, strict=True) if not inv], taken
 
-    return state(lax.while_loop(cond, body, [v for v, inv in zip(init, invariant, strict=True) if not inv]))
+    moving = [v for v, inv in zip(init, invariant, strict=True) if not inv]
+    before = {key: rw.neutral(key) for key in jax.eval_shape(step, moving)[1]} if rw.observing else {}
+
+    def body(carry: Any) -> tuple[list[Any], Any]:
+        current, seen = carry
+        outs, taken = step(current)
+        return outs, {key: rw.tap_of[key[0]].merge(seen[key], taken[key]) for key in seen}
+
+    last, taken = lax.while_loop(cond, body, (moving, before))
+    rw.deposit(taken)
+    return state(last)
 
 
 def do_cond(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
@@ -265,7 +293,23 @@ def do_cond(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> li
     branches = [
         _body(rw, branch, (*here, ("branches", i)), context, values[1:]) for i, branch in enumerate(p["branches"])
     ]
-    return list(lax.switch(values[0], branches, *_free(values[1:])))
+    if rw.observing:
+        found = [jax.eval_shape(branch, *_free(values[1:]))[1] for branch in branches]
+        keys = list(dict.fromkeys(key for taken in found for key in taken))
+        branches = [_with_all(rw, branch, keys) for branch in branches]
+    outs, taken = lax.switch(values[0], branches, *_free(values[1:]))
+    rw.deposit(taken)
+    return list(outs)
+
+
+def _with_all(rw: Any, branch: Callable[..., Any], keys: list[Any]) -> Callable[..., Any]:
+    """A branch that contributes under every key."""
+
+    def function(*args: Any) -> tuple[list[Any], dict[Any, Any]]:
+        outs, taken = branch(*args)
+        return outs, {key: taken[key] if key in taken else rw.neutral(key) for key in keys}
+
+    return function
 
 
 # ------------------------------------------------------------------------------------------------ functions with rules
@@ -273,7 +317,10 @@ def do_cond(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> li
 
 def do_custom_vjp(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
     """custom_vjp: the value is the rewritten body's, the derivative the user's own rule at the dequantized operands."""
-    run = _body(rw, eqn.params["call_jaxpr"], (*here, ("call_jaxpr", 0)), context, values)
+    path = (*here, ("call_jaxpr", 0))
+    if rw.observing:
+        return rw.run(eqn.params["call_jaxpr"], values, path, context)
+    run = _results(_body(rw, eqn.params["call_jaxpr"], path, context, values))
     free = _free(values)
     leaves, treedef = jax.tree.flatten(free)
 
@@ -301,6 +348,10 @@ def do_custom_vjp(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any)
     return list(function(*leaves))
 
 
+def _results(function: Callable[..., Any]) -> Callable[..., list[Any]]:
+    return lambda *args: function(*args)[0]
+
+
 def _zero(leaf: Any) -> Any:
     floating = jnp.issubdtype(leaf.dtype, jnp.inexact)
     return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
@@ -308,7 +359,10 @@ def _zero(leaf: Any) -> Any:
 
 def do_custom_jvp(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
     """custom_jvp: as custom_vjp."""
-    run = _body(rw, eqn.params["call_jaxpr"], (*here, ("call_jaxpr", 0)), context, values)
+    path = (*here, ("call_jaxpr", 0))
+    if rw.observing:
+        return rw.run(eqn.params["call_jaxpr"], values, path, context)
+    run = _results(_body(rw, eqn.params["call_jaxpr"], path, context, values))
     quantized = [v for v in values if is_quantized(v)]
     arrays = [v for v in values if not is_quantized(v) and not isinstance(v, Selected)]
 
@@ -346,18 +400,26 @@ def do_shard_map(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) 
                 values[i] = v = dense(v)
         specs.append(spec)
 
-    def body(*args: Any) -> list[Any]:
-        return [rw.dense(o, "a result of shard_map") for o in rw.run(p["jaxpr"], args, path, context)]
+    manual = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
+    found: list[Any] = []
+
+    def body(*args: Any) -> tuple[list[Any], list[Any]]:
+        with rw.collecting() as taken:
+            outs = [rw.dense(o, "a result of shard_map") for o in rw.run(p["jaxpr"], args, path, context)]
+        found[:] = taken
+        return outs, [rw.tap_of[key[0]].over_devices(state, tuple(manual)) for key, state in taken.items()]
 
     mapped = jax.shard_map(
         body,
         mesh=p["mesh"],
         in_specs=tuple(specs),
-        out_specs=list(p["out_specs"]),
-        axis_names=set(p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]),
+        out_specs=(list(p["out_specs"]), jax.sharding.PartitionSpec()),
+        axis_names=set(manual),
         check_vma=p.get("check_vma", True),
     )
-    return list(mapped(*values))
+    outs, states = mapped(*values)
+    rw.deposit(dict(zip(found, states, strict=True)))
+    return list(outs)
 
 
 CONTROL_FLOW: dict[str, Callable[..., list[Any]]] = {

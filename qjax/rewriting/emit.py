@@ -19,16 +19,23 @@ from jax import lax
 
 from qjax import ops
 from qjax._compat import bind
-from qjax.errors import LayoutError
+from qjax.errors import LayoutError, RecipeError
 from qjax.formats import Layout, QArray, is_quantized
 from qjax.rewriting.selection import Selected
 
 
 @dataclasses.dataclass(frozen=True)
 class Act:
-    """How the activations of a product are quantized: a format whose scale comes from the values themselves."""
+    """How the activations of a product are quantized.
+
+    Attributes:
+        fmt: the format.
+        prefix: of the constant scales among the arrays of the weight (`qjax.applying.storage.input_prefix`); None where
+            the scale comes from the values themselves.
+    """
 
     fmt: Any
+    prefix: str | None = None
 
 
 def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
@@ -54,6 +61,7 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
         rewriter.note("dequantized", f"{where}: {error}")
         plain = [rewriter.dense(v, f"{where}: {error}") for v in values]
         return bind(eqn, plain)[0]
+    canonical, constants = _without_inputs(canonical)
     # x: [*batch, M, K], batch and contraction in the order in which the weight is stored
     batch = [xb[wb.index(d)] for d in order.batch]
     contract = [xc[wc.index(d)] for d in order.contract]
@@ -73,13 +81,13 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     w_perm = [free_at[d] for d in wfree]
     permutation = batch_perm + (x_perm + w_perm if side else w_perm + x_perm)
 
-    def product(x: Any, canonical: QArray) -> Any:
+    def product(x: Any, canonical: QArray, constants: dict[str, Any]) -> Any:
         xt = lax.transpose(x, (*batch, *xfree, *contract))
         xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
         result = ops.q_dot(
             xt,
             canonical,
-            act=_act(act, xt),
+            act=_for_stack(_act(act, xt, constants, where), batch_shape),
             out_dtype=out.dtype,
             precision=eqn.params["precision"],
             implementation=rewriter.implementation,
@@ -90,8 +98,8 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     sharding = eqn.params.get("out_sharding")
     if sharding is not None:  # asked for by the user under explicit sharding: the partitioner finds the way there
         anywhere: Any = jax.sharding.auto_axes(product, out_sharding=sharding)
-        return anywhere(x, canonical)
-    return product(x, canonical)
+        return anywhere(x, canonical, constants)
+    return product(x, canonical, constants)
 
 
 def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
@@ -101,8 +109,13 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
         return _fake_quantized(rewriter, eqn, values, act, where)
     p, out = eqn.params, eqn.outvars[0].aval
     x = rewriter.dense(x, f"{where}: the image operand is quantized")
+    weight, constants = _without_inputs(weight)
+    if act is not None and act.prefix is None:
+        quantized = (act.fmt, ops.conv_activation_aux(x, act.fmt, p["dimension_numbers"]))
+    else:
+        quantized = _act(act, x, constants, where)
     settings: dict[str, Any] = dict(
-        act=None if act is None else (act.fmt, ops.conv_activation_aux(x, act.fmt, p["dimension_numbers"])),
+        act=quantized,
         window_strides=p["window_strides"],
         padding=p["padding"],
         lhs_dilation=p["lhs_dilation"],
@@ -137,6 +150,8 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
         and x.ndim == 2
     )
     x = rewriter.dense(x, f"{where}: the row operand is quantized")
+    weight, constants = _without_inputs(weight)
+    constants = {name: a[0] for name, a in constants.items()}  # one scale for the rows of all groups
     if not standard:
         return bind(eqn, [x, rewriter.dense(weight, f"{where}: not the standard [M,K] x [G,K,N] form"), sizes])[0]
     if rewriter.choices is not None:
@@ -146,7 +161,7 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
         x,
         weight,
         sizes,
-        act=_act(act, x),
+        act=_act(act, x, constants, where),
         out_dtype=eqn.outvars[0].aval.dtype,
         precision=eqn.params["precision"],
         implementation=rewriter.implementation,
@@ -158,8 +173,44 @@ def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return x if x.shape == shape else lax.reshape(x, shape)
 
 
-def _act(act: Act | None, x: Any) -> Any:
-    return None if act is None else (act.fmt, scales_of(x, act.fmt))
+def _for_stack(act: Any, stack: list[int]) -> Any:
+    """Scales for a stack of products: one scale for the whole tensor is the same for each."""
+    if act is None or not stack:
+        return act
+    n = len(stack)
+    return act[0], {k: jnp.broadcast_to(a, (*stack, *a.shape[n:])) for k, a in act[1].items()}
+
+
+def has_constants(values: list[Any], act: Act | None) -> bool:
+    """Whether an operand is stored with the constant scales that a decision wants, where it wants any."""
+    if act is None or act.prefix is None:
+        return True
+    return any(name.startswith(f"{act.prefix}.") for v in values if isinstance(v, QArray) for name in v.aux)
+
+
+def _without_inputs(weight: QArray) -> tuple[QArray, dict[str, Any]]:
+    """A weight without the constant scales of activations that are kept with it, and those, by name."""
+    constants = {name: a for name, a in weight.aux.items() if "." in name}
+    if not constants:
+        return weight, {}
+    own = {name: a for name, a in weight.aux.items() if name not in constants}
+    return dataclasses.replace(weight, aux=own), constants
+
+
+def _act(act: Act | None, x: Any, constants: dict[str, Any], where: str) -> Any:
+    """Format and scales of activations [*batch, rows, K]: from the values, or the constants kept with the weight."""
+    if act is None:
+        return None
+    if act.prefix is None:
+        return act.fmt, scales_of(x, act.fmt)
+    lead = f"{act.prefix}."
+    aux = {name.removeprefix(lead): a for name, a in constants.items() if name.startswith(lead)}
+    if not aux:
+        raise RecipeError(
+            f"{where}: its rule asks for static {act.fmt.name} inputs, but no scale was calibrated for this site; "
+            "quantize with batches= that run it, or use dynamic(...)"
+        )
+    return act.fmt, aux
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -171,6 +222,11 @@ def scales_of(x: Any, fmt: Any) -> Any:
 def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str, side: int = 0) -> Any:
     """A product of float weights whose activations are rounded to their format: there is no integer dot to form."""
     values = [rewriter.dense(v, f"{where}: this operand has no quantized product") for v in values]
+    if act is not None and act.prefix is not None:
+        raise RecipeError(
+            f"{where}: its rule asks for static inputs, whose scales are kept with a quantized weight, but the weight "
+            "stays in float here; use dynamic(...) for its inputs, or skip it"
+        )
     if act is not None:
         if eqn.primitive.name == "dot_general":
             axes = tuple(eqn.params["dimension_numbers"][0][side])

@@ -1,0 +1,145 @@
+"""Constant activation scales: from observed states to arrays that are kept with the weight they meet.
+
+The scales of a site are stored with its weight, as arrays ``input.scale`` (and ``input.zero``) of the weight's
+`QArray`, constant along all but stacked axes. So they are sliced by scans, placed by shardings and saved in checkpoints
+as the weight is, and the tree of parameters is the only thing that a model carries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.applying.storage import LeafPlan, input_prefix, reads_slice
+from qjax.calibration import AbsMax, MinMax, Observer, State
+from qjax.errors import DataError
+from qjax.formats import QArray, QStack
+from qjax.program import Program
+from qjax.recipe import Decision, Static
+from qjax.rewriting.taps import NONFINITE, Tap
+
+Constants = Mapping[str, Mapping[str, Any]]
+"""Site -> the arrays that its format's ``from_range`` gives, [1, 1] each."""
+
+
+def observer_of(source: Static) -> Observer:
+    """The observer that a static source names; without one, the largest magnitude (the range, if asymmetric)."""
+    if source.observer is not None:
+        return source.observer
+    return AbsMax() if source.fmt.symmetric else MinMax()
+
+
+def taps_of(decisions: Mapping[str, Decision]) -> dict[str, Tap]:
+    """What has to be observed for a recipe: site -> tap."""
+    return {
+        name: Tap(d.inputs.fmt, observer_of(d.inputs))
+        for name, d in decisions.items()
+        if isinstance(d.inputs, Static) and not d.skip
+    }
+
+
+def constants_of(taps: Mapping[str, Tap], state: Mapping[str, State]) -> Constants:
+    """The arrays of each tapped site from its observed state.
+
+    Raises:
+        DataError: the state is that of another recipe or program, or of a site that no batch reached.
+    """
+    if set(state) != set(taps):
+        missing, more = sorted(set(taps) - set(state)), sorted(set(state) - set(taps))
+        said = f"no state for {missing[0]}" if missing else f"state for {more[0]}, which the recipe does not ask for"
+        raise DataError(
+            f"the state does not belong to this recipe and program: {said} ({len(missing)} missing, {len(more)} too "
+            "many); calibrate with the same recipe and function"
+        )
+    out = {}
+    for name, tap in taps.items():
+        fields = {k: v for k, v in state[name].items() if k != NONFINITE}
+        expected = jax.eval_shape(lambda tap=tap: tap.observer.init(tap.fmt, (1, 1)))
+        if {k: v.shape for k, v in fields.items()} != {k: v.shape for k, v in expected.items()}:
+            raise DataError(
+                f"{name}: the state holds {_shapes(fields)} and {tap.observer!r} keeps {_shapes(expected)}; "
+                "calibrate with the same recipe"
+            )
+        if not any(np.asarray(v).any() for v in fields.values()):
+            raise DataError(
+                f"{name}: no batch reached it, or all its activations were 0, so there is no range for static "
+                f"{tap.fmt.name} inputs; give batches that run it, or use dynamic(...) for it"
+            )
+        out[name] = {k: np.asarray(v) for k, v in tap.fmt.from_range(*tap.observer.range(fields, tap.fmt)).items()}
+    return out
+
+
+def _shapes(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {tuple(v.shape)}" for k, v in fields.items()) or "nothing"
+
+
+def with_constants(program: Program, plan: LeafPlan, value: Any, constants: Constants) -> Any:
+    """A stored leaf together with the activation scales of its readers.
+
+    Args:
+        program: the trace.
+        plan: how the leaf is stored.
+        value: the leaf as stored, a `QArray` or `QStack`.
+        constants: of all sites.
+    """
+    readers = [site for site in program.sites if site.leaf == plan.name and site.name in constants]
+    if not readers:
+        return value
+
+    def of(key: tuple[int, ...]) -> dict[str, Any]:
+        position = dict(zip(plan.key_axes, key, strict=True))
+        return {
+            f"{input_prefix(site.name)}.{field}": array
+            for site in readers
+            if reads_slice(site.slice, position)
+            for field, array in constants[site.name].items()
+        }
+
+    def attach(part: Any, positions: dict[int, list[int]]) -> Any:
+        if isinstance(part, QStack):
+            axis = part.axis
+            members: dict[int, list[int]] = {}
+            for at, (number, _) in zip(positions[axis], part.assign, strict=True):
+                members.setdefault(number, []).append(at)
+            parts = [attach(p, {**positions, axis: members[number]}) for number, p in enumerate(part.parts)]
+            return dataclasses.replace(part, parts=tuple(parts))
+        if not isinstance(part, QArray):
+            return part
+        sizes = [len(positions[a]) for a in plan.key_axes]
+        found = [of(key) for key in itertools.product(*(positions[a] for a in plan.key_axes))]
+        return with_arrays(part, {name: np.stack([f[name].reshape(()) for f in found]) for name in found[0]}, sizes)
+
+    return attach(value, {axis: list(range(plan.shape[axis])) for axis in plan.key_axes})
+
+
+def with_arrays(q: QArray, arrays: Mapping[str, Any], sizes: list[int]) -> QArray:
+    """A weight with further arrays, one number for each position of its leading stack axes.
+
+    Args:
+        q: the weight.
+        arrays: name -> numbers, as many as the product of ``sizes``.
+        sizes: of the leading stack axes along which the numbers differ.
+    """
+    stack, rank = q.codes.shape[: q.stack_ndim], q.codes.ndim
+    aux = dict(q.aux)
+    for name, numbers in arrays.items():
+        column = jnp.asarray(numbers).reshape(*sizes, *(1,) * (rank - len(sizes)))
+        aux[name] = jnp.broadcast_to(column, (*stack, *(1,) * (rank - len(stack))))
+    return dataclasses.replace(q, aux=aux)
+
+
+def abstract_inputs(q: QArray, inputs: tuple[tuple[str, Static], ...]) -> QArray:
+    """An abstract weight with the activation scales that it will be kept with."""
+    stack, rank = q.codes.shape[: q.stack_ndim], q.codes.ndim
+    aux = dict(q.aux)
+    for prefix, source in inputs:
+        arrays = jax.eval_shape(lambda fmt=source.fmt: fmt.from_range(jnp.zeros((1, 1)), jnp.ones((1, 1))))
+        for field, a in arrays.items():
+            aux[f"{prefix}.{field}"] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack))), a.dtype)
+    return dataclasses.replace(q, aux=aux)

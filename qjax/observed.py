@@ -1,0 +1,192 @@
+"""Observing what passes through a function, and calibrating on batches.
+
+    t = qjax.observe(fn, recipe)
+    state = t.init(params, *args)                    # {site: {field: array}}; works under jax.eval_shape
+    out, state = t.apply(params, state, *args)       # pure: jit, vmap over nothing, scan, shard_map
+    model = t.convert(params, state, *args)          # the packed model with constant activation scales
+
+`qjax.calibrate` folds `apply` over batches, and `qjax.quantize(batches=...)` calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from qjax.applying.static import taps_of
+from qjax.calibration import State
+from qjax.errors import DataError, RecipeError
+from qjax.evaluate import track
+from qjax.program import Program, Signature, trace_flat
+from qjax.recipe import Recipe, resolve_recipe
+from qjax.rewriting.taps import NONFINITE, Collector
+
+if TYPE_CHECKING:
+    from qjax.transforms import Model
+
+States = dict[str, State]
+"""Site name -> the arrays of its observer."""
+
+
+class Observed:
+    """A function that also says what it saw. Made by `qjax.observe`.
+
+    Attributes:
+        fn: the function ``fn(params, *args, **kwargs)``.
+        recipe: says which sites are observed, for which format and by which observer: those with static inputs.
+    """
+
+    def __init__(self, fn: Callable[..., Any], recipe: Recipe):
+        self.fn, self.recipe = fn, recipe
+
+    def __repr__(self) -> str:
+        """Name the function and the recipe."""
+        name = getattr(self.fn, "__qualname__", type(self.fn).__name__)
+        return f"Observed({name}, recipe={self.recipe.name or 'unnamed'!r})"
+
+    def _traced(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Collector, Any]:
+        signature, arrays = Signature.of(params, args, kwargs)
+        program = trace_flat(self.fn, signature, arrays)
+        taps = taps_of(self.recipe.decide(program.sites))
+        if not taps:
+            raise RecipeError(
+                "the recipe observes nothing: no rule has static inputs; write inputs=qjax.static(format, observer)"
+            )
+        return program, Collector(program, taps), arrays
+
+    def init(self, params: Any, *args: Any, **kwargs: Any) -> States:
+        """The state before any data.
+
+        Args:
+            params, *args, **kwargs: as for the function; abstract arrays are enough.
+        """
+        _, collector, _ = self._traced(params, args, kwargs)
+        return {name: tap.init((1, 1)) for name, tap in collector.taps.items()}
+
+    def apply(self, params: Any, state: States, *args: Any, **kwargs: Any) -> tuple[Any, States]:
+        """Call the function and observe it.
+
+        Args:
+            params: its parameters, as for the function.
+            state: from `init`, or from an earlier `apply`.
+            *args, **kwargs: its arguments.
+
+        Returns:
+            Its result, unchanged, and the state with what this call has shown.
+
+        Raises:
+            DataError: the state belongs to another recipe or function.
+        """
+        program, collector, arrays = self._traced(params, args, kwargs)
+        if set(state) != set(collector.taps):
+            other = sorted(set(state) ^ set(collector.taps))
+            raise DataError(
+                f"the state does not belong to this recipe and function: they differ at {other[0]} "
+                f"(and {len(other) - 1} more sites); make it with init"
+            )
+        outs, seen = collector.observe(arrays)
+        merged = {
+            name: tap.merge(state[name], seen[name]) if name in seen else state[name]
+            for name, tap in collector.taps.items()
+        }
+        return jax.tree.unflatten(program.out_tree, outs), merged
+
+    def convert(self, params: Any, state: States, *args: Any, **kwargs: Any) -> Model:
+        """The packed model, its activation scales from the state.
+
+        Args:
+            params: float parameters.
+            state: what was observed.
+            *args, **kwargs: example arguments, abstract ones are enough.
+        """
+        from qjax.transforms import quantize
+
+        return quantize(self.fn, params, *args, recipe=self.recipe, state=state, **kwargs)
+
+
+def observe(fn: Callable[..., Any], recipe: Recipe | str) -> Observed:
+    """Observe the activations for which a recipe wants constant scales.
+
+    Args:
+        fn: any JAX function ``fn(params, *args, **kwargs)``.
+        recipe: a recipe with static inputs, or the name of a preset.
+    """
+    return Observed(fn, resolve_recipe(recipe))
+
+
+def calibrate(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    recipe: Recipe | str,
+    show: bool | None = None,
+) -> States:
+    """Observe a function on batches.
+
+    Args:
+        fn: any JAX function ``fn(params, *args)``.
+        params: its float parameters.
+        batches: something that can be iterated over again and again (a list, or an object whose ``__iter__`` starts
+            anew), of argument tuples; a batch that is no tuple is the one argument. Batches may differ in shape (each
+            shape is compiled once), not in structure.
+        recipe: says what to observe.
+        show: progress bar on stderr; None: where that is a terminal.
+
+    Returns:
+        The state, for ``quantize(state=...)`` or `Observed.convert`.
+
+    Raises:
+        DataError: batches are a one-shot iterator, none, of different structure, or lead to NaN or infinity at a site.
+    """
+    observed = observe(fn, recipe)
+    apply = jax.jit(lambda params, state, args: observed.apply(params, state, *args)[1])
+    state: States = {}
+    first: Any = None
+    for number, args in enumerate(track(argument_tuples(batches), "calibrating", show=show)):
+        structure = _structure(args)
+        if first is None:
+            first = structure
+            state = observed.init(params, *args)
+        elif structure != first:
+            raise DataError(
+                f"batch {number} is {structure[1]}, but batch 0 is {first[1]}; give batches of one structure"
+            )
+        state = apply(params, state, args)
+        bad = [name for name, fields in state.items() if float(np.asarray(fields[NONFINITE]))]
+        if bad:
+            raise DataError(
+                f"batch {number}: NaN or infinity among the inputs of {bad[0]}"
+                + (f" and of {len(bad) - 1} more sites" if len(bad) > 1 else "")
+                + "; look at that batch, or at what comes before the site"
+            )
+    if first is None:
+        raise DataError("there are no calibration batches; give at least one")
+    return state
+
+
+def argument_tuples(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Batches as argument tuples.
+
+    Raises:
+        DataError: they can be iterated over only once.
+    """
+    if not isinstance(batches, Iterable):
+        raise DataError(f"batches is a {type(batches).__name__}; give a list of argument tuples")
+    if isinstance(batches, Iterator):
+        raise DataError(
+            f"batches is a {type(batches).__name__}, which can be gone through only once; methods that calibrate block "
+            "by block, and a job that resumes, start anew: give a list, or an object whose __iter__ starts from the "
+            "beginning"
+        )
+    for batch in batches:
+        yield batch if isinstance(batch, tuple) else (batch,)
+
+
+def _structure(args: tuple[Any, ...]) -> tuple[Any, str]:
+    leaves, treedef = jax.tree.flatten(args)
+    kinds = tuple((np.ndim(x), str(getattr(x, "dtype", type(x).__name__))) for x in leaves)
+    return (treedef, kinds), ", ".join(f"{kind}[{ndim}d]" for ndim, kind in kinds) or "empty"

@@ -1,0 +1,231 @@
+"""Observing activations: what observers see at each site while a program runs, carried out of its control flow.
+
+Observer states form a monoid, so nothing has to be carried *into* the program: each site contributes the state of what
+it saw in this call, and contributions are merged. A body of control flow returns them beside its results:
+
+    jit, remat     as further results; a body shared by several calls contributes at each of them
+    scan           stacked, one row a step, where the loop slices a parameter (each step is a site), else merged
+    while          merged in a further part of the loop state
+    cond           the union over the branches; what a branch does not reach contributes the neutral state
+    shard_map      merged over the mesh axes by the observer's collective
+
+Functions with a derivative rule of their own are opened: an observed program is not differentiated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax._compat import bind, varying_axes
+from qjax.calibration import Observer, State
+from qjax.rewrite import Rewriter, is_special
+
+Loops = tuple[tuple[int, tuple[int, ...]], ...]
+"""Of stacked contributions, outermost first: loop id, and the step that each row of that axis stands for."""
+
+Key = tuple[int, Loops]
+"""Number of the read, and the loops that its contribution is stacked over."""
+
+Taken = dict[Key, State]
+"""Contributions."""
+
+NONFINITE = "nonfinite"
+"""Field of a state: how many elements were NaN or infinite (in the worst call, if the observer merges by maximum)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """What to observe at a site: the ranges that a format needs, by an observer."""
+
+    fmt: Any
+    observer: Observer
+
+    def init(self, shape: Sequence[int]) -> State:
+        """The neutral state, for activations [*stack, rows, K] of this shape."""
+        return {**self.observer.init(self.fmt, shape), NONFINITE: jnp.zeros((), jnp.float32)}
+
+    def see(self, x: Any) -> State:
+        """The state of activations [*stack, rows, K]."""
+        shape = x.shape if x.size else (*x.shape[:-2], 1, 1)
+        x = x if x.size else jnp.zeros(shape, x.dtype)
+        state = self.observer.update(self.observer.init(self.fmt, shape), x, self.fmt)
+        return {**state, NONFINITE: jnp.sum(~jnp.isfinite(x)).astype(jnp.float32)}
+
+    def merge(self, a: State, b: State) -> State:
+        """The state of both."""
+        return {**self.observer.merge(_own(a), _own(b)), **_flag(self._pair(a[NONFINITE], b[NONFINITE]))}
+
+    def merged(self, stacked: State) -> State:
+        """The state of all rows of a leading axis."""
+        return jax.tree.map(lambda a: self._reduce(a), stacked)
+
+    def over_devices(self, state: State, axes: tuple[str, ...]) -> State:
+        """The state of all devices along the mesh axes."""
+        collect = lax.pmax if self.observer.collective == "max" else lax.psum
+
+        def one(a: Any) -> Any:
+            varying = varying_axes(a, axes)
+            return collect(a, varying) if varying else a
+
+        return jax.tree.map(one, state)
+
+    def _pair(self, a: Any, b: Any) -> Any:
+        return jnp.maximum(a, b) if self.observer.collective == "max" else a + b
+
+    def _reduce(self, a: Any) -> Any:
+        return jnp.max(a, axis=0) if self.observer.collective == "max" else jnp.sum(a, axis=0)
+
+
+def _own(state: State) -> State:
+    return {k: v for k, v in state.items() if k != NONFINITE}
+
+
+def _flag(value: Any) -> State:
+    return {NONFINITE: value}
+
+
+class Collector(Rewriter):
+    """Replays a program unchanged and collects what its taps see.
+
+    Args:
+        program: the trace.
+        taps: site name -> what to observe there.
+    """
+
+    def __init__(self, program: Any, taps: Mapping[str, Tap]):
+        super().__init__(program, taps, max_runs=1 << 30)
+        self.taps = dict(taps)
+        self.frames: list[Taken] = []
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.tap_of: dict[int, Tap] = {}
+
+    def observe(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, State]]:
+        """Run the program on its flattened array leaves: its results, and the state of each site."""
+        with self.collecting() as taken:
+            outs = self(arrays)
+        return outs, self._by_site(taken)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[Taken]:
+        """Collect what is observed inside into a dictionary of its own."""
+        self.frames.append({})
+        try:
+            yield self.frames[-1]
+        finally:
+            self.frames.pop()
+
+    @property
+    def observing(self) -> bool:
+        """True."""
+        return True
+
+    def deposit(self, taken: Taken) -> None:
+        """Add contributions to the innermost dictionary."""
+        frame = self.frames[-1]
+        for key, state in taken.items():
+            frame[key] = self.tap_of[key[0]].merge(frame[key], state) if key in frame else state
+
+    def product(
+        self, emit: Callable[..., Any], number: int | None, acts: Any, eqn: Any, values: list[Any], context: Any
+    ) -> list[Any]:
+        """Observe the activations of a product, then emit it as it was."""
+        taps = list(dict.fromkeys(act for _, act in acts if act is not None))
+        if number is not None and taps:
+            side = self.program.analysis.reads[number].side
+            x = values[1 - side if side is not None and eqn.primitive.name == "dot_general" else 0]
+            matrix = activation_matrix(eqn, self.dense(x, "observed activations"), side)
+            matrix = matrix.reshape(math.prod(matrix.shape[:-1]), matrix.shape[-1])  # one scale for all of a batch axis
+            tap = self.tap_of[number] = taps[0]
+            self.shapes[number] = matrix.shape
+            self.deposit({(number, ()): tap.see(lax.stop_gradient(matrix))})
+        if any(is_special(v) for v in values):
+            return super().product(emit, number, [], eqn, values, context)
+        return bind(eqn, values)
+
+    # ----------------------------------------------------------------------------------------- out of control flow
+    def stacked(self, taken: Taken, loop: int, steps: Sequence[int]) -> Taken:
+        """What a scan's body collected, with a leading axis of ``steps``, as contributions of the whole scan."""
+        out: Taken = {}
+        for (number, loops), state in taken.items():
+            if loop in self.program.slices[number].loops:
+                out[number, ((loop, tuple(steps)), *loops)] = state
+            else:
+                out[number, loops] = self.tap_of[number].merged(state)
+        return out
+
+    def neutral(self, key: Key) -> State:
+        """What contributes nothing, in the shape of a contribution."""
+        number, loops = key
+        lead = tuple(len(steps) for _, steps in loops)
+        tap = self.tap_of[number]
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (*lead, *a.shape)), tap.init(self.shapes[number]))
+
+    def moved(self, taken: Taken, numbers: Mapping[int, int]) -> Taken:
+        """The contributions of a shared body, at the reads of another call of it."""
+        for old, new in numbers.items():
+            if old in self.tap_of:
+                self.tap_of[new], self.shapes[new] = self.tap_of[old], self.shapes[old]
+        loops = dict(zip(*(self._loops_of(n) for n in ((*numbers,), (*numbers.values(),))), strict=True))
+        return {
+            (numbers[number], tuple((loops.get(loop, loop), steps) for loop, steps in over)): state
+            for (number, over), state in taken.items()
+        }
+
+    def _loops_of(self, numbers: Sequence[int]) -> list[int]:
+        return list(dict.fromkeys(loop for n in numbers for loop in self.program.slices[n].loops))
+
+    def _by_site(self, taken: Taken) -> dict[str, State]:
+        """Contributions by the name of the site, each step of a stack apart."""
+        parts: dict[str, list[State]] = {}
+        tap_of: dict[str, Tap] = {}
+        for (number, loops), state in taken.items():
+            table = self.program.slices[number]
+            for at in itertools.product(*(range(len(steps)) for _, steps in loops)):
+                here = {loop: steps[i] for (loop, steps), i in zip(loops, at, strict=True)}
+                names = {
+                    table.name_of[key]
+                    for step, key in table.by_step.items()
+                    if all(here.get(loop, s) == s for loop, s in zip(table.loops, step, strict=True))
+                }
+                for name in sorted(names & set(self.taps)):
+                    parts.setdefault(name, []).append(jax.tree.map(lambda a, at=at: a[at], state))
+                    tap_of[name] = self.tap_of[number]
+        out = {}
+        for name in sorted(parts):
+            whole, *rest = parts[name]
+            for more in rest:
+                whole = tap_of[name].merge(whole, more)
+            out[name] = whole
+        return out
+
+
+def activation_matrix(eqn: Any, x: Any, side: int | None) -> Any:
+    """The activations of a product as [*batch, rows, K], K being what one output element is summed from.
+
+    Args:
+        eqn: dot_general, conv_general_dilated or ragged_dot_general.
+        x: the operand that is no parameter.
+        side: of a dot_general: which operand is the parameter.
+    """
+    name, p = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        mine = 1 - side if side is not None else 0
+        contract, batch = (tuple(axes[mine]) for axes in p["dimension_numbers"])
+    elif name == "conv_general_dilated":
+        spec = p["dimension_numbers"].lhs_spec
+        contract, batch = tuple(spec[1:]), ()
+    else:
+        contract, batch = (x.ndim - 1,), ()
+    rows = tuple(d for d in range(x.ndim) if d not in contract and d not in batch)
+    sizes = [math.prod(x.shape[d] for d in axes) for axes in (rows, contract)]
+    moved = lax.transpose(x, (*batch, *rows, *contract))
+    return moved.reshape(*(x.shape[d] for d in batch), *sizes)
