@@ -53,8 +53,8 @@ _KEPT_IN_FLOAT = (
     Rule("**", op="embedding", skip=True, optional=True),
     Rule("**/embedding*", skip=True, optional=True),
 )
-# Presets of compressed-tensors whose activation scales are constants, and what does without calibration.
-_CALIBRATED = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16"}
+# Presets of compressed-tensors that are not there yet, and what comes nearest.
+_NOT_YET = {"NVFP4": "NVFP4A16"}
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -132,10 +132,10 @@ def load_preset(name: str) -> Recipe:
     if name.endswith(".toml"):
         return recipe_from_toml(Path(name))
     key = name.strip().upper().replace("-", "_")
-    if key in _CALIBRATED:
+    if key in _NOT_YET:
         raise RecipeError(
-            f"the preset {key} has constant activation scales, which need calibration, and this version has none; "
-            f"use {_CALIBRATED[key]}"
+            f"the preset {key} has activations with a scale per block and a constant one, which this version does not "
+            f"have; use {_NOT_YET[key]}"
         )
     preset = presets().get(key)
     if preset is None:

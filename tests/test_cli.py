@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import qjax.report
 from qjax.cli import main
-from qjax.cli.folders import fingerprint
+from qjax.cli.folders import fingerprint, load_folder
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -265,6 +265,55 @@ def test_images(capsys, vit_folder, pictures, tmp_path):
     assert code == 0 and out["images"] == 4 and out["agreement"] >= 0.75
 
 
+def test_calibration_on_a_text(capsys, folder, tmp_path):
+    pieces = tmp_path / "pieces.txt"
+    pieces.write_text("\n\n".join(f"the cat number {'abcdefghij'[i]} sat" for i in range(10)))
+    out_dir = tmp_path / "q"
+    draw = ("--calibration", pieces, "--samples", "4", "--seed", "1")
+    code, out, err = run(
+        capsys, "quantize", folder, "--recipe", "FP8", *draw, "--text", pieces, "--out", out_dir, "--json"
+    )
+    assert code == 0 and "4 rows that the model was calibrated on are left out" in err
+    assert out["kl"] < 0.1
+    record = json.loads((out_dir / "qjax.json").read_text())["calibration"]
+    assert len(record["rows"]) == 4 and record["rows"] == sorted(set(record["rows"])) and record["seed"] == 1
+    code, everything, _ = run(capsys, "eval", folder, "--text", pieces, "--json")
+    code, out, err = run(capsys, "eval", out_dir, "--text", pieces, "--json")
+    assert code == 0 and out["blocks"] == 6 and everything["blocks"] == 10
+    assert "are left out" in err and out["tokens"] == everything["tokens"] * 6 // 10
+    code, out, err = run(capsys, "eval", out_dir, "--text", pieces, "--protocol", "B", "--json")
+    assert code == 0 and "cut otherwise (protocol A" in err
+    other = tmp_path / "other.txt"
+    other.write_text("a dog ran far away")
+    code, out, err = run(capsys, "eval", out_dir, "--text", other, "--json")
+    assert code == 0 and err == ""
+    again = tmp_path / "again"
+    run(capsys, "quantize", folder, "--recipe", "FP8", *draw, "--out", again)
+    assert json.loads((again / "qjax.json").read_text())["calibration"] == record
+    for a, b in zip(*(jax.tree.leaves(load_folder(f).params) for f in (out_dir, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_calibration_on_images(capsys, vit_folder, pictures, tmp_path):
+    out_dir = tmp_path / "q"
+    draw = ("--calibration", pictures, "--samples", "3")
+    code, _, _ = run(capsys, "quantize", vit_folder, "--recipe", "fp8", *draw, "--out", out_dir)
+    assert code == 0
+    code, out, err = run(capsys, "eval", out_dir, "--images", pictures, "--json")
+    assert code == 0 and out["images"] == 6 and "3 rows" in err and out["kl"] < 0.1
+
+
+def test_calibration_that_cannot_be(capsys, folder, text, tmp_path):
+    quantize = (capsys, "quantize", folder, "--recipe", "FP8")
+    assert "give --calibration FILE, a text" in fails(*quantize)
+    said = fails(*quantize, "--calibration", text, "--out", tmp_path / "q")
+    assert "has 3 blocks and --samples asks for 32" in said
+    code, _, err = run(capsys, "quantize", folder, "--recipe", "W8A16", "--calibration", text, "--out", tmp_path / "w")
+    assert code == 0 and "W8A16 needs no calibration data" in err
+    every = ("--calibration", text, "--samples", "3", "--text", text)
+    assert "every block of" in fails(*quantize, *every, "--out", tmp_path / "q")
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -406,3 +455,14 @@ def test_vit_at_8_bits(capsys, data_dir, tmp_path):
     )
     code, scores, _ = run(capsys, "eval", out, "--images", pictures, "--json")
     assert code == 0 and scores["float_correct"] == 401 and abs(scores["correct"] - 401) <= 3
+
+
+@pytest.mark.slow
+def test_vit_with_constant_scales(capsys, data_dir, tmp_path):
+    out, pictures = tmp_path / "q", data_dir / "images" / "imagenet-sample-500"
+    folder = data_dir / "models" / "vit-tiny-patch16-224"
+    draw = ("--calibration", pictures, "--samples", "32")
+    assert run(capsys, "quantize", folder, "--recipe", "FP8", *draw, "--out", out)[0] == 0
+    code, scores, _ = run(capsys, "eval", out, "--images", pictures, "--json")
+    assert code == 0 and scores["images"] == 468
+    assert abs(scores["correct"] - scores["float_correct"]) <= 5

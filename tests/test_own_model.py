@@ -68,3 +68,12 @@ def test_w4a16_is_round_to_nearest(loaded, divide, tolerance):
     assert measured.kl == pytest.approx(kl, rel=tolerance) and kl > 1e-4
     if not divide:
         assert measured.agreement == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).mean()), abs=1e-9)
+
+
+def test_constant_scales_of_8_bit_floats_cost_little_more_than_dynamic_ones(loaded):
+    fn, params, _, tokens = loaded
+    calibration, test = tokens[:, :64], tokens[0, 64:]
+    static = qjax.quantize(fn, params, recipe="FP8", batches=[calibration])
+    dynamic = qjax.quantize(fn, params, tokens, recipe="FP8_DYNAMIC")
+    kl = [divergence(fn, params, m, m.params, [test], show=False).kl for m in (static, dynamic)]
+    assert 1e-5 < kl[0] < 2 * kl[1]

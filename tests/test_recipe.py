@@ -333,10 +333,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_every_preset_can_be_made_in_any_case():
     names = [name for name, description in qjax.recipes().items() if description]
-    assert names == ["W8A16", "W8A8", "FP8_DYNAMIC", "W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4A16"]
+    assert names == ["W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4A16"]
     for name in names:
         recipe = qjax.recipe(name.lower())
-        assert recipe.name == name and recipe == qjax.recipe(name) and recipe.needs_batches is None
+        assert recipe.name == name and recipe == qjax.recipe(name)
+        assert (recipe.needs_batches is not None) == (name == "FP8")
         assert qjax.Recipe.from_toml(recipe.to_toml()) == recipe
 
 
@@ -363,7 +364,6 @@ def test_unknown_presets_and_those_that_need_calibration():
         qjax.recipe("W4A17")
     with pytest.raises(RecipeError, match="there are W8A16, W8A8"):
         qjax.recipe("zzzzz")
-    with pytest.raises(RecipeError, match="need calibration.*use FP8_DYNAMIC"):
-        qjax.recipe("fp8")
-    with pytest.raises(RecipeError, match="need calibration.*use NVFP4A16"):
+    assert "static scales for inputs" in qjax.recipe("fp8").needs_batches
+    with pytest.raises(RecipeError, match="which this version does not have; use NVFP4A16"):
         qjax.recipe("NVFP4")

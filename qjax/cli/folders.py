@@ -153,7 +153,7 @@ def check_destination(out: Path, source: Path) -> None:
         raise ModelError(f"--out {out} exists and was not written by qjax; give another folder or remove it")
 
 
-def save_folder(out: Path, source: Path, model: Any, report: Report) -> None:
+def save_folder(out: Path, source: Path, model: Any, report: Report, calibration: dict[str, Any] | None = None) -> None:
     """Write a quantized folder; an older one in its place is replaced when the new one is complete.
 
     Args:
@@ -161,6 +161,7 @@ def save_folder(out: Path, source: Path, model: Any, report: Report) -> None:
         source: the Hugging Face folder whose side files are copied.
         model: the `qjax.Model`.
         report: its report, with scores.
+        calibration: which rows of which data it was calibrated on.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +186,7 @@ def save_folder(out: Path, source: Path, model: Any, report: Report) -> None:
             "source": str(source.resolve()),
             "source_relative": os.path.relpath(source.resolve(), out),
             "source_fingerprint": fingerprint(source),
+            **({"calibration": calibration} if calibration else {}),
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         if out.exists():

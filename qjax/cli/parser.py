@@ -77,6 +77,8 @@ def _quantize(commands: argparse._SubParsersAction) -> None:
         "  qjax quantize models/stories260k --recipe W4A16 --out small --text stories.txt\n"
         "                                                 and compare with the float model on a text\n"
         "  qjax quantize models/vit-tiny --recipe W8A8 --images imagenet-sample\n"
+        "  qjax quantize models/vit-tiny --recipe FP8 --calibration imagenet-sample --samples 32\n"
+        "                                                 constant activation scales, from 32 of the images\n"
         "  qjax quantize models/stories260k --recipe mine.toml",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
@@ -86,6 +88,16 @@ def _quantize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder to write (default: ./NAME-RECIPE); an older qjax folder is replaced"
     )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE|DIR",
+        help="text or images on which constant activation scales are calibrated (recipes such as FP8)",
+    )
+    parser.add_argument(
+        "--samples", type=_positive, default=32, metavar="N", help="blocks or images to calibrate on (default: 32)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
     _data(
         parser,
         "also compare with the float model on this text: perplexity, KL divergence, agreement",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import qjax
+from qjax.cli.calibrating import calibration
 from qjax.cli.evaluating import scored_report
 from qjax.cli.folders import check_destination, is_saved, load_float, save_folder
 from qjax.cli.inspecting import example_input
@@ -31,15 +33,22 @@ def run(args: argparse.Namespace) -> None:
     with waiting("reading weights"):
         loaded = load_float(args.folder)
     check_data(loaded, args)
+    drawn = calibration(loaded, recipe, args)
+    state = qjax.calibrate(loaded.fn, loaded.params, drawn.batches, recipe=recipe) if drawn else None
     with counting("quantizing") as progress:
         example = example_input(loaded.base, loaded.config)
-        model = qjax.quantize(loaded.fn, loaded.params, example, recipe=recipe, name=name, progress=progress)
+        model = qjax.quantize(
+            loaded.fn, loaded.params, example, recipe=recipe, state=state, name=name, progress=progress
+        )
+    record = dataclasses.asdict(drawn.record) if drawn else None
     report, scored = replace(model.report, recipe=recipe_name), None
     if args.text or args.images:
-        scored = score(replace(loaded, fn=model, params=model.params, model=model), loaded, args)
+        manifest = {"calibration": record} if record else {}
+        quantized = replace(loaded, fn=model, params=model.params, model=model, manifest=manifest)
+        scored = score(quantized, loaded, args)
         report = scored_report(report, scored)
     with waiting("saving"):
-        save_folder(out, args.folder, model, report)
+        save_folder(out, args.folder, model, report, calibration=record)
     if args.json:
         print_json({**_as_json(report), "out": str(out), "seconds": round(time.monotonic() - start, 2)})
     else:

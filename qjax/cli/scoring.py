@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qjax import evaluate, models
+from qjax.cli.calibrating import left_out, text_blocks
 from qjax.cli.folders import Loaded
-from qjax.errors import DataError, ModelError
+from qjax.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,9 @@ def score(loaded: Loaded, original: Loaded | None, args: argparse.Namespace) -> 
 
 
 def _on_text(loaded: Loaded, original: Loaded | None, args: argparse.Namespace) -> Scored:
-    text = evaluate.read_text(args.text)
-    longest = min(loaded.config.max_position_embeddings, 2048)
-    if args.context and args.context > loaded.config.max_position_embeddings:
-        raise DataError(
-            f"--context {args.context} is more than the {loaded.config.max_position_embeddings} tokens of the model"
-        )
-    blocks = evaluate.text_blocks(models.tokenizer(loaded.folder), text, args.protocol, context=args.context or longest)
-    blocks = blocks.first(args.limit)
+    blocks = text_blocks(loaded, args.text, args)
+    rows = left_out(loaded, args.text, len(blocks.blocks), blocks.protocol, blocks.context)
+    blocks = blocks.only(rows).first(args.limit)
     if original is None:
         scores = evaluate.perplexity(loaded.fn, loaded.params, blocks).scores()
     else:
@@ -67,7 +63,9 @@ def _on_text(loaded: Loaded, original: Loaded | None, args: argparse.Namespace) 
 
 
 def _on_images(loaded: Loaded, original: Loaded | None, args: argparse.Namespace) -> Scored:
-    data = evaluate.read_images(args.images).first(args.limit)
+    data = evaluate.read_images(args.images)
+    rows = left_out(loaded, args.images, len(data))
+    data = data.only(rows).first(args.limit)
     prepare = models.image_processor(loaded.folder)
     both = [
         evaluate.accuracy(m.fn, m.params, data.images, data.labels, prepare=prepare, keep_logits=original is not None)

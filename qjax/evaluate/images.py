@@ -38,6 +38,12 @@ class LabelledImages:
         """The first `count` images; all of them for None."""
         return LabelledImages(self.images[:count], self.labels[:count], self.classes)
 
+    def only(self, rows: Sequence[int]) -> LabelledImages:
+        """The images of these numbers."""
+        rows = list(rows)
+        images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[row] for row in rows]
+        return LabelledImages(images, self.labels[rows], self.classes)
+
 
 @dataclass(frozen=True)
 class Accuracy:

@@ -15,7 +15,7 @@ not scored.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,10 @@ class TextBlocks:
     def first(self, count: int | None) -> TextBlocks:
         """The first `count` blocks; all of them for None."""
         return TextBlocks(self.blocks[:count], self.protocol, self.context)
+
+    def only(self, rows: Sequence[int]) -> TextBlocks:
+        """The blocks of these numbers."""
+        return TextBlocks(tuple(self.blocks[row] for row in rows), self.protocol, self.context)
 
     def batches(self, tokens_per_batch: int) -> tuple[Batch, ...]:
         """Pad blocks of similar length together: at most `MAX_SHAPES` shapes, most padding avoided.
