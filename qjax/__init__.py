@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from qjax.passes import RTN as RTN
     from qjax.program import Program as Program
     from qjax.program import trace as trace
+    from qjax.training import fake_quant as fake_quant
     from qjax.transforms import Model as Model
     from qjax.transforms import plan as plan
     from qjax.transforms import quantize as quantize
@@ -63,6 +64,7 @@ _HOME = {
     "quantize": "qjax.transforms",
     "plan": "qjax.transforms",
     "Model": "qjax.transforms",
+    "fake_quant": "qjax.training",
     "observe": "qjax.observed",
     "calibrate": "qjax.observed",
     "from_nnx": "qjax.adapters",
@@ -116,6 +118,7 @@ __all__ = [
     "dynamic",
     "errors",
     "evaluate",
+    "fake_quant",
     "formats",
     "from_equinox",
     "from_linen",
