@@ -183,7 +183,7 @@ class Percentile(_Distribution):
     many above the lower end. From a stream the percentile is interpolated within a bin, a sixteenth of an octave.
 
     Args:
-        percentile: over 50, up to 100 (which is the range itself).
+        percentile: over 50, up to 100 (which is the range itself; from a stream, to the edge of its bin).
     """
 
     percentile: float = 99.99

@@ -49,13 +49,16 @@ class Observed:
 
     def _traced(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Collector, Any]:
         signature, arrays = Signature.of(params, args, kwargs)
+        return *self._of(signature, arrays), arrays
+
+    def _of(self, signature: Signature, arrays: list[Any]) -> tuple[Program, Collector]:
         program = trace_flat(self.fn, signature, arrays)
         taps = taps_of(self.recipe.decide(program.sites))
         if not taps:
             raise RecipeError(
                 "the recipe observes nothing: no rule has static inputs; write inputs=qjax.static(format, observer)"
             )
-        return program, Collector(program, taps), arrays
+        return program, Collector(program, taps)
 
     def init(self, params: Any, *args: Any, **kwargs: Any) -> States:
         """The state before any data.
@@ -65,6 +68,16 @@ class Observed:
         """
         _, collector, _ = self._traced(params, args, kwargs)
         return {name: tap.init((1, 1)) for name, tap in collector.taps.items()}
+
+    def merge(self, a: States, b: States, params: Any, *args: Any, **kwargs: Any) -> States:
+        """The state of two streams together, such as those of two hosts.
+
+        Args:
+            a, b: states of this recipe and function.
+            params, *args, **kwargs: as for the function; abstract arrays are enough.
+        """
+        _, collector, _ = self._traced(params, args, kwargs)
+        return {name: tap.merge(a[name], b[name]) for name, tap in collector.taps.items()}
 
     def apply(self, params: Any, state: States, *args: Any, **kwargs: Any) -> tuple[Any, States]:
         """Call the function and observe it.
@@ -80,7 +93,10 @@ class Observed:
         Raises:
             DataError: the state belongs to another recipe or function.
         """
-        program, collector, arrays = self._traced(params, args, kwargs)
+        return self._apply(*Signature.of(params, args, kwargs), state)
+
+    def _apply(self, signature: Signature, arrays: list[Any], state: States) -> tuple[Any, States]:
+        program, collector = self._of(signature, arrays)
         if set(state) != set(collector.taps):
             other = sorted(set(state) ^ set(collector.taps))
             raise DataError(
@@ -143,7 +159,8 @@ def calibrate(
         DataError: batches are a one-shot iterator, none, of different structure, or lead to NaN or infinity at a site.
     """
     observed = observe(fn, recipe)
-    apply = jax.jit(lambda params, state, args: observed.apply(params, state, *args)[1])
+    # What is static in the trees (functions, strings, flags) stays static, as in calls of a model.
+    apply = jax.jit(lambda signature, arrays, state: observed._apply(signature, arrays, state)[1], static_argnums=0)
     state: States = {}
     first: Any = None
     for number, args in enumerate(track(argument_tuples(batches), "calibrating", show=show)):
@@ -155,7 +172,11 @@ def calibrate(
             raise DataError(
                 f"batch {number} is {structure[1]}, but batch 0 is {first[1]}; give batches of one structure"
             )
-        state = apply(params, state, args)
+        try:
+            state = apply(*Signature.of(params, args, {}), state)
+        except Exception as error:
+            error.add_note(f"qjax: this happened in calibration batch {number}")
+            raise
         bad = [name for name, fields in state.items() if float(np.asarray(fields[NONFINITE]))]
         if bad:
             raise DataError(
@@ -174,15 +195,19 @@ def argument_tuples(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
     Raises:
         DataError: they can be iterated over only once.
     """
-    if not isinstance(batches, Iterable):
-        raise DataError(f"batches is a {type(batches).__name__}; give a list of argument tuples")
+    if not isinstance(batches, Iterable) or hasattr(batches, "shape"):
+        raise DataError(f"batches is a {type(batches).__name__}; give a list of argument tuples, such as [(x,)]")
     if isinstance(batches, Iterator):
         raise DataError(
-            f"batches is a {type(batches).__name__}, which can be gone through only once; methods that calibrate block "
-            "by block, and a job that resumes, start anew: give a list, or an object whose __iter__ starts from the "
-            "beginning"
+            f"batches is a {type(batches).__name__}, which can be gone through only once, and calibration starts again "
+            "from the beginning (to find the example, and wherever a method needs a second look): give a list, or an "
+            "object whose __iter__ starts anew"
         )
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if isinstance(batch, list):
+            raise DataError(
+                f"batch {number} is a list; a batch is a tuple of arguments, (x,) for one, or that one argument itself"
+            )
         yield batch if isinstance(batch, tuple) else (batch,)
 
 

@@ -160,6 +160,11 @@ def _check_rule(rule: Rule) -> None:
 
     if not isinstance(rule.match, str) or not rule.match:
         raise RecipeError(f"a rule's match is a pattern for site names such as '**/mlp/**', not {rule.match!r}")
+    if "{" in rule.match and not rule.match.startswith("re:"):
+        raise RecipeError(
+            f"{rule.match!r}: braces are no pattern (reports use them to say several names at once); write a rule for "
+            "each, or a regular expression such as 're:layers/[12]/.*'"
+        )
     compile_pattern(rule.match)
     if not isinstance(rule.op, str):
         put("op", rule.op[0] if len(rule.op) == 1 else tuple(rule.op))
@@ -201,6 +206,13 @@ def _check_rule(rule: Rule) -> None:
 
     for setting, value in _formats_of(rule):
         _check_format(value, setting, refuse)
+    for name in ("inputs", "outputs"):
+        source = getattr(rule, name)
+        if isinstance(source, Static) and source.fmt.per != "tensor":
+            raise refuse(
+                f"static {source.fmt.name} {name}: a constant scale serves the whole tensor; give the format "
+                'per="tensor", or use dynamic(...)'
+            )
 
 
 def _source(value: Any) -> Any:

@@ -16,6 +16,7 @@ shardings as they were. Named scopes and tracebacks are replayed for each equati
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex
 from jax.extend import source_info_util as siu
@@ -369,7 +371,11 @@ def _gather(eqn: Any, values: list[Any]) -> Any:
     taken = q.take(axis, clipped) if q.ndim > 2 else ops.q_take(q, axis, clipped)
     if "FILL" in str(eqn.params["mode"]):
         fill = jnp.nan if eqn.params.get("fill_value") is None else eqn.params["fill_value"]
-        outside = ((rows < 0) | (rows >= size)).reshape((1,) * axis + rows.shape + (1,) * (q.ndim - axis - 1))
+        outside = (rows < 0) | (rows >= size)
+        if not rows.ndim and isinstance(taken, QArray) and taken.fmt.affine and np.isnan(fill):
+            taken = _scaled_away(taken, outside)
+            return taken if dropped else selection.expand_dims(taken, (axis,))
+        outside = outside.reshape((1,) * axis + rows.shape + (1,) * (q.ndim - axis - 1))
         taken = dense(taken)
         taken = jnp.where(outside, jnp.asarray(fill, taken.dtype), taken)
     if not dropped:
@@ -378,6 +384,12 @@ def _gather(eqn: Any, values: list[Any]) -> Any:
     kept = iter(d for d in range(taken.ndim) if not axis <= d < axis + rows.ndim)
     order = tuple(next(kept) if d in dn.offset_dims else next(looked_up) for d in range(taken.ndim))
     return selection.transpose(taken, order)
+
+
+def _scaled_away(q: QArray, outside: Any) -> QArray:
+    """A weight that is NaN where ``outside``, a scalar, is true: its scales are."""
+    scale = q.aux["scale"]
+    return dataclasses.replace(q, aux={**q.aux, "scale": jnp.where(outside, jnp.nan, scale).astype(scale.dtype)})
 
 
 def _on_children(eqn: Any, values: list[Any]) -> Any:

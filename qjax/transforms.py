@@ -137,6 +137,11 @@ class Model:
     report: Report
     rewritten: Rewritten = dataclasses.field(repr=False)
 
+    def __repr__(self) -> str:
+        """Name the function and the recipe; the report is long."""
+        name = self.report.model or getattr(self.fn, "__qualname__", type(self.fn).__name__)
+        return f"Model({name}, recipe={self.recipe.name or 'unnamed'!r}, {len(self.report.quantized)} quantized sites)"
+
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the quantized function; jitted, cached by shapes, and differentiable like any JAX function."""
         return self.rewritten(params, *args, **kwargs)
@@ -227,10 +232,12 @@ def quantize(
     if batches is not None:
         if kwargs:
             raise QjaxError("batches are tuples of positional arguments; give the function without keyword arguments")
+        if state is not None:
+            raise QjaxError("batches and state are two sources of the same scales; give one of them")
+        args = args or next(argument_tuples(batches), ())
         if not recipe.needs_batches:
             warnings.warn("the recipe needs no calibration data: batches are not looked at", QjaxWarning, stacklevel=2)
-        elif state is None:
-            args = args or next(argument_tuples(batches), ())
+        else:
             state = calibrate(fn, params, batches, recipe=recipe)
     signature, arrays = Signature.of(params, args, kwargs)
     if any(is_quantized(a) for a in arrays[: signature.n_params]):

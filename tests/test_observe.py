@@ -285,13 +285,52 @@ def test_bad_batches():
         qjax.calibrate(fn, p, [x, x.at[0, 0].set(jnp.nan)], recipe=EVERYWHERE)
     with pytest.raises(DataError, match="batches is a int"):
         qjax.calibrate(fn, p, 3, recipe=EVERYWHERE)
+    with pytest.raises(DataError, match=r"batches is a ArrayImpl; give a list of argument tuples"):
+        qjax.calibrate(fn, p, x, recipe=EVERYWHERE)
+    with pytest.raises(DataError, match="batch 0 is a list"):
+        qjax.calibrate(fn, p, [[x]], recipe=EVERYWHERE)
+    with pytest.raises(TypeError) as caught:
+        qjax.calibrate(fn, p, [x, x[:, :3]], recipe=EVERYWHERE)
+    assert any("calibration batch 1" in note for note in caught.value.__notes__)
     with pytest.warns(QjaxWarning, match="batches are not looked at"):
-        qjax.quantize(fn, p, x, recipe="W8A16", batches=[x])
+        qjax.quantize(fn, p, recipe="W8A16", batches=[x])
+    state = qjax.calibrate(fn, p, [x], recipe=EVERYWHERE)
+    with pytest.raises(QjaxError, match="give one of them"):
+        qjax.quantize(fn, p, x, recipe=EVERYWHERE, batches=[x], state=state)
+
+
+def test_what_is_static_in_a_tree_stays_static():
+    p, x = {**params(), "activation": jnp.tanh, "name": "a model"}, batch()
+    fn = lambda p, x: p["activation"](x @ p["w"])  # noqa: E731
+    model = qjax.quantize(fn, p, recipe=EVERYWHERE, batches=[x, x])
+    assert float(jnp.abs(model(model.params, x) - fn(p, x)).max()) < 0.05
+
+
+def test_states_of_two_hosts_are_merged():
+    p, xs, fn = params(), [batch(1), batch(2)], CASES["matmul"]
+    t = qjax.observe(fn, EVERYWHERE)
+    parts = [qjax.calibrate(fn, p, [x], recipe=EVERYWHERE) for x in xs]
+    jax.tree.map(np.testing.assert_array_equal, t.merge(*parts, p, xs[0]), qjax.calibrate(fn, p, xs, recipe=EVERYWHERE))
+
+
+@pytest.mark.parametrize("mode", [None, "fill", "clip"])
+def test_experts_picked_at_run_time(mode):
+    p, x = params(), batch()
+    fn = lambda p, x, i: x @ jnp.take(p["s"], i, axis=0, mode=mode)  # noqa: E731
+    model = qjax.quantize(fn, p, recipe=EVERYWHERE, batches=[(x, jnp.int32(1)), (x, jnp.int32(2))])
+    assert not model.report.notes
+    for i in (0, 2, -1):
+        want = fn(p, x, jnp.int32(i))
+        assert float(jnp.abs(model(model.params, x, jnp.int32(i)) - want).max()) < 0.05
+    outside = model(model.params, x, jnp.int32(7))
+    assert bool(jnp.isnan(outside).all()) == (mode != "clip")
 
 
 def test_states_of_something_else():
     p, x, fn = params(), batch(), CASES["matmul"]
     state = qjax.calibrate(fn, p, [x], recipe=EVERYWHERE)
+    with pytest.raises(DataError, match="the state is a NoneType"):
+        qjax.quantize(fn, p, x, recipe=EVERYWHERE, state={"w": None})
     with pytest.raises(DataError, match="no state for s"):
         qjax.quantize(lambda p, x: x @ p["s"][0] @ p["w"], p, x, recipe=EVERYWHERE, state=state)
     other = only("w", qjax.static(INT8, qjax.Percentile()))
@@ -304,7 +343,9 @@ def test_states_of_something_else():
 def test_recipes_that_cannot_be_static():
     p, x, fn = params(), batch(), CASES["matmul"]
     with pytest.raises(RecipeError, match='give the format per="tensor"'):
-        qjax.quantize(fn, p, x, recipe=only("w", qjax.static(qjax.Int(8, per="token"))), batches=[x])
+        only("w", qjax.static(qjax.Int(8, per="token")))
+    with pytest.raises(RecipeError, match="braces are no pattern"):
+        qjax.Rule("layers/{1,2}/**", skip=True)
     floating = qjax.Recipe([qjax.Rule("w", inputs=qjax.static(INT8))])
     with pytest.raises(RecipeError, match="constant scales are kept with a quantized weight"):
         qjax.quantize(fn, p, x, recipe=floating, batches=[x])

@@ -59,6 +59,8 @@ def constants_of(taps: Mapping[str, Tap], state: Mapping[str, State]) -> Constan
         )
     out = {}
     for name, tap in taps.items():
+        if not isinstance(state[name], Mapping):
+            raise DataError(f"{name}: the state is a {type(state[name]).__name__}; calibrate with qjax.calibrate")
         fields = {k: v for k, v in state[name].items() if k != NONFINITE}
         expected = jax.eval_shape(lambda tap=tap: tap.observer.init(tap.fmt, (1, 1)))
         if {k: v.shape for k, v in fields.items()} != {k: v.shape for k, v in expected.items()}:
@@ -69,7 +71,7 @@ def constants_of(taps: Mapping[str, Tap], state: Mapping[str, State]) -> Constan
         if not any(np.asarray(v).any() for v in fields.values()):
             raise DataError(
                 f"{name}: no batch reached it, or all its activations were 0, so there is no range for static "
-                f"{tap.fmt.name} inputs; give batches that run it, or use dynamic(...) for it"
+                f"{tap.fmt.name} inputs; give batches that run it, use dynamic(...) for it, or skip it"
             )
         out[name] = {k: np.asarray(v) for k, v in tap.fmt.from_range(*tap.observer.range(fields, tap.fmt)).items()}
     return out

@@ -211,11 +211,6 @@ def check_decisions(program: Program, decisions: Mapping[str, Decision]) -> None
         if d.skip or d.rule is None:
             continue
         if isinstance(d.inputs, Static):
-            if d.inputs.fmt.per != "tensor":
-                raise RecipeError(
-                    f"{site.name}: rule {d.rule} asks for static {d.inputs.fmt.name} inputs, but a constant scale "
-                    'serves the whole tensor: give the format per="tensor", or use dynamic(...)'
-                )
             if d.weights is None:
                 raise RecipeError(
                     f"{site.name}: rule {d.rule} asks for static inputs and float weights; constant scales are kept "

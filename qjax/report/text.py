@@ -134,6 +134,8 @@ def _generic(row: SiteRow) -> str:
 
 def _nameless(remark: str, name: str) -> str:
     """A remark without the site's own name (as a whole word, and not where it is a quoted pattern)."""
+    if "/" not in name and not any(c.isdigit() for c in name):  # it may be a word of the sentence
+        return remark
     return re.sub(rf"(?<![\w/'#.-]){re.escape(name)}(?![\w/'#-])", "the site", remark)
 
 
@@ -144,7 +146,7 @@ def _headline(report: Report) -> Text:
         text.append(" · ").append(report.recipe, style="bold cyan")
     text.append("\n" + summary(report))
     if report.other_bytes:
-        text.append(f"\n{size(report.other_bytes)} of other parameters (norms, biases) unchanged", style="dim")
+        text.append(f"\n{size(report.other_bytes)} of other parameters (norms, biases, …) unchanged", style="dim")
     return text
 
 
