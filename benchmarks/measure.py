@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -67,19 +68,19 @@ def interleaved(
         rounds: most rounds. budget: seconds of wall time. least_rounds: at least so many, whatever the budget.
         clock: which clock to read; `time.thread_time` for single-threaded Python work on a busy machine.
     """
-    names = list(cases)
+    names, shuffle = list(cases), random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + budget
     for done in range(rounds):
         if done >= least_rounds and time.perf_counter() > end:
             break
-        turn = done % len(names)
-        for name in names[turn:] + names[:turn]:
+        shuffle.shuffle(names)  # what ran just before leaves its caches: no case may always follow the same one
+        for name in names:
             gc.collect()
             start = clock()
             jax.block_until_ready(cases[name]())
             taken[name].append(clock() - start)
-    return {name: Times(tuple(seconds)) for name, seconds in taken.items()}
+    return {name: Times(tuple(taken[name])) for name in cases}
 
 
 def environment() -> dict[str, Any]:
