@@ -353,3 +353,46 @@ def test_recipes_that_cannot_be_static():
         qjax.calibrate(fn, p, [x], recipe="W8A16")
     with pytest.raises(RecipeError, match="pass calibration data"):
         qjax.quantize(fn, p, x, recipe=EVERYWHERE)
+
+
+# -------------------------------------------------------------------------------------------------------- many devices
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("what", ["batches", "weights", "both"])
+def test_sharded_calibration_equals_that_on_one_device(kind, what):
+    axis = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis,) * 2)
+    spec, place = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
+    rng = np.random.default_rng(0)
+    p = {"up": rng.standard_normal((2, 16, 32)).astype(np.float32), "down": rng.standard_normal((2, 32, 16)) / 6}
+    p = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)
+    xs = [jnp.asarray(rng.standard_normal((8, 16)), jnp.float32) for _ in range(2)]
+
+    def fn(p, x):
+        def layer(h, w):
+            up = jnp.einsum("bi,io->bo", h, w["up"])
+            return jnp.einsum("bi,io->bo", jnp.tanh(up), w["down"], out_sharding=out), None
+
+        return lax.scan(layer, x, p)[0]
+
+    out = None
+    state = qjax.calibrate(fn, p, xs, recipe=EVERYWHERE)
+    model = qjax.quantize(fn, p, xs[0], recipe=EVERYWHERE, state=state)
+    want = model(model.params, xs[0])
+
+    sharded, rows = p, xs
+    if what in ("weights", "both"):
+        specs = {"up": spec(None, None, "model"), "down": spec(None, "model", None)}
+        sharded = {name: jax.device_put(p[name], place(mesh, specs[name])) for name in p}
+    if what in ("batches", "both"):
+        rows = [jax.device_put(x, place(mesh, spec("data"))) for x in xs]
+    if kind == "Explicit":
+        sharded = jax.tree.map(lambda a: jax.device_put(a, place(mesh, spec())) if sharded is p else a, sharded)
+        rows = [jax.device_put(x, place(mesh, spec())) if rows is xs else x for x in rows]
+        out = spec("data" if what != "weights" else None, None)
+    with jax.set_mesh(mesh):
+        again = qjax.calibrate(fn, sharded, rows, recipe=EVERYWHERE)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, again)
+        spread = qjax.quantize(fn, sharded, rows[0], recipe=EVERYWHERE, state=again)
+        np.testing.assert_allclose(spread(spread.params, rows[0]), want, rtol=1e-3, atol=2e-2)
