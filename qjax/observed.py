@@ -2,7 +2,7 @@
 
     t = qjax.observe(fn, recipe)
     state = t.init(params, *args)                    # {site: {field: array}}; works under jax.eval_shape
-    out, state = t.apply(params, state, *args)       # pure: jit, vmap over nothing, scan, shard_map
+    out, state = t.apply(params, state, *args)       # pure: works under jit and scan, inside shard_map
     model = t.convert(params, state, *args)          # the packed model with constant activation scales
 
 `qjax.calibrate` folds `apply` over batches, and `qjax.quantize(batches=...)` calls it.
@@ -77,6 +77,8 @@ class Observed:
             params, *args, **kwargs: as for the function; abstract arrays are enough.
         """
         _, collector, _ = self._traced(params, args, kwargs)
+        for state in (a, b):
+            _check_sites(state, collector)
         return {name: tap.merge(a[name], b[name]) for name, tap in collector.taps.items()}
 
     def apply(self, params: Any, state: States, *args: Any, **kwargs: Any) -> tuple[Any, States]:
@@ -97,12 +99,7 @@ class Observed:
 
     def _apply(self, signature: Signature, arrays: list[Any], state: States) -> tuple[Any, States]:
         program, collector = self._of(signature, arrays)
-        if set(state) != set(collector.taps):
-            other = sorted(set(state) ^ set(collector.taps))
-            raise DataError(
-                f"the state does not belong to this recipe and function: they differ at {other[0]} "
-                f"(and {len(other) - 1} more sites); make it with init"
-            )
+        _check_sites(state, collector)
         outs, seen = collector.observe(arrays)
         merged = {
             name: tap.merge(state[name], seen[name]) if name in seen else state[name]
@@ -121,6 +118,15 @@ class Observed:
         from qjax.transforms import quantize
 
         return quantize(self.fn, params, *args, recipe=self.recipe, state=state, **kwargs)
+
+
+def _check_sites(state: States, collector: Collector) -> None:
+    other = sorted(set(state) ^ set(collector.taps))
+    if other:
+        raise DataError(
+            f"the state does not belong to this recipe and function: they differ at {other[0]} "
+            f"(and {len(other) - 1} more sites); make it with init"
+        )
 
 
 def observe(fn: Callable[..., Any], recipe: Recipe | str) -> Observed:

@@ -61,6 +61,27 @@ def test_every_construct(name):
     assert differ(out, want) == (has_products(name) and not unrounded)
 
 
+@pytest.mark.parametrize("inputs", [None, qjax.Int(8, per="token")])
+@pytest.mark.parametrize("group", [None, 4, 6])
+def test_groups_run_over_the_axes_in_the_order_in_which_they_are_stored(group, inputs):
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 2, 4, 8), "experts": (2, 12, 5), "heads": (3, 4, 6)}
+    p = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    image, rows, heads = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 5, 5, 4), (7, 12), (2, 3, 4)))
+
+    def fn(p, image, rows, heads):
+        y = lax.conv_general_dilated(image, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        z = lax.ragged_dot(rows, p["experts"], jnp.array([3, 4]))
+        return y, z, jnp.einsum("bhd,hdo->bo", heads, p["heads"])
+
+    weights = qjax.Int(4, group=group) if group else qjax.Int(4)
+    t = qjax.fake_quant(fn, qjax.Recipe([qjax.Rule("**", weights=weights, inputs=inputs)]))
+    model = t.convert(p, {}, image, rows, heads)
+    got, want = t.apply(p, {}, image, rows, heads)[0], model(model.params, image, rows, heads)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_derivatives_pass_straight_through():
     p, x = params(), batch()
     fn = lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["s"])[0] @ p["w"]  # noqa: E731

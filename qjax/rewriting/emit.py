@@ -190,7 +190,7 @@ def has_constants(values: list[Any], act: Act | None) -> bool:
 
 def _without_inputs(weight: QArray) -> tuple[QArray, dict[str, Any]]:
     """A weight without the constant scales of activations that are kept with it, and those, by name."""
-    constants = {name: a for name, a in weight.aux.items() if "." in name}
+    constants = {name: a for name, a in weight.aux.items() if "." in name}  # input.scale; a format's own have no dot
     if not constants:
         return weight, {}
     own = {name: a for name, a in weight.aux.items() if name not in constants}
@@ -228,15 +228,26 @@ def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None,
             "stays in float here; use dynamic(...) for its inputs, or skip it"
         )
     if act is not None:
-        if eqn.primitive.name == "dot_general":
-            axes = tuple(eqn.params["dimension_numbers"][0][side])
-        elif eqn.primitive.name == "conv_general_dilated":
-            spec = eqn.params["dimension_numbers"].lhs_spec
-            axes = tuple(sorted(spec[1:]))
-        else:
-            axes = (values[0].ndim - 1,)
-        values[side] = rounded(values[side], act, axes)
+        values[side] = rounded(values[side], act, operand_axes(eqn, side)[0])
     return bind(eqn, values)[0]
+
+
+def operand_axes(eqn: Any, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of an operand of a product that it sums over, and those that it runs over in parallel.
+
+    Args:
+        eqn: dot_general, conv_general_dilated or ragged_dot_general.
+        side: which operand; the weight of the last two is operand 1.
+    """
+    name, p = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        contract, batch = p["dimension_numbers"]
+        return tuple(contract[side]), tuple(batch[side])
+    if name == "conv_general_dilated":
+        numbers = p["dimension_numbers"]
+        # Groups of a kernel run over (H, W, I); one example is one token.
+        return ((*numbers.rhs_spec[2:], numbers.rhs_spec[1]) if side else tuple(sorted(numbers.lhs_spec[1:]))), ()
+    return ((1,), (0,)) if side else ((eqn.invars[0].aval.ndim - 1,), ())
 
 
 def rounded(x: Any, act: Act, axes: tuple[int, ...]) -> Any:

@@ -23,7 +23,7 @@ from qjax.calibration import Observer
 from qjax.errors import RecipeError
 from qjax.formats import Format
 from qjax.rewrite import Rewriter
-from qjax.rewriting.emit import Act, rounded
+from qjax.rewriting.emit import Act, operand_axes, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +52,18 @@ class FakeRewriter(Rewriter):
                 "format for all steps of such a loop"
             )
         faked: Faked = distinct[0]
-        side = self.program.analysis.reads[number].side
-        at = side if side is not None and eqn.primitive.name == "dot_general" else 1
-        sums, stacks = _axes(eqn, at)
+        at = self.weight_side(number, eqn)
+        sums, stacks = operand_axes(eqn, at)
+        ref = self.program.analysis.reads[number].ref
+        if ref is not None and eqn.primitive.name == "dot_general":
+            # Groups run through the leaf's axes, in the leaf's order; a product may name them in another.
+            sums = tuple(sorted(sums, key=lambda d: [(axis, -stride) for axis, stride, _ in ref.dims[d]]))
         values = list(values)
         if faked.weights is not None:
             values[at] = straight_through(values[at], faked.weights, sums, stacks, faked.observer)
         if faked.inputs is not None:
-            values[1 - at] = rounded(values[1 - at], Act(faked.inputs), _axes(eqn, 1 - at)[0])
+            values[1 - at] = rounded(values[1 - at], Act(faked.inputs), operand_axes(eqn, 1 - at)[0])
         return bind(eqn, values)
-
-
-def _axes(eqn: Any, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes of an operand that a product sums over, and those that it runs over in parallel."""
-    name, p = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        contract, batch = p["dimension_numbers"]
-        return tuple(contract[side]), tuple(batch[side])
-    if name == "conv_general_dilated":
-        numbers = p["dimension_numbers"]
-        spec = numbers.rhs_spec if side else numbers.lhs_spec
-        return ((*spec[2:], spec[1]), ()) if side else (tuple(sorted(spec[1:])), ())
-    return ((1,), (0,)) if side else ((eqn.invars[0].aval.ndim - 1,), ())
 
 
 def straight_through(

@@ -28,6 +28,7 @@ from jax import lax
 from qjax._compat import bind, varying_axes
 from qjax.calibration import Observer, State
 from qjax.rewrite import Rewriter, is_special
+from qjax.rewriting.emit import operand_axes
 
 Loops = tuple[tuple[int, tuple[int, ...]], ...]
 """Of stacked contributions, outermost first: loop id, and the step that each row of that axis stands for."""
@@ -140,10 +141,8 @@ class Collector(Rewriter):
         """Observe the activations of a product, then emit it as it was."""
         taps = list(dict.fromkeys(act for _, act in acts if act is not None))
         if number is not None and taps:
-            side = self.program.analysis.reads[number].side
-            x = values[1 - side if side is not None and eqn.primitive.name == "dot_general" else 0]
-            matrix = activation_matrix(eqn, self.dense(x, "observed activations"), side)
-            matrix = matrix.reshape(math.prod(matrix.shape[:-1]), matrix.shape[-1])  # one scale for all of a batch axis
+            side = 1 - self.weight_side(number, eqn)
+            matrix = activation_matrix(eqn, self.dense(values[side], "observed activations"), side)
             tap = self.tap_of[number] = taps[0]
             self.shapes[number] = matrix.shape
             self.deposit({(number, ()): tap.see(lax.stop_gradient(matrix))})
@@ -208,24 +207,16 @@ class Collector(Rewriter):
         return out
 
 
-def activation_matrix(eqn: Any, x: Any, side: int | None) -> Any:
-    """The activations of a product as [*batch, rows, K], K being what one output element is summed from.
+def activation_matrix(eqn: Any, x: Any, side: int) -> Any:
+    """The activations of a product as [rows, K], K being what one output element is summed from.
+
+    Axes that the product runs over in parallel count as rows: one scale serves them all.
 
     Args:
         eqn: dot_general, conv_general_dilated or ragged_dot_general.
         x: the operand that is no parameter.
-        side: of a dot_general: which operand is the parameter.
+        side: which operand it is.
     """
-    name, p = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        mine = 1 - side if side is not None else 0
-        contract, batch = (tuple(axes[mine]) for axes in p["dimension_numbers"])
-    elif name == "conv_general_dilated":
-        spec = p["dimension_numbers"].lhs_spec
-        contract, batch = tuple(spec[1:]), ()
-    else:
-        contract, batch = (x.ndim - 1,), ()
-    rows = tuple(d for d in range(x.ndim) if d not in contract and d not in batch)
-    sizes = [math.prod(x.shape[d] for d in axes) for axes in (rows, contract)]
-    moved = lax.transpose(x, (*batch, *rows, *contract))
-    return moved.reshape(*(x.shape[d] for d in batch), *sizes)
+    sums, _ = operand_axes(eqn, side)
+    rows = tuple(d for d in range(x.ndim) if d not in sums)
+    return lax.transpose(x, (*rows, *sums)).reshape(*(math.prod(x.shape[d] for d in axes) for axes in (rows, sums)))
