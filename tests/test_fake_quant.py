@@ -82,6 +82,25 @@ def test_groups_run_over_the_axes_in_the_order_in_which_they_are_stored(group, i
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("spec", "shape"), [("HWIO", (3, 2, 4, 8)), ("OIHW", (8, 4, 3, 2)), ("OHWI", (8, 3, 2, 4))])
+def test_groups_of_a_convolution_run_over_height_width_and_channels(spec, shape):
+    rng = np.random.default_rng(0)
+    p = {"w": jnp.asarray(rng.standard_normal(shape), jnp.float32)}
+    x = jnp.asarray(rng.standard_normal((2, 5, 5, 4)), jnp.float32)
+
+    def fn(p, x):
+        return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", spec, "NHWC"))
+
+    t = qjax.fake_quant(fn, qjax.Recipe([qjax.Rule("**", weights=qjax.Int(4, group=4))]))
+    model = t.convert(p, {}, x)
+    assert model.params["w"].in_axes == tuple(spec.index(c) for c in "HWI")
+    np.testing.assert_allclose(t.apply(p, {}, x)[0], model(model.params, x), rtol=1e-4, atol=1e-4)
+    # By hand: four consecutive numbers of a row (H, W, I) share a scale.
+    rows = np.transpose(p["w"], [spec.index(c) for c in "OHWI"]).reshape(8, 6, 4)
+    scale = np.abs(rows).max(-1) / 7.5
+    np.testing.assert_allclose(np.asarray(model.params["w"].aux["scale"]).reshape(8, 6), scale, rtol=1e-6)
+
+
 def test_derivatives_pass_straight_through():
     p, x = params(), batch()
     fn = lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["s"])[0] @ p["w"]  # noqa: E731

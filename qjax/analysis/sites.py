@@ -224,6 +224,9 @@ class _Walker:
             kept = [d for d in range(len(ref.dims)) if d not in contract and d not in batch]
             axes = [ref.axes_of(list(d)) for d in (contract, kept, batch)]
             summed = ref.summed_axes(contract)
+            if op == "conv":  # groups run over (H, W, I), wherever these stand in the leaf
+                order = [axis for d in contract for axis, _, _ in ref.dims[d]]
+                summed = tuple(sorted(summed, key=order.index)) if set(summed) <= set(order) else summed
             reason = ""
             if any(a is None for a in axes) or set(summed) & set((axes[1] or ()) + (axes[2] or ())):
                 reason = "only part of a weight axis is contracted: reshape the weight so that whole axes are"
