@@ -251,6 +251,11 @@ class Rewriter:
         side = self.program.analysis.reads[number].side
         return side if side is not None and eqn.primitive.name == "dot_general" else 1
 
+    def streamed(self, where: str) -> bool:
+        """Whether a site reads what a loop slices from a stack at its step."""
+        site = self.program.by_name.get(where)
+        return site is not None and bool(self.program.slices[site.read].loops)
+
     def where(self, number: int | None) -> str:
         """A name for notes and warnings."""
         if number is None:

@@ -54,6 +54,7 @@ class Spec:
         precision: of float dots, as `jax.lax.Precision`.
         implementation: the name of a lowering, or None to choose one.
         out_sharding: sharding of the result on an explicit mesh, where the operands leave it open.
+        streamed: whether the weight is what a running loop slices from a stack at its step: never unpacked early.
     """
 
     out_dtype: np.dtype
@@ -61,6 +62,7 @@ class Spec:
     precision: Any = None
     implementation: str | None = None
     out_sharding: Any = None
+    streamed: bool = False
 
 
 class Call:

@@ -115,6 +115,7 @@ def q_conv(
     out_dtype: DTypeLike | None = None,
     precision: Any = None,
     implementation: str | None = None,
+    streamed: bool = False,
     site: str = "",
 ) -> Array:
     """Convolve with a quantized kernel: `jax.lax.conv_general_dilated` with a packed right-hand side.
@@ -132,6 +133,7 @@ def q_conv(
             dimension_numbers, feature_group_count, batch_group_count and precision.
         out_dtype: dtype of the result, by default that of x.
         implementation: name of a lowering, or None to choose.
+        streamed: whether w is what a running loop slices from a stack of kernels at its step.
         site: name for messages.
 
     Raises:
@@ -153,6 +155,7 @@ def q_conv(
         out_dtype=out_dtype,
         precision=precision,
         implementation=implementation,
+        streamed=streamed,
         site=site,
     )
     if implementation is not None:
@@ -186,6 +189,7 @@ def _prepared(
     out_dtype: DTypeLike | None = None,
     precision: Any = None,
     implementation: str | None = None,
+    streamed: bool = False,
     site: str = "",
 ) -> tuple[ConvSpec, Operands]:
     at = f"{site}: " if site else ""
@@ -209,6 +213,7 @@ def _prepared(
         act=act[0] if act else None,
         precision=precision,
         implementation=implementation,
+        streamed=streamed,
         window_strides=strides,
         padding=tuple((int(a), int(b)) for a, b in padding),
         lhs_dilation=lhs_dilation,

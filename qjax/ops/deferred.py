@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from qjax import _compat
-from qjax.kernels.order import tree_after
+from qjax.kernels.order import apart
 
 
 class Deferred:
@@ -147,14 +147,20 @@ def _batch(operands: Sequence[Any], dims: Sequence[Any], *, function: Deferred, 
 batching.primitive_batchers[deferred_p] = _batch
 
 
+def _apply_whole(what: tuple[Deferred, int], *operands: Any) -> list[Any]:
+    function, count = what
+    return _apply(*operands, function=function, count=count)
+
+
+_apply_apart = apart(_apply_whole)
+
+
 def _lower(ctx: Any, *args: Any, function: Deferred, count: int) -> Any:
     whole = _compat.partitioned_devices(ctx) > 1
 
     def run(*operands: Any) -> list[Any]:
-        linear, residuals = operands[:count], operands[count:]
-        if not whole and linear[0].size:  # unpack weights only when the cotangent is there: see qjax.kernels.order
-            residuals = [tree_after(linear[0], a) for a in residuals]
-        return _apply(*linear, *residuals, function=function, count=count)
+        # On one device weights are unpacked only when the cotangent is there: see `qjax.kernels.order`.
+        return (_apply_whole if whole else _apply_apart)((function, count), *operands)
 
     return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
 

@@ -20,6 +20,7 @@ from qjax.formats import Aux, Float8, Format, Int, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.kernels import Act, Problem, select
 from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
 
 
@@ -116,6 +117,7 @@ def q_dot(
     precision: Any = None,
     implementation: str | None = None,
     out_sharding: Any = None,
+    streamed: bool = False,
     site: str = "",
 ) -> Array:
     """Multiply activations by a quantized weight: y[.., n] = sum over k of x[.., k] * W[n, k].
@@ -135,6 +137,7 @@ def q_dot(
         precision: of float products, as in `jax.lax.dot_general`.
         implementation: name of a lowering (`qjax.ops.lowering_table`), or None to choose.
         out_sharding: as in `jax.lax.dot_general`, on explicit meshes.
+        streamed: whether w is what a running loop slices from a stack of weights at its step.
         site: name for messages.
 
     Returns:
@@ -159,6 +162,7 @@ def q_dot(
         precision=precision,
         implementation=implementation,
         out_sharding=out_sharding,
+        streamed=streamed,
     )
     operands = Operands(x, dict(act[1]) if act else {}, w)
     vector = x.ndim == stacks + 1
@@ -209,7 +213,7 @@ def _entries(name: str) -> list[Any]:
     return [e for e in lowering_table("dot").rows if e.name == name]
 
 
-def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0) -> Aux:
+def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0, streamed: bool = False) -> Aux:
     """Fit the scales of activations to themselves: what ``dynamic`` means.
 
     Plain jnp under `stop_gradient`. A scale per tensor covers the logical tensor: under `vmap` each example has its
@@ -224,16 +228,17 @@ def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0) -> Aux:
         x: float [*stack, *rows, K].
         fmt: the format; per "tensor" means all rows of one element of the stack.
         stack_ndim: how many leading axes are stack axes.
+        streamed: whether this is inside a loop over layers, which XLA compiles once: the same numbers, by fewer loops.
 
     Returns:
         aux of the rank of x, [*stack, *rows or 1, groups or 1].
     """
-    return _activation_aux(lax.stop_gradient(x), fmt, stack_ndim)
+    return _activation_aux(lax.stop_gradient(x), fmt, stack_ndim, streamed)
 
 
 # One jitted function, because a model fits hundreds of activations of a few shapes: it is traced once for each.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _activation_aux(x: Array, fmt: Format, stack_ndim: int) -> Aux:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _activation_aux(x: Array, fmt: Format, stack_ndim: int, streamed: bool) -> Aux:
     x = x.astype(jnp.float32)
     if x.size == 0:
         return fmt.fit(x)
@@ -245,7 +250,8 @@ def _activation_aux(x: Array, fmt: Format, stack_ndim: int) -> Aux:
         # scale that the format has for [-1, 1] is to the bit the scale that it has for [-top, top].
         with jax.ensure_compile_time_eval():
             unit = fmt.from_range(jnp.float32(-1), jnp.float32(1))["scale"]
-        top = fmt.reduce(jnp.abs(x), jnp.max)
+        short = streamed and isinstance(x.size, int) and x.size <= SMALL_ELEMENTS
+        top = fmt.reduce(jnp.abs(x), _largest_in_rows if short else jnp.max)
         return {"scale": lax.max(top * unit, lax.full_like(top, SMALLEST_SCALE))}
     if fmt.per in ("token", "channel") and isinstance(fmt, Int):
         low, high = (fmt.reduce(x, lambda a, f=f, **k: f(a, initial=0.0, **k)) for f in (jnp.min, jnp.max))
@@ -265,3 +271,21 @@ def _activation_aux(x: Array, fmt: Format, stack_ndim: int) -> Aux:
     if shards:
         low, high = lax.pmin(low, shards), lax.pmax(high, shards)
     return fmt.from_range(low, high)
+
+
+def _largest_in_rows(x: Array, *, axis: int, keepdims: bool) -> Array:
+    """Return `jnp.max` over the last axis, in two steps where XLA on CPU compiles them faster than one.
+
+    Short rows would be unrolled whole, and longer ones cut in windows by three loops. Two reductions of at most 32
+    elements are neither; the second is a minimum, because two of a kind are merged again. NaN stays NaN. It pays in a
+    small program, such as a scan over layers; where layers are unrolled it was measured to cost more.
+    """
+    length = x.shape[-1]
+    parts: list[int] = []
+    if axis in (-1, x.ndim - 1) and jax.sharding.get_abstract_mesh().empty:
+        parts = [d for d in range(2, 33) if length % d == 0 and 1 < length // d <= 32]
+    if not parts:
+        return jnp.max(x, axis=axis, keepdims=keepdims)
+    part = min(parts, key=lambda d: abs(d - length // d))
+    first = jnp.max(x.reshape(*x.shape[:-1], length // part, part), axis=-2)
+    return -jnp.min(-first, axis=-1, keepdims=keepdims)

@@ -79,6 +79,7 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     batch_perm = [batch_at[d] for d in wb]
     x_perm = list(range(nb, nb + len(rows)))
     w_perm = [free_at[d] for d in wfree]
+    streamed = rewriter.streamed(where)
     permutation = batch_perm + (x_perm + w_perm if side else w_perm + x_perm)
 
     def product(x: Any, canonical: QArray, constants: dict[str, Any]) -> Any:
@@ -87,10 +88,11 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
         result = ops.q_dot(
             xt,
             canonical,
-            act=_for_stack(_act(act, xt, constants, where), batch_shape),
+            act=_for_stack(_act(act, xt, constants, where, streamed), batch_shape),
             out_dtype=out.dtype,
             precision=eqn.params["precision"],
             implementation=rewriter.implementation,
+            streamed=streamed,
             site=where,
         )
         return lax.transpose(_reshape(result, (*batch_shape, *rows, *free_shape)), permutation)
@@ -126,6 +128,7 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
         precision=p["precision"],
         out_dtype=out.dtype,
         implementation=rewriter.implementation,
+        streamed=rewriter.streamed(where),
         site=where,
     )
     try:
@@ -197,12 +200,12 @@ def _without_inputs(weight: QArray) -> tuple[QArray, dict[str, Any]]:
     return dataclasses.replace(weight, aux=own), constants
 
 
-def _act(act: Act | None, x: Any, constants: dict[str, Any], where: str) -> Any:
+def _act(act: Act | None, x: Any, constants: dict[str, Any], where: str, streamed: bool = False) -> Any:
     """Format and scales of activations [*batch, rows, K]: from the values, or the constants kept with the weight."""
     if act is None:
         return None
     if act.prefix is None:
-        return act.fmt, scales_of(x, act.fmt)
+        return act.fmt, scales_of(x, act.fmt, streamed)
     lead = f"{act.prefix}."
     aux = {name.removeprefix(lead): a for name, a in constants.items() if name.startswith(lead)}
     if not aux:
@@ -213,10 +216,10 @@ def _act(act: Act | None, x: Any, constants: dict[str, Any], where: str) -> Any:
     return act.fmt, aux
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def scales_of(x: Any, fmt: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def scales_of(x: Any, fmt: Any, streamed: bool = False) -> Any:
     """`ops.activation_aux`, traced once per shape: a model has hundreds of products of a few shapes."""
-    return ops.activation_aux(x, fmt)
+    return ops.activation_aux(x, fmt, streamed=streamed)
 
 
 def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str, side: int = 0) -> Any:

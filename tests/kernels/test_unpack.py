@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qjax.formats import MXFP4, NF4, NVFP4, Float8, Int, quantize_array
 from qjax.kernels import phases, unpack
-from qjax.kernels.order import after, runtime_zero
+from qjax.kernels.order import apart, runtime_zero
 
 
 def packed(fmt, n, k, seed=0, lead=()):
@@ -71,5 +71,13 @@ def test_rows_that_cannot_be_split_are_not(fmt, k):
 def test_the_runtime_zero_is_zero(dtype, value):
     x = jnp.full((2, 3), value).astype(dtype)
     assert jax.jit(runtime_zero)(x) == 0
-    codes = jnp.arange(-4, 4, dtype=jnp.int8)
-    np.testing.assert_array_equal(jax.jit(after)(x, codes), codes)
+
+
+def test_a_call_apart_stays_one_call():
+    inner = jax.jit(lambda x: jnp.where(x > 0, x, 0.0))  # a call of a library: inlined as ever
+    step = apart(lambda power, x: inner(x) ** power)
+    f = lambda x: step(3, jnp.sin(step(2, x)))  # noqa: E731
+    x = jnp.linspace(-1, 1, 7)
+    compiled = jax.jit(f).lower(x).compile()
+    np.testing.assert_allclose(compiled(x), jnp.sin(jnp.maximum(x, 0) ** 2) ** 3, rtol=1e-6)
+    assert compiled.as_text().count(" call(") == 2

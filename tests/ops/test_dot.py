@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -244,3 +245,20 @@ def test_a_printed_equation_is_short(setting):
     text = str(jax.make_jaxpr(lambda x, w: ops.q_dot(x, w))(setting.x, setting.w))
     line = next(line for line in text.splitlines() if "q_dot" in line)
     assert len(line) < 120 and setting.fmt.name in line
+
+
+@pytest.mark.parametrize("k", [32, 48, 64, 250, 251, 1024])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_inside_a_loop_over_layers_the_numbers_are_the_same(k, rows):
+    # Activations are quantized by fewer loops there, because a small program takes its time to compile for loops.
+    x, fmt = jax.random.normal(jax.random.key(k), (rows, k)), Int(8, per="token")
+    x = x.at[0, 0].set(jnp.nan) if k == 48 else x
+    w = quantize_array(jax.random.normal(jax.random.key(1), (k, 8)), Int(8), in_axes=0)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(x, streamed):
+        aux = ops.activation_aux(x, fmt, streamed=streamed)
+        return aux["scale"], ops.q_dot(x, w, act=(fmt, aux), streamed=streamed)
+
+    for a, b in zip(run(x, False), run(x, True), strict=True):
+        np.testing.assert_array_equal(a, b)

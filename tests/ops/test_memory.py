@@ -124,9 +124,7 @@ def test_remat_policies_see_batches_and_convolutions():
     kernel = quantize_array(jnp.ones((3, 3, 4, 8)), Int(8), in_axes=(0, 1, 2))
 
     def f(x, image):
-        y = ops.q_conv(
-            image, kernel, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = ops.q_conv(image, kernel, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return jnp.sin(ops.q_dot(x, ws)).sum() + jnp.sin(y).sum()
 
     jax.make_jaxpr(jax.grad(jax.checkpoint(f, policy=ops.remat_policy(policy))))(

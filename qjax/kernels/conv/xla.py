@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax.formats import QArray
+from qjax.formats import Aux, Format, QArray
 from qjax.kernels.conv.reference import conv_reference, convolve
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.xla import both_quantized, on_one_cpu
-from qjax.kernels.order import after, runtime_zero
+from qjax.kernels.dot.xla import both_quantized, on_one_cpu, once_there
+from qjax.kernels.order import runtime_zero
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 ENOUGH_CHANNELS = 16
@@ -29,9 +29,15 @@ ENOUGH_CHANNELS = 16
 @register_lowering("conv", name="dequantize", priority=0, about="unpack the kernel, then a float convolution")
 def dequantize(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the float convolution with the dequantized kernel."""
-    if on_one_cpu(problem):
-        w = dataclasses.replace(w, codes=after(x, w.codes))
-    return conv_reference(problem, x, w, act)
+    if not on_one_cpu(problem):
+        return conv_reference(problem, x, w, act)
+    fmt, aux = act or (None, {})
+    return once_there(problem, _of_format)((problem, fmt), x, w, aux)
+
+
+def _of_format(what: tuple[Problem, Format | None], x: Array, w: QArray, aux: Aux) -> Array:
+    problem, fmt = what
+    return conv_reference(problem, x, w, (fmt, aux) if fmt else None)
 
 
 def _symmetric_integers(problem: Problem) -> bool | str:

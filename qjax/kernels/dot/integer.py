@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats import Aux, Format, QArray
-from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, over_stack, zeros_like_varying
-from qjax.kernels.order import after
+from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, once_there, over_stack, zeros_like_varying
+from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.kernels.phases import code_phases, phase_count, split_phases
 from qjax.kernels.registry import Act, Problem, register_lowering
 from qjax.kernels.unpack import unpacked
@@ -85,12 +85,26 @@ def _signed(codes: Array, zero: Array | None, bits: int) -> tuple[Array, Array |
     return codes.astype(jnp.int8), wide_zero
 
 
-def _activations(x: Array, act: Act) -> _Side:
+def _activations(x: Array, act: Act, streamed: bool = False) -> _Side:
     fmt, aux = act
-    codes, zero = _signed(fmt.encode(x, aux), fmt.zero_of(aux), fmt.code_bits)
+    of_elements = aux
+    if streamed and fmt.per != "group" and isinstance(x.size, int) and x.size <= SMALL_ELEMENTS:
+        of_elements = {name: _beside(x, a) if name == "scale" else a for name, a in aux.items()}
+    codes, zero = _signed(fmt.encode(x, of_elements), fmt.zero_of(aux), fmt.code_bits)
     if zero is not None:
         zero = jnp.broadcast_to(zero, (*x.shape[:-1], zero.shape[-1] if zero.ndim else 1))
     return _Side(codes, fmt.scale_of(aux), zero)
+
+
+def _beside(x: Array, scale: Array) -> Array:
+    """Return the scales of rows for each element of x, such that XLA on CPU does not see that they are rows'.
+
+    Their reciprocals would be a loop of their own to it, and loops are what a small program, such as a scan over
+    layers, takes its time to compile. The code generator, later, sees that no number is below minus infinity and takes
+    the division out of the loop over a row.
+    """
+    x = x.astype(jnp.float32)
+    return lax.select(lax.lt(x, lax.full_like(x, -jnp.inf)), lax.full_like(x, 1), jnp.broadcast_to(scale, x.shape))
 
 
 def _dot(x: Array, w: Array) -> Array:
@@ -104,22 +118,36 @@ def _cpu_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array
     rows = x.shape[0]
     fmt, aux = both_quantized(act)
     folded: Aux = {k: jnp.broadcast_to(a, (*shape, a.shape[-1])).reshape(rows, -1) for k, a in aux.items()}
-    side = _activations(x, (fmt, folded))
+    side = _activations(x, (fmt, folded), bool(problem.settings and problem.settings.streamed))
     # Rows of qx, a row of ones where sums over qw are needed, and zeros up to the rows that make the dot fast.
     ones = [jnp.ones((1, problem.k), jnp.int8)] if side.zero is not None else []
     filled = rows + len(ones)
     fill = [jnp.zeros((PADDED_ROWS - filled, problem.k), jnp.int8)] if rows == 1 else []
     q = jnp.concatenate([side.codes, *ones, *fill]) if ones or fill else side.codes
     # Codes that are read as they are stay where they are; what has to be unpacked waits for qx.
-    packed = w.codes if w.codes.dtype == jnp.int8 else after(q, w.codes)
+    product = _scaled_sums if w.codes.dtype == jnp.int8 else once_there(problem, _scaled_sums)
+    y = product((problem, rows), q, side.scale, side.zero, w)
+    return y.astype(problem.out_dtype).reshape(*shape, problem.n)
+
+
+def _scaled_sums(what: tuple[Problem, int], q: Array, scale_x: Array, zero_x: Array | None, w: QArray) -> Array:
+    """Return the sums over all groups times both scales: float32 [rows, N].
+
+    Args:
+        what: the problem, and the rows of the result.
+        q: int8 codes [rows, K], then a row of ones if zero_x is given, then padding.
+        scale_x: float32 [rows, groups or 1].
+        zero_x: int32 [rows, groups or 1] or None.
+        w: canonical [N, K].
+    """
+    problem, rows = what
+    _, zero_w = _signed(jnp.zeros((), w.fmt.code_dtype), w.fmt.zero_of(w.aux), w.fmt.code_bits)
     count = phase_count(w.fmt, w.length)
     group = group_of(w.fmt) or problem.k
     if count > 1:
-        stored, unpack = packed, lambda part: code_phases(part, w.fmt)
+        stored, unpack = w.codes, lambda part: code_phases(part, w.fmt)
     else:
-        whole = unpacked(dataclasses.replace(w, codes=packed))
-        stored, unpack = whole, lambda part: [part]
-    _, zero_w = _signed(jnp.zeros((), w.fmt.code_dtype), w.fmt.zero_of(w.aux), w.fmt.code_bits)
+        stored, unpack = unpacked(w), lambda part: [part]
     x_phases = split_phases(q, count)
     width, bytes_width = group // count, group * stored.shape[1] // problem.k
 
@@ -130,22 +158,19 @@ def _cpu_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array
 
     scale_w = w.fmt.scale_of(w.aux)
     if group == problem.k:
-        acc = _centred(sums(x_phases, stored), x_phases, rows, side.zero, zero_w, group)
-        y = acc.astype(jnp.float32) * side.scale * scale_w[:, 0][None]
-    else:
+        acc = _centred(sums(x_phases, stored), x_phases, rows, zero_x, zero_w, group)
+        return acc.astype(jnp.float32) * scale_x * scale_w[:, 0][None]
 
-        def add(g: Array, y: Array) -> Array:
-            column = lambda a: lax.dynamic_slice_in_dim(a, g, 1, axis=1) if a.shape[1] > 1 else a  # noqa: E731
-            part = lax.dynamic_slice_in_dim(stored, g * bytes_width, bytes_width, axis=1)
-            qs = [lax.dynamic_slice_in_dim(xp, g * width, width, axis=1) for xp in x_phases]
-            zx = None if side.zero is None else column(side.zero)
-            zw = column(zero_w) if zero_w is not None and zero_w.ndim else zero_w
-            acc = _centred(sums(qs, part), qs, rows, zx, zw, group).astype(jnp.float32)
-            return y + acc * column(side.scale) * column(scale_w)[:, 0][None]
+    def add(g: Array, y: Array) -> Array:
+        column = lambda a: lax.dynamic_slice_in_dim(a, g, 1, axis=1) if a.shape[1] > 1 else a  # noqa: E731
+        part = lax.dynamic_slice_in_dim(stored, g * bytes_width, bytes_width, axis=1)
+        qs = [lax.dynamic_slice_in_dim(xp, g * width, width, axis=1) for xp in x_phases]
+        zx = None if zero_x is None else column(zero_x)
+        zw = column(zero_w) if zero_w is not None and zero_w.ndim else zero_w
+        acc = _centred(sums(qs, part), qs, rows, zx, zw, group).astype(jnp.float32)
+        return y + acc * column(scale_x) * column(scale_w)[:, 0][None]
 
-        zeros = zeros_like_varying((rows, problem.n), x.astype(jnp.float32), w)
-        y = lax.fori_loop(0, problem.k // group, add, zeros)
-    return y.astype(problem.out_dtype).reshape(*shape, problem.n)
+    return lax.fori_loop(0, problem.k // group, add, zeros_like_varying((rows, problem.n), scale_x, w))
 
 
 def _centred(acc: Array, qs: list[Array], rows: int, zero_x: Array | None, zero_w: Array | None, group: int) -> Array:

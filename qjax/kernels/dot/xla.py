@@ -14,6 +14,7 @@ operations, without loops and slices, so that sharded operands stay where they a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ from jax import Array, lax
 
 from qjax.formats import QArray
 from qjax.kernels.dot.reference import contract, dot_reference, round_trip, wide
-from qjax.kernels.order import after, runtime_zero
+from qjax.kernels.order import apart, runtime_zero
 from qjax.kernels.phases import decoded_phases, phase_count, split_phases
 from qjax.kernels.registry import Act, Problem, register_lowering
 from qjax.kernels.unpack import floats
@@ -58,7 +59,8 @@ def over_stack(function: Dot) -> Dot:
         stacks = len(problem.stack)
         if not stacks:
             return function(problem, x, w, act)
-        flat = dataclasses.replace(problem, stack=())
+        settings = dataclasses.replace(problem.settings, streamed=True) if problem.settings else None
+        flat = dataclasses.replace(problem, stack=(), settings=settings)
         fmt = act[0] if act else None
         merge = lambda a: a.reshape(problem.matrices, *a.shape[stacks:])  # noqa: E731
         parts = (merge(x), _map_arrays(merge, w), {k: merge(a) for k, a in act[1].items()} if act else {})
@@ -102,8 +104,15 @@ def dequantize(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
 def _dequantize_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     if act is not None:
         x = round_trip(x, act)
-    w = dataclasses.replace(w, codes=after(x, w.codes))
-    return _float_product(problem, x, w)
+    return once_there(problem, _float_product)(problem, x, w)
+
+
+def once_there(problem: Problem, function: Callable[..., Array]) -> Callable[..., Array]:
+    """Make ``function(static, *operands)``, which unpacks a weight, start only when all its operands are there."""
+    return function if problem.settings and problem.settings.streamed else _apart(function)
+
+
+_apart = functools.lru_cache(maxsize=256)(apart)
 
 
 def _float_product(problem: Problem, x: Array, w: QArray) -> Array:
@@ -161,28 +170,28 @@ def _blocks_of_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) ->
     if act is not None:
         x = round_trip(x, act)
     rows, x = x.shape[:-1], fold_rows(x)
-    y = in_blocks(problem, x, w, _float_product)
+    y = once_there(problem, in_blocks)((problem, _float_product), x, w)
     return y.astype(problem.out_dtype).reshape(*rows, y.shape[-1])
 
 
-def in_blocks(problem: Problem, x: Array, w: QArray, product: Callable[[Problem, Array, QArray], Array]) -> Array:
+def in_blocks(what: tuple[Problem, Callable[[Problem, Array, QArray], Array]], x: Array, w: QArray) -> Array:
     """Return a product in the dtype of accumulation, a block of rows of the weight at a time.
 
     Args:
-        problem: what is to be computed, without a stack.
+        what: the problem, without a stack, and a function that computes one block of it, given the problem with ``n``
+            and ``out_dtype`` of the block.
         x: [rows, K], or [rows, N] if transposed.
         w: canonical [N, K].
-        product: computes one block, ``problem.n`` and ``out_dtype`` replaced by the block's.
     """
+    problem, product = what
     step = min(problem.n, max(32, BLOCK_ELEMENTS // max(problem.k, 1) // 32 * 32))
     transposed = problem.op == "dot_transposed"
     partial = dataclasses.replace(problem, n=step, out_dtype=np.dtype(wide(x.dtype)))
     last = problem.n - step
 
     def as_bytes(a: Array) -> Array:
-        # 8-bit floats are sliced as bytes: XLA on CPU would widen the whole array before each slice. The view as bytes
-        # is a copy, so it waits for x like everything else.
-        return after(x, lax.bitcast_convert_type(a, jnp.uint8)) if _is_float8(a.dtype) else a
+        # 8-bit floats are sliced as bytes: XLA on CPU would widen the whole array before each slice.
+        return lax.bitcast_convert_type(a, jnp.uint8) if _is_float8(a.dtype) else a
 
     stored = _map_arrays(as_bytes, w)
 
@@ -248,17 +257,18 @@ def float8_dot(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
 def _float8_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     fmt, aux = both_quantized(act)
     codes = fmt.encode(x, aux)
-    sharding = problem.settings.out_sharding if problem.settings else None
-
-    def product(part: Problem, codes: Array, w: QArray) -> Array:
-        return contract(codes, w.codes, transposed=False, out_dtype=jnp.float32, out_sharding=sharding)
-
     if not on_one_cpu(problem):
-        y = product(problem, codes, w)
+        y = _codes_product(problem, codes, w)
     elif problem.n * problem.k <= LOOP_ELEMENTS:
-        y = product(problem, codes, dataclasses.replace(w, codes=after(codes, w.codes)))
+        y = once_there(problem, _codes_product)(problem, codes, w)
     else:  # XLA on CPU widens the codes of the whole weight: keep that to a block at a time
-        y = in_blocks(problem, fold_rows(codes), w, product).reshape(*x.shape[:-1], problem.n)
+        y = once_there(problem, in_blocks)((problem, _codes_product), fold_rows(codes), w)
+        y = y.reshape(*x.shape[:-1], problem.n)
     scale = jnp.moveaxis(w.fmt.scale_of(w.aux), -1, -2)  # [*stack, 1, N]
     scale = scale.reshape(*scale.shape[:-2], *(1,) * (y.ndim - len(problem.stack) - 1), scale.shape[-1])
     return (y * fmt.scale_of(aux) * scale).astype(problem.out_dtype)
+
+
+def _codes_product(problem: Problem, codes: Array, w: QArray) -> Array:
+    sharding = problem.settings.out_sharding if problem.settings else None
+    return contract(codes, w.codes, transposed=False, out_dtype=jnp.float32, out_sharding=sharding)
