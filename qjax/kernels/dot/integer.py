@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats import Aux, Format, QArray
+from qjax.formats.numerics import AnyArray
 from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, once_there, over_stack, zeros_like_varying
 from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.kernels.phases import code_phases, phase_count, split_phases
@@ -96,7 +97,7 @@ def _activations(x: Array, act: Act, streamed: bool = False) -> _Side:
     return _Side(codes, fmt.scale_of(aux), zero)
 
 
-def _beside(x: Array, scale: Array) -> Array:
+def _beside(x: Array, scale: AnyArray) -> Array:
     """Return the scales of rows for each element of x, such that XLA on CPU does not see that they are rows'.
 
     Their reciprocals would be a loop of their own to it, and loops are what a small program, such as a scan over
