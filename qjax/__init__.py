@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qjax.recipe import Recipe, Rule, dynamic, recipe, recipes, static
+from qjax.recipe import Recipe, Rule, recipe, recipes
+from qjax.sources import dynamic, ema, learned, static
 
 if TYPE_CHECKING:
     from qjax import checkpoint as checkpoint
@@ -116,6 +117,7 @@ __all__ = [
     "checkpoint",
     "combine",
     "dynamic",
+    "ema",
     "errors",
     "evaluate",
     "fake_quant",
@@ -135,6 +137,7 @@ __all__ = [
     "register_format",
     "register_lowering",
     "save",
+    "learned",
     "static",
     "testing",
     "trace",

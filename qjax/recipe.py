@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qjax.errors import RecipeError, near
+from qjax.sources import Dynamic, Learned, Static, check_source
 
 if TYPE_CHECKING:
     from qjax.formats.base import Format
@@ -64,34 +65,6 @@ class SiteLike(Protocol):
     def reads_parameter(self) -> bool: ...
 
 
-@dataclass(frozen=True)
-class Dynamic:
-    """The scale is computed from the values themselves, each time they pass."""
-
-    fmt: Format
-
-
-@dataclass(frozen=True)
-class Static:
-    """The scale is a constant: of weights from their values, of activations from calibration data.
-
-    ``observer`` says how the range is chosen; None means the largest magnitude seen.
-    """
-
-    fmt: Format
-    observer: Any = None
-
-
-def dynamic(fmt: Format) -> Dynamic:
-    """Return ``fmt`` with scales computed from each batch of values as it passes."""
-    return Dynamic(fmt)
-
-
-def static(fmt: Format, observer: Any = None) -> Static:
-    """Return ``fmt`` with constant scales: for activations they are calibrated on the batches given to quantize."""
-    return Static(fmt, observer)
-
-
 @dataclass(frozen=True, repr=False)
 class Rule:
     """What to do at the sites whose name and op match.
@@ -103,8 +76,10 @@ class Rule:
         op: the op or ops that the rule is about. ``linear`` (default): dot, conv and ragged_dot that read a
             parameter, which can also be named one by one; ``embedding``, ``matmul`` (a product of two activations),
             ``attention``, ``softmax``, ``activation``, ``norm``, ``kv_cache``.
-        weights: the format of the weight; ``static(format, observer)`` chooses its range by that observer.
-        inputs: the format of the activations going in; a bare format is taken as ``dynamic(format)``.
+        weights: the format of the weight; ``static(format, observer)`` chooses its range by that observer, and
+            ``learned(format)`` trains its scales.
+        inputs: the format of the activations going in; a bare format is taken as ``dynamic(format)``. For this and
+            other sources see `qjax.sources`.
         outputs: the format of the result, likewise.
         operands: formats by operand name: ``q, k, p, v`` of attention, ``lhs, rhs`` of a matmul, ``k, v`` of a cache.
         rounding: how weights are rounded; None is round-to-nearest.
@@ -174,9 +149,8 @@ def _check_rule(rule: Rule) -> None:
         if op not in _SETTINGS:
             raise refuse(f"unknown op {op!r}{near(op, OPS) or '; ops are ' + ', '.join(OPS)}")
 
-    if isinstance(rule.weights, Dynamic):
-        raise refuse("weights do not change from call to call: give the format itself or static(format, observer)")
-    if isinstance(rule.weights, Static) and rule.weights.observer is None:
+    check_source(rule.weights, "weights", refuse)
+    if type(rule.weights) is Static and rule.weights.observer is None:
         put("weights", rule.weights.fmt)
     for name in ("inputs", "outputs"):
         put(name, _source(getattr(rule, name)))
@@ -207,12 +181,7 @@ def _check_rule(rule: Rule) -> None:
     for setting, value in _formats_of(rule):
         _check_format(value, setting, refuse)
     for name in ("inputs", "outputs"):
-        source = getattr(rule, name)
-        if isinstance(source, Static) and source.fmt.per != "tensor":
-            raise refuse(
-                f"static {source.fmt.name} {name}: a constant scale serves the whole tensor; give the format "
-                'per="tensor", or use dynamic(...)'
-            )
+        check_source(getattr(rule, name), name, refuse)
 
 
 def _source(value: Any) -> Any:
@@ -273,13 +242,15 @@ class Decision:
     """What a recipe says about one site.
 
     ``rule`` is the index of the deciding rule, or None where no rule reaches the site. ``weights`` is a format;
-    ``weight_observer`` chooses its range where the rule asks for one. ``inputs``, ``outputs`` and ``operands`` hold
+    ``weight_observer`` chooses its range where the rule asks for one, ``weight_learned`` says that a training finds its
+    scales. ``inputs``, ``outputs`` and ``operands`` hold
     ``Dynamic`` or ``Static``. ``reason`` says why the site stays in float, and is empty where it does not.
     """
 
     rule: int | None
     weights: Format | None = None
     weight_observer: Any = None
+    weight_learned: bool = False
     inputs: Dynamic | Static | None = None
     outputs: Dynamic | Static | None = None
     operands: Mapping[str, Dynamic | Static] = field(default_factory=dict, hash=False)
@@ -410,6 +381,7 @@ class Recipe:
             rule=index,
             weights=weights.fmt if isinstance(weights, Static) else weights,
             weight_observer=weights.observer if isinstance(weights, Static) else None,
+            weight_learned=isinstance(weights, Learned),
             inputs=rule.inputs,  # type: ignore[arg-type]  # normalised when the rule was built
             outputs=rule.outputs,  # type: ignore[arg-type]
             operands=dict(rule.operands or {}),

@@ -18,10 +18,10 @@ The shape, in TOML::
     pass = "SmoothQuant"
 
 A format is a table with the key ``format`` and its settings; ``{ dynamic = <format> }`` and ``{ static = <format>,
-observer = <observer> }`` say where a scale comes from; roundings, observers and passes are tables with the class name
-under ``rounding``, ``observer`` or ``pass`` (``module:Class`` for those of other packages), and their settings.
-Settings at their default are left out, and a key that nothing reads is refused, so that a misspelled setting cannot
-be ignored.
+observer = <observer> }`` (and ``ema``, ``learned``) say where a scale comes from; roundings, observers and passes are
+tables with the class name under ``rounding``, ``observer`` or ``pass`` (``module:Class`` for those of other packages),
+and their settings. Settings at their default are left out, and a key that nothing reads is refused, so that a
+misspelled setting cannot be ignored.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from typing import Any
 
 from qjax import plugins
 from qjax.errors import QjaxError, RecipeError, near
-from qjax.recipe import Dynamic, Recipe, Rule, Static
+from qjax.recipe import Recipe, Rule
+from qjax.sources import SOURCES
+
+_SOURCES = {source.__name__.lower(): source for source in SOURCES}
 
 # Where the classes named under each key live.
 _HOMES = {"rounding": "qjax.passes", "pass": "qjax.passes", "observer": "qjax.calibration"}
@@ -186,26 +189,28 @@ def _rule_from_dict(data: Any, where: str) -> Rule:
 
 
 def _source_to_dict(source: Any) -> dict[str, Any]:
-    if isinstance(source, Dynamic):
-        return {"dynamic": source.fmt.to_dict()}
-    if isinstance(source, Static):
-        observer = {} if source.observer is None else {"observer": _object_to_dict(source.observer, "observer")}
-        return {"static": source.fmt.to_dict(), **observer}
-    return source.to_dict()
+    kind = type(source).__name__.lower()
+    if kind not in _SOURCES:
+        return source.to_dict()
+    data = {kind: source.fmt.to_dict()}
+    for f in dataclasses.fields(source):
+        value = getattr(source, f.name)
+        if f.name != "fmt" and value != f.default:
+            data[f.name] = _object_to_dict(value, "observer") if f.name == "observer" else value
+    return data
 
 
 def _source_from_dict(data: Any, where: str) -> Any:
     data = _table(data, where)
-    if "dynamic" in data:
-        _known_keys(data, ("dynamic",), where)
-        return Dynamic(_format_from_dict(data["dynamic"], where))
-    if "static" in data:
-        _known_keys(data, ("static", "observer"), where)
-        observer = data.get("observer")
-        if observer is not None:
-            observer = _object_from_dict(observer, "observer", f"{where}: observer")
-        return Static(_format_from_dict(data["static"], where), observer)
-    return _format_from_dict(data, where)
+    kind = next((k for k in _SOURCES if k in data), None)
+    if kind is None:
+        return _format_from_dict(data, where)
+    settings = [f.name for f in dataclasses.fields(_SOURCES[kind]) if f.name != "fmt"]
+    _known_keys(data, (kind, *settings), where)
+    values = {name: data[name] for name in settings if name in data}
+    if "observer" in values:
+        values["observer"] = _object_from_dict(values["observer"], "observer", f"{where}: observer")
+    return _SOURCES[kind](_format_from_dict(data[kind], where), **values)
 
 
 def _format_from_dict(data: Any, where: str) -> Any:

@@ -124,6 +124,26 @@ class Rewriter:
         """Whether something is collected."""
         return False
 
+    @property
+    def every_branch(self) -> bool:
+        """Whether all branches of a condition run, so that each site is seen once."""
+        return False
+
+    # What bodies of control flow are given beside their operands; see `qjax.rewriting.given`.
+
+    def given_to_call(self, below: Sequence[tuple[Path, int]]) -> list[Any]:
+        """What the reads below a call are given, in their order: nothing, in a plain replay."""
+        return []
+
+    def given_to_scan(self, path: Path, loop: int, steps: Sequence[int]) -> dict[int, Any]:
+        """What the reads below a scan are given, with a leading axis of its steps."""
+        return {}
+
+    @contextlib.contextmanager
+    def giving(self, given: Mapping[int, Any], loop: int | None = None) -> Iterator[None]:
+        """Inside a body, which runs one step of ``loop`` if it is a scan's."""
+        yield
+
     def needs(self, eqn: Any, values: Sequence[Any], here: Path) -> bool:
         """Whether a higher-order equation has to be re-emitted: a quantized operand, or a decision inside."""
         if any(is_special(v) for v in values):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.applying.leaves import quantize_leaves
+from qjax.applying.leaves import given_scales, quantize_leaves
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.reporting import build_report, explain_row
 from qjax.applying.static import constants_of, taps_of, with_constants
@@ -21,10 +21,11 @@ from qjax.formats import is_quantized
 from qjax.observed import argument_tuples, calibrate
 from qjax.passes import run_passes
 from qjax.program import Program, Signature, trace_flat
-from qjax.recipe import Recipe, Static, resolve_recipe
+from qjax.recipe import Recipe, resolve_recipe
 from qjax.report.data import Report
 from qjax.rewrite import Rewriter
 from qjax.rewriting.emit import Act
+from qjax.sources import Static
 from qjax.trees import is_array, replace_arrays
 
 
@@ -239,17 +240,54 @@ def quantize(
             warnings.warn("the recipe needs no calibration data: batches are not looked at", QjaxWarning, stacklevel=2)
         else:
             state = calibrate(fn, params, batches, recipe=recipe)
+    return quantize_with(
+        fn,
+        params,
+        *args,
+        recipe=recipe,
+        constants=lambda decisions: constants_of(taps_of(decisions), state or {}),
+        name=name,
+        donate=donate,
+        max_runs=max_runs,
+        implementation=implementation,
+        progress=progress,
+        **kwargs,
+    )
+
+
+def quantize_with(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    recipe: Recipe,
+    constants: Any,
+    scales: Mapping[str, Any] | None = None,
+    name: str = "",
+    donate: bool = False,
+    max_runs: int = 4,
+    implementation: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """`quantize` with numbers that are known already.
+
+    Args:
+        constants: site -> the arrays of its static inputs, [1, 1] each; or a function of the decisions that gives them.
+        scales: site -> aux of its weight, [*stack, N, blocks] each, of those that are not fitted to the weight.
+        fn, params, args, recipe, name, donate, max_runs, implementation, progress, kwargs: as in `quantize`.
+    """
     signature, arrays = Signature.of(params, args, kwargs)
     if any(is_quantized(a) for a in arrays[: signature.n_params]):
         raise QjaxError("these parameters are quantized already; pass the float parameters")
     _refuse_bad_leaves(params)
     program = trace_flat(fn, signature, arrays)
     planned = plan_program(program, recipe)
-    constants = constants_of(taps_of(planned.decisions), state or {})
+    constants = constants(planned.decisions) if callable(constants) else constants
     chosen = [name for name, d in planned.decisions.items() if d.weights is not None and not d.skip]
     leaves, notes = run_passes(recipe.prepare, program, arrays[: signature.n_params], chosen)
     del arrays
-    stored, finish = quantize_leaves(planned.leaves, leaves, donate=donate, progress=progress)
+    given = given_scales(program, planned.leaves, scales or {})
+    stored, finish = quantize_leaves(planned.leaves, leaves, given=given, donate=donate, progress=progress)
     if constants:
         for position, leaf in planned.leaves.items():
             stored[position] = with_constants(program, leaf, stored[position], constants)

@@ -13,7 +13,8 @@ from hypothesis import example, given
 
 import qjax
 from qjax.errors import RecipeError
-from qjax.recipe import Dynamic, Rule, Static, compile_pattern
+from qjax.recipe import Rule, compile_pattern
+from qjax.sources import Dynamic, Static
 
 INT8 = qjax.Int(8)
 INT4 = qjax.Int(4, group=32)

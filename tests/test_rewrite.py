@@ -11,8 +11,9 @@ from constructs import CASES, batch, params
 import qjax
 from qjax.formats import Int, QArray, is_quantized, quantize_array
 from qjax.program import Signature, trace_flat
-from qjax.recipe import Recipe, Rule, dynamic
+from qjax.recipe import Recipe, Rule
 from qjax.rewrite import Rewriter
+from qjax.sources import dynamic
 
 NOTHING = Recipe([Rule("**", skip=True, optional=True)])
 INT8 = Recipe([Rule("**", weights=Int(8), optional=True)])

@@ -20,14 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment
+from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment, reads_slice
 from qjax.errors import QjaxError
 from qjax.formats import Aux, Format, QStack, assemble, canonical_matrix
 from qjax.formats.numerics import finite_part
 from qjax.passes import RTN
+from qjax.program import Program
 
 Figures = dict[tuple[int, ...], float]
 """SQNR in dB of each quantized slice, by its key."""
+
+
+Given = Mapping[tuple[int, ...], Aux]
+"""Aux of slices by their keys, [*stack axes that are no key axes, N, blocks] each."""
 
 
 IN_FLIGHT = 1 << 28
@@ -38,6 +43,7 @@ def quantize_leaves(
     plans: Mapping[int, LeafPlan],
     leaves: list[Any],
     *,
+    given: Mapping[int, Given] | None = None,
     donate: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[Any], Callable[[], dict[int, Figures]]]:
@@ -46,6 +52,7 @@ def quantize_leaves(
     Args:
         plans: position -> how that leaf is stored.
         leaves: all leaves; each that is stored is replaced by None, so that it can be freed.
+        given: position -> aux of the slices whose scales are known, which are rounded to nearest.
         donate: free the float leaf itself as well, before the next is begun.
         progress: called as ``progress(done, total, leaf name)`` after each leaf.
 
@@ -75,25 +82,46 @@ def quantize_leaves(
         value, leaves[position] = leaves[position], None
         if isinstance(value, jax.ShapeDtypeStruct):
             raise QjaxError(f"{plan.name} is abstract: quantize needs the numbers, qjax.plan does not")
-        stored[position], figures = begin_leaf(plan, jnp.asarray(value))
+        stored[position], figures = begin_leaf(plan, jnp.asarray(value), (given or {}).get(position, {}))
         begun.append((position, value, figures))
         finish(0 if donate else IN_FLIGHT)
     return stored, finish
 
 
-def begin_leaf(plan: LeafPlan, leaf: Any) -> tuple[Any, Callable[[], Figures]]:
+def given_scales(
+    program: Program, plans: Mapping[int, LeafPlan], scales: Mapping[str, Aux]
+) -> dict[int, dict[tuple[int, ...], Aux]]:
+    """Known scales by leaf and slice.
+
+    Args:
+        program: the trace.
+        plans: position -> how that leaf is stored.
+        scales: site -> aux of the weight that it reads.
+    """
+    sites = [site for site in program.sites if site.name in scales]
+    out: dict[int, dict[tuple[int, ...], Aux]] = {}
+    for position, plan in plans.items():
+        for site in (s for s in sites if s.leaf == plan.name):
+            for key in plan.slices:
+                if reads_slice(site.slice, dict(zip(plan.key_axes, key, strict=True))):
+                    out.setdefault(position, {})[key] = scales[site.name]
+    return out
+
+
+def begin_leaf(plan: LeafPlan, leaf: Any, given: Given) -> tuple[Any, Callable[[], Figures]]:
     """Begin to store one float leaf as planned.
 
     Args:
         plan: how.
         leaf: the float array, of ``plan.shape``.
+        given: aux of the slices whose scales are known.
 
     Returns:
         The stored leaf, and a function that waits for it: it returns the SQNR of each quantized slice, or raises
         QjaxError if the leaf holds NaN or infinity.
     """
     positions = {axis: list(range(leaf.shape[axis])) for axis in plan.key_axes}
-    stored, begun = _part(plan, leaf, plan.slices, plan.key_axes, positions)
+    stored, begun = _part(plan, leaf, plan.slices, plan.key_axes, positions, given)
 
     def figures() -> Figures:
         found: Figures = {}
@@ -128,7 +156,12 @@ _Begun = list[tuple[list[tuple[int, ...]], Any, Any]]
 
 
 def _part(
-    plan: LeafPlan, leaf: Any, slices: Slices, key_axes: tuple[int, ...], positions: dict[int, list[int]]
+    plan: LeafPlan,
+    leaf: Any,
+    slices: Slices,
+    key_axes: tuple[int, ...],
+    positions: dict[int, list[int]],
+    given: Given,
 ) -> tuple[Any, _Begun]:
     """Quantize the part of a leaf whose slices along ``key_axes`` are stored as ``slices`` says.
 
@@ -138,6 +171,7 @@ def _part(
         slices: how it is stored, keyed by positions along ``key_axes``; along the other key axes it is stored alike.
         key_axes: the key axes along which the part may still differ.
         positions: key axis -> the positions of the whole leaf that the part holds.
+        given: aux of the slices whose scales are known: all of those that are stored alike, or none.
     """
     distinct = list(dict.fromkeys(slices.values()))
     if len(distinct) == 1:
@@ -145,7 +179,15 @@ def _part(
         if stored.fmt is None:
             return jnp.asarray(leaf), []
         along = tuple(plan.stack_axes.index(a) for a in plan.key_axes)
-        if _as_it_lies(plan, stored):
+        keys = list(itertools.product(*(positions[a] for a in plan.key_axes)))
+        if keys and keys[0] in given:
+            matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
+            sizes = [len(positions[a]) for a in plan.key_axes]
+            known = [given[key] for key in keys]
+            aux: Aux = {k: jnp.stack([a[k] for a in known]).reshape(*sizes, *known[0][k].shape) for k in known[0]}
+            codes = _encoded(matrix, aux, stored.fmt)
+            sums = _sums(matrix, codes, aux, stored.fmt, along)
+        elif _as_it_lies(plan, stored):
             codes, aux, sums = _rounded_as_it_lies(leaf, stored.fmt, len(plan.stack_axes), len(plan.in_axes), along)
             codes = _exchanged(codes)
         else:
@@ -155,16 +197,22 @@ def _part(
         # Codes of eight bits are stored as they are: a program would only copy them.
         pack = assemble if stored.fmt.code_bits == 8 else _packed
         where = dict(shape=leaf.shape, in_axes=plan.in_axes, stack_axes=plan.stack_axes, dtype=leaf.dtype)
-        keys = itertools.product(*(positions[a] for a in plan.key_axes))
-        return pack(codes, aux, stored.fmt, **where), [(list(keys), *sums)]
+        return pack(codes, aux, stored.fmt, **where), [(keys, *sums)]
     axis, groups = key_axes[0], alike(slices)
     parts, begun = [], []
     for inner, where in groups:
         rows = jnp.take(jnp.asarray(leaf), jnp.asarray(where), axis=axis)
-        part, found = _part(plan, rows, inner, key_axes[1:], {**positions, axis: [positions[axis][i] for i in where]})
+        part, found = _part(
+            plan, rows, inner, key_axes[1:], {**positions, axis: [positions[axis][i] for i in where]}, given
+        )
         parts.append(part)
         begun += found
     return QStack(tuple(parts), axis=axis, assign=assignment(groups)), begun
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _encoded(matrix: Any, aux: Aux, fmt: Format) -> Any:
+    return fmt.encode(matrix.astype(jnp.float32), aux)
 
 
 _canonical = jax.jit(canonical_matrix, static_argnums=(1, 2))

@@ -12,8 +12,8 @@ from qjax.applying.planning import Plan
 from qjax.applying.storage import LeafPlan, Stored
 from qjax.formats import QArray, QStack, is_quantized
 from qjax.program import Program
-from qjax.recipe import Dynamic
 from qjax.report.data import Report, SiteRow
+from qjax.sources import Dynamic
 
 NOT_QUANTIZED_HERE = {
     "matmul": "a product of two activations: no rule names op='matmul'",

@@ -21,8 +21,9 @@ from qjax.calibration import AbsMax, MinMax, Observer, State
 from qjax.errors import DataError
 from qjax.formats import QArray, QStack
 from qjax.program import Program
-from qjax.recipe import Decision, Static
+from qjax.recipe import Decision
 from qjax.rewriting.taps import NONFINITE, Tap
+from qjax.sources import Static
 
 Constants = Mapping[str, Mapping[str, Any]]
 """Site -> the arrays that its format's ``from_range`` gives, [1, 1] each."""

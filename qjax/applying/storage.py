@@ -17,7 +17,8 @@ from typing import Any
 from qjax.analysis.naming import LINEAR, Site, SliceKey
 from qjax.errors import RecipeError
 from qjax.program import Program
-from qjax.recipe import Decision, Static
+from qjax.recipe import Decision
+from qjax.sources import Static
 
 INPUT = "input"
 """Prefix of the arrays of a weight that belong to the activations it meets."""

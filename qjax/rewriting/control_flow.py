@@ -41,14 +41,16 @@ def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> lis
     below = rw.active.get(path, ())
     inner = tuple((relative, rw.acts_of(number, context)) for relative, number in below)
     free, fixed = _split_selected(values)
-    leaves, treedef = jax.tree.flatten(free)
+    given = rw.given_to_call(below)
+    leaves, treedef = jax.tree.flatten((free, given))
     key = (id(body), treedef, tuple(_aval(x) for x in leaves), repr(inner))
     if fixed or rw.shared.get(key) is INLINE:  # a selected layer is no pytree: inline
         return rw.run(body, values, path, context)
     if key not in rw.shared:
 
-        def body_function(*args: Any) -> tuple[list[Any], Any]:
-            with rw.collecting() as taken:
+        def body_function(given: list[Any], *args: Any) -> tuple[list[Any], Any]:
+            mine = {number: fields for (_, number), fields in zip(below, given, strict=False)}
+            with rw.collecting() as taken, rw.giving(mine):
                 outs = rw.run(body, args, path, context)
             if _split_selected(outs)[1]:
                 raise SelectedResult
@@ -58,7 +60,8 @@ def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> lis
         rw.shared[key] = (jax.jit(body_function, keep_unused=eqn.params.get("keep_unused", False)), body, below)
     in_shardings, out_shardings = (eqn.params.get(k) or () for k in ("in_shardings", "out_shardings"))
     try:
-        outs, taken = rw.shared[key][0](*(_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings)))
+        operands = (_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings))
+        outs, taken = rw.shared[key][0](given, *operands)
     except SelectedResult:
         rw.shared[key] = INLINE
         return rw.run(body, values, path, context)
@@ -181,7 +184,7 @@ def _emit_scan(
             sliced.append(x if whole else jax.tree.map(lambda a: lax.slice_in_dim(a, where[0], where[-1] + 1), x))
 
     def body(carry: list[Any], step: Any) -> tuple[list[Any], Any]:
-        current, t = step
+        current, t, given = step
         inner = dict(context)
         inner[loop] = Steps(tuple(steps), t)
         args = []
@@ -193,22 +196,23 @@ def _emit_scan(
                 args.append(c)
         it = iter(carry)
         state = [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)]
-        with rw.collecting() as taken:
+        with rw.collecting() as taken, rw.giving(given, loop):
             outs = rw.run(p["jaxpr"], [*consts, *state, *args], path, inner)
         outs = [o if i < n_carry and invariant[i] else rw.dense(o, "loop state") for i, o in enumerate(outs)]
         return [o for o, inv in zip(outs[:n_carry], invariant, strict=True) if not inv], (outs[n_carry:], taken)
 
     moving = [v for v, inv in zip(init, invariant, strict=True) if not inv]
+    order = sorted(steps, key=lambda t: slices[t])
     last, (ys, taken) = lax.scan(
         body,
         moving,
-        (sliced, running),
+        (sliced, running, rw.given_to_scan(path, loop, order)),
         length=len(steps),
         reverse=p["reverse"],
         unroll=_unroll(p["unroll"], len(steps)),
     )
     if taken:
-        rw.deposit(rw.stacked(taken, loop, sorted(steps, key=lambda t: slices[t])))
+        rw.deposit(rw.stacked(taken, loop, order))
     it = iter(last)
     return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)] + list(ys)
 
@@ -293,6 +297,13 @@ def do_cond(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> li
     branches = [
         _body(rw, branch, (*here, ("branches", i)), context, values[1:]) for i, branch in enumerate(p["branches"])
     ]
+    if rw.every_branch:
+        free = _free(values[1:])
+        ran = [branch(*free) for branch in branches]
+        for _, taken in ran:
+            rw.deposit(taken)
+        chosen = jnp.clip(values[0].astype(jnp.int32), 0, len(branches) - 1)
+        return [jnp.stack(results)[chosen] for results in zip(*(outs for outs, _ in ran), strict=True)]
     if rw.observing:
         found = [jax.eval_shape(branch, *_free(values[1:]))[1] for branch in branches]
         keys = list(dict.fromkeys(key for taken in found for key in taken))
