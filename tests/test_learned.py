@@ -50,7 +50,7 @@ def shaken(state):
     + [
         ("transposed", "uneven group"),
         ("remat_policy", "averaged"),
-        ("while", "averaged range"),
+        ("while", "constant"),
         ("switch", "averaged"),
     ],
 )
