@@ -137,5 +137,5 @@ def test_classifier(case, tmp_path, transformers):
 
 
 def test_registry_names_exist_in_transformers(transformers):
-    for name in models.hf.REGISTRY:
+    for name in models.hf.REGISTRY.keys() - {"CifarResNet"}:  # which is no model of transformers
         assert hasattr(transformers, name), name
