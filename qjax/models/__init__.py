@@ -4,6 +4,7 @@ from qjax._guard import only_inside_qjax
 
 only_inside_qjax(__name__)
 
+from qjax.models.bert import Bert, BertConfig, TextEncoder, sentence_embedding
 from qjax.models.config import LlamaConfig
 from qjax.models.decoder import init_cache
 from qjax.models.functional import stack_layers, unstack_layers
@@ -17,6 +18,8 @@ from qjax.models.text import Tokenizer, tokenizer
 from qjax.models.vit import ImageClassifier, Vit, VitConfig
 
 __all__ = [
+    "Bert",
+    "BertConfig",
     "CifarClassifier",
     "CifarResNet",
     "CifarResNetConfig",
@@ -26,6 +29,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "RopeScaling",
+    "TextEncoder",
     "Tokenizer",
     "Vit",
     "VitConfig",
@@ -36,6 +40,7 @@ __all__ = [
     "load",
     "read_config",
     "save_weights",
+    "sentence_embedding",
     "stack_layers",
     "stream",
     "tokenizer",

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qjax.errors import ModelError, near
-from qjax.models import llama, resnet, vit
+from qjax.models import bert, llama, resnet, vit
 from qjax.models.family import Family
 from qjax.models.functional import stack_layers
 from qjax.models.language import LanguageModel
@@ -32,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     vit.FAMILY,
     resnet.FAMILY,
+    bert.FAMILY,
 )
 
 REGISTRY: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
@@ -98,7 +99,8 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = Fa
     Returns:
         ``fn, params, config``. ``params`` is a plain tree named like ``layers/3/attn/q_proj/kernel``. A decoder's
         ``fn(params, tokens [B, T]) -> logits [B, T, vocab]`` also has ``prefill``, ``decode_step``, ``init_cache`` and
-        ``generate``; a classifier's is ``fn(params, pixels [B, H, W, 3]) -> logits [B, classes]``.
+        ``generate``; a classifier's is ``fn(params, pixels [B, H, W, 3]) -> logits [B, classes]``; an encoder's is
+        ``fn(params, tokens, attention_mask=None, token_type_ids=None) -> hidden states [B, T, hidden]``.
 
     Raises:
         ModelError: a missing file, an architecture that is not supported, damaged weights, or tensors that are

@@ -37,11 +37,14 @@ def test_real_accuracy(data_dir, depth, correct):
 
 
 def test_quantize_finds_every_product(data_dir):
-    fn, params, _ = models.load(data_dir / "models" / "resnet20-cifar10")
-    x = jnp.zeros((1, 32, 32, 3))
+    folder = data_dir / "models" / "resnet20-cifar10"
+    fn, params, _ = models.load(folder)
+    data = qjax.evaluate.read_images(data_dir / "images" / "cifar10" / "test-2000.npz").first(100)
+    x = models.image_processor(folder)(data.images)
     model = qjax.quantize(fn, params, x, recipe="W8A16")
     assert sorted(row.op for row in model.report.quantized) == ["conv"] * 19 + ["dot"]
-    assert np.abs(np.asarray(model(model.params, x)) - np.asarray(fn(params, x))).max() < 0.1
+    same = np.argmax(model(model.params, x), -1) == np.argmax(fn(params, x), -1)
+    assert same.mean() >= 0.97
 
 
 @pytest.mark.torch
