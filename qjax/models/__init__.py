@@ -8,10 +8,12 @@ from qjax.models.bert import Bert, BertConfig, TextEncoder, sentence_embedding
 from qjax.models.config import LlamaConfig
 from qjax.models.decoder import init_cache
 from qjax.models.functional import stack_layers, unstack_layers
+from qjax.models.gpt2 import Gpt2, Gpt2Config
 from qjax.models.hf import abstract, load, read_config, save_weights
 from qjax.models.images import ImageProcessor, image_processor
 from qjax.models.language import LanguageModel, generate, stream
 from qjax.models.llama import Llama
+from qjax.models.opt import Opt, OptConfig
 from qjax.models.resnet import CifarClassifier, CifarResNet, CifarResNetConfig
 from qjax.models.rope import RopeScaling
 from qjax.models.text import Tokenizer, tokenizer
@@ -23,11 +25,15 @@ __all__ = [
     "CifarClassifier",
     "CifarResNet",
     "CifarResNetConfig",
+    "Gpt2",
+    "Gpt2Config",
     "ImageClassifier",
     "ImageProcessor",
     "LanguageModel",
     "Llama",
     "LlamaConfig",
+    "Opt",
+    "OptConfig",
     "RopeScaling",
     "TextEncoder",
     "Tokenizer",

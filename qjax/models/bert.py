@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qjax.errors import ModelError, near
+from qjax.errors import ModelError
 from qjax.models import functional
 from qjax.models.config import ACTIVATIONS
-from qjax.models.decoder import Embed
+from qjax.models.decoder import Embed, check_sizes
 from qjax.models.family import LEAVES, Family
 
 ARCHITECTURE = "BertModel"
@@ -45,14 +45,7 @@ class BertConfig:
     architecture: str = ARCHITECTURE
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ModelError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads}); mend config.json."
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            hint = near(self.hidden_act, ACTIVATIONS)
-            raise ModelError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}{hint}.")
+        check_sizes(self)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> BertConfig:

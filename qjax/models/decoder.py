@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from qjax.errors import ModelError
+from qjax.errors import ModelError, near
+from qjax.models.config import ACTIVATIONS
 
 Cache = dict[str, Any]
 
@@ -77,6 +78,37 @@ def linear(ins: int, outs: int, bias: bool, dot_general: Callable, rngs: nnx.Rng
     """A linear [ins, outs] whose outputs have ``gain`` times the variance of its inputs."""
     init = nnx.initializers.variance_scaling(gain, "fan_in", "normal")
     return nnx.Linear(ins, outs, use_bias=bias, kernel_init=init, dot_general=dot_general, rngs=rngs)
+
+
+def positions_of(table: Embed, positions: jax.Array, longest: int, offset: int = 0) -> jax.Array:
+    """Learned vectors [T, size] of int positions [T], the first of which stands ``offset`` rows down the table.
+
+    Raises:
+        ModelError: more positions at once than there are.
+    """
+    if positions.shape[0] > longest:
+        raise ModelError(f"a text of {positions.shape[0]} tokens is longer than the {longest} that this model reads.")
+    return table(positions + offset)
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse sizes that no transformer without grouped heads can have.
+
+    Raises:
+        ModelError: a size that is not positive, heads that do not divide the hidden size, or an unknown activation.
+    """
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value <= 0:
+            raise ModelError(f"{name} is {value!r}, but must be a positive integer; mend config.json.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ModelError(
+            f"hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads "
+            f"({config.num_attention_heads}); mend config.json."
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        hint = near(config.hidden_act, ACTIVATIONS)
+        raise ModelError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}{hint}.")
 
 
 class Decoder(nnx.Module):

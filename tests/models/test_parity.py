@@ -75,9 +75,9 @@ def write(transformers, family, suffix, settings, folder):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = getattr(transformers, f"{family}Config")(**settings)
+        config = getattr(transformers, f"{family.removesuffix('LMHead')}Config")(**settings)
         config._attn_implementation = "eager"
-        model = getattr(transformers, f"{family}For{suffix}")(config).eval()
+        model = getattr(transformers, f"{family}{suffix}")(config).eval()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.ndim == 1:
@@ -98,7 +98,7 @@ def close(ours, theirs, relative=1e-4):
 @pytest.mark.parametrize("case", DECODERS)
 def test_decoder(case, tmp_path, transformers):
     family, settings = DECODERS[case]
-    torch, model = write(transformers, family, "CausalLM", {**SIZES, **settings}, tmp_path)
+    torch, model = write(transformers, family, "ForCausalLM", {**SIZES, **settings}, tmp_path)
     tokens = np.random.default_rng(1).integers(0, 67, (2, 24))
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
@@ -108,18 +108,56 @@ def test_decoder(case, tmp_path, transformers):
 
 
 def test_greedy_text_is_the_same(tmp_path, transformers):
-    torch, model = write(transformers, "Qwen3", "CausalLM", {**SIZES, "head_dim": 16}, tmp_path)
+    torch, model = write(transformers, "Qwen3", "ForCausalLM", {**SIZES, "head_dim": 16}, tmp_path)
     prompt = [[5, 6, 7]]
     theirs = model.generate(torch.tensor(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None)
     fn, params, _ = models.load(tmp_path)
     np.testing.assert_array_equal(fn.generate(params, prompt, 12), theirs.numpy())
 
 
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 67, "initializer_range": 0.3}
+OPT = {
+    "hidden_size": 32,
+    "ffn_dim": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "vocab_size": 67,
+    "init_std": 0.3,
+}
+LEARNED_POSITIONS = {
+    "gpt2": ("GPT2LMHead", "Model", GPT2),
+    "gpt2-untied": ("GPT2LMHead", "Model", {**GPT2, "n_inner": 40, "tie_word_embeddings": False, "n_head": 2}),
+    "gpt2-unscaled": ("GPT2LMHead", "Model", {**GPT2, "scale_attn_weights": False, "activation_function": "relu"}),
+    "opt": ("OPT", "ForCausalLM", OPT),
+    "opt-norm-after": ("OPT", "ForCausalLM", {**OPT, "do_layer_norm_before": False, "tie_word_embeddings": False}),
+    "opt-bare": ("OPT", "ForCausalLM", {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False}),
+}
+
+
+@pytest.mark.parametrize("case", LEARNED_POSITIONS)
+def test_decoder_with_learned_positions(case, tmp_path, transformers):
+    family, suffix, settings = LEARNED_POSITIONS[case]
+    torch, model = write(transformers, family, suffix, settings, tmp_path)
+    tokens = np.random.default_rng(1).integers(3, 67, (2, 24))  # 1 is the padding of OPT
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    fn, params, _ = models.load(tmp_path)
+    close(jax.jit(fn)(params, tokens), theirs)
+    logits, cache = fn.prefill(params, tokens[:, :20], fn.init_cache(2, 24))
+    close(logits, theirs[:, :20])
+    scanned, stacked, _ = models.load(tmp_path, scan_layers=True)
+    close(scanned(stacked, tokens), theirs)
+    for position in range(20, 24):
+        logits, cache = fn.decode_step(params, tokens[:, position], cache)
+        close(logits, theirs[:, position])
+
+
 CLASSIFIERS = {
-    "vit": ("ViT", "ImageClassification", {}),
-    "vit-no-bias": ("ViT", "ImageClassification", {"qkv_bias": False, "image_size": [16, 24]}),
-    "deit": ("DeiT", "ImageClassification", {"hidden_act": "gelu_pytorch_tanh"}),
-    "deit-teacher": ("DeiT", "ImageClassificationWithTeacher", {"patch_size": 6}),
+    "vit": ("ViT", "ForImageClassification", {}),
+    "vit-no-bias": ("ViT", "ForImageClassification", {"qkv_bias": False, "image_size": [16, 24]}),
+    "deit": ("DeiT", "ForImageClassification", {"hidden_act": "gelu_pytorch_tanh"}),
+    "deit-teacher": ("DeiT", "ForImageClassificationWithTeacher", {"patch_size": 6}),
 }
 
 
