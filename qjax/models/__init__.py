@@ -13,6 +13,7 @@ from qjax.models.hf import abstract, load, read_config, save_weights
 from qjax.models.images import ImageProcessor, image_processor
 from qjax.models.language import LanguageModel, generate, stream
 from qjax.models.llama import Llama
+from qjax.models.moe import Moe, MoeConfig
 from qjax.models.opt import Opt, OptConfig
 from qjax.models.resnet import CifarClassifier, CifarResNet, CifarResNetConfig
 from qjax.models.rope import RopeScaling
@@ -32,6 +33,8 @@ __all__ = [
     "LanguageModel",
     "Llama",
     "LlamaConfig",
+    "Moe",
+    "MoeConfig",
     "Opt",
     "OptConfig",
     "RopeScaling",

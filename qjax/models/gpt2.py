@@ -87,7 +87,7 @@ class Gpt2Config:
         """
         given = {k: v for k, v in config.items() if v is not None}
         # Old checkpoints say n_ctx for n_positions; both dialects of the other names are in use.
-        sizes = {ours: given.get(theirs, given.get(ours)) for ours, theirs in _SIZES.items()}
+        sizes: dict[str, Any] = {ours: given.get(theirs, given.get(ours)) for ours, theirs in _SIZES.items()}
         sizes["max_position_embeddings"] = sizes["max_position_embeddings"] or given.get("n_ctx", 1024)
         missing = [_SIZES[k] for k, v in sizes.items() if not isinstance(v, int)]
         if missing:

@@ -91,11 +91,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer: attention and MLP, each behind a norm and beside the residual stream."""
 
-    def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, dot_general: Callable, rngs: nnx.Rngs, mlp: Callable[..., Any] = MLP) -> None:
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, dot_general, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, dot_general, rngs)
+        self.mlp = mlp(config, dot_general, rngs)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: Any, store: Any = None) -> jax.Array:
         """Arguments as :class:`Attention`'s."""
@@ -117,10 +117,14 @@ class Llama(Decoder):
         self.config = config
         self.dot_general = dot_general
         self.embed = Embed(config.vocab_size, config.hidden_size, rngs)
-        self._set_layers([Layer(config, dot_general, rngs) for _ in range(config.num_hidden_layers)], scan_layers)
+        layers = [self._layer(i, dot_general, rngs) for i in range(config.num_hidden_layers)]
+        self._set_layers(layers, scan_layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = linear(config.hidden_size, config.vocab_size, False, dot_general, rngs)
+
+    def _layer(self, index: int, dot_general: Callable, rngs: nnx.Rngs) -> Layer:
+        return Layer(self.config, dot_general, rngs)
 
     def _begin(self, tokens: jax.Array, positions: jax.Array, length: Any) -> tuple[jax.Array, tuple]:
         c = self.config

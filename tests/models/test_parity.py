@@ -50,6 +50,12 @@ ROPE = {
         "beta_slow": 0.5,
     },
 }
+QWEN_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+}
 DECODERS = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama-gqa-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -66,6 +72,14 @@ DECODERS = {
     "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-bias": ("Qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": ("Mixtral", {"num_local_experts": 3, "sliding_window": 6, "tie_word_embeddings": True}),
+    "qwen2-moe": ("Qwen2Moe", QWEN_MOE),
+    "qwen2-moe-dense": ("Qwen2Moe", {**QWEN_MOE, "decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False}),
+    "qwen2-moe-windows": ("Qwen2Moe", {**QWEN_MOE, "use_sliding_window": True, "sliding_window": 5}),
+    "qwen3-moe": ("Qwen3Moe", {**QWEN_MOE, "norm_topk_prob": True, "head_dim": 16}),
+    "qwen3-moe-dense": ("Qwen3Moe", {**QWEN_MOE, "mlp_only_layers": [0], "attention_bias": True}),
+    "qwen3-moe-window": ("Qwen3Moe", {**QWEN_MOE, "use_sliding_window": True, "sliding_window": 5}),
 }
 
 
@@ -80,7 +94,9 @@ def write(transformers, family, suffix, settings, folder):
         model = getattr(transformers, f"{family}{suffix}")(config).eval()
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if p.ndim == 1:
+                if name.endswith(".gate.weight"):  # transformers starts some routers at zero
+                    p.copy_(torch.randn_like(p))
+                elif p.ndim == 1:
                     p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "norm" in name and "weight" in name else 0.0))
                 elif "token" in name and "embed_tokens" not in name:
                     p.copy_(torch.randn_like(p) * 0.3)
