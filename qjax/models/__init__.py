@@ -1,4 +1,4 @@
-"""Models to quantize: Llama-family decoders and vision transformers, read from Hugging Face folders without torch."""
+"""Models to quantize, read from Hugging Face folders without torch: decoders, BERT, image classifiers."""
 
 from qjax._guard import only_inside_qjax
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from qjax.errors import ModelError
 from qjax.models import functional
-from qjax.models.config import ACTIVATIONS
+from qjax.models.activations import ACTIVATIONS
 from qjax.models.decoder import Embed, check_sizes
 from qjax.models.family import LEAVES, Family
 

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import Any
 
 from qjax.errors import ModelError, near
+from qjax.models.activations import ACTIVATIONS
+from qjax.models.decoder import Decoder
 from qjax.models.rope import RopeScaling
-
-if TYPE_CHECKING:
-    from qjax.models.decoder import Decoder
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",

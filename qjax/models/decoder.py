@@ -18,7 +18,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from qjax.errors import ModelError, near
-from qjax.models.config import ACTIVATIONS
+from qjax.models.activations import ACTIVATIONS
 
 Cache = dict[str, Any]
 

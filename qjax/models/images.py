@@ -55,11 +55,11 @@ class ImageProcessor:
             std=tuple(config.get("image_std", (0.5, 0.5, 0.5))) if normalise else (1.0, 1.0, 1.0),
         )
 
-    def __call__(self, images: Sequence[Any]) -> np.ndarray:
+    def __call__(self, images: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Prepare images.
 
         Args:
-            images: paths, Pillow images, or uint8 arrays [H, W, 3].
+            images: paths, Pillow images, or uint8 arrays [H, W, 3]; one array [B, H, W, 3] will do.
 
         Returns:
             float32 [B, H, W, 3].

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qjax.models.config import ACTIVATIONS, FAMILIES, LlamaConfig
+from qjax.models.activations import ACTIVATIONS
+from qjax.models.config import FAMILIES, LlamaConfig
 from qjax.models.decoder import Decoder, Embed, linear
 from qjax.models.family import Family
 from qjax.models.language import LanguageModel

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.errors import ModelError, near
-from qjax.models.config import ACTIVATIONS, LlamaConfig
+from qjax.models.activations import ACTIVATIONS
+from qjax.models.config import LlamaConfig
 from qjax.models.decoder import Decoder, linear
 from qjax.models.family import Family
 from qjax.models.language import LanguageModel
 from qjax.models.llama import MLP, NAMES, Layer, Llama
+from qjax.models.rope import RopeScaling  # noqa: F401 (the type of an inherited field, looked up here when it is checked)
 
 ARCHITECTURES = {
     "MixtralForCausalLM": "mixtral",

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from qjax.errors import ModelError
-from qjax.models.config import ACTIVATIONS
+from qjax.models.activations import ACTIVATIONS
 from qjax.models.decoder import Decoder, Embed, check_sizes, linear, positions_of
 from qjax.models.family import Family
 from qjax.models.language import LanguageModel

@@ -16,7 +16,7 @@ from flax import nnx
 
 from qjax.errors import ModelError, near
 from qjax.models import functional
-from qjax.models.config import ACTIVATIONS
+from qjax.models.activations import ACTIVATIONS
 from qjax.models.family import Family
 
 ARCHITECTURES = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
