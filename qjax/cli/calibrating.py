@@ -63,13 +63,13 @@ def calibration(loaded: Loaded, recipe: Any, args: argparse.Namespace) -> Calibr
     """
     if args.calibration is None:
         if recipe.needs_batches:
-            kind = "FILE, a text" if loaded.is_language_model else "DIR, a set of images"
+            kind = "FILE, a text" if loaded.reads_text else "DIR, a set of images"
             raise RecipeError(f"{recipe.needs_batches}, which need calibration data: give --calibration {kind}")
         return None
     if not recipe.needs_batches:
         say(f"{args.recipe} needs no calibration data: --calibration is not looked at")
         return None
-    draw = _from_text if loaded.is_language_model else _from_images
+    draw = _from_text if loaded.reads_text else _from_images
     return draw(loaded, args)
 
 

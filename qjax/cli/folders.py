@@ -61,9 +61,21 @@ class Loaded:
         return self.model is not None
 
     @property
+    def kind(self) -> str:
+        """What the model is: a language model, a text encoder or an image classifier."""
+        if hasattr(self.base, "prefill"):
+            return "language model"
+        return "text encoder" if self.reads_text else "image classifier"
+
+    @property
     def is_language_model(self) -> bool:
+        """Whether it gives the probabilities of next tokens, and so has a perplexity and can generate."""
+        return self.kind == "language model"
+
+    @property
+    def reads_text(self) -> bool:
         """Whether it reads tokens (else images)."""
-        return hasattr(self.base, "prefill")
+        return hasattr(self.config, "vocab_size")
 
     @property
     def report(self) -> Report:

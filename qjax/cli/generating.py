@@ -8,7 +8,7 @@ import time
 
 from qjax import models
 from qjax.cli.folders import Loaded, load_folder
-from qjax.cli.output import print_json, say, waiting
+from qjax.cli.output import print_json, say, waiting, with_article
 from qjax.errors import DataError, ModelError
 
 
@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
     with waiting("reading weights"):
         loaded = load_folder(args.folder)
     if not loaded.is_language_model:
-        raise ModelError(f"{args.folder} holds an image classifier; generate needs a language model")
+        raise ModelError(f"{args.folder} holds {with_article(loaded.kind)}; generate needs a language model")
     prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
     tokenizer = models.tokenizer(loaded.folder)
     ids = tokenizer.encode(prompt)

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     with waiting("tracing"):
         import jax
 
-        example = example_input(fn, config)
+        example = example_input(config)
         plan = qjax.plan(fn, params, example, recipe=args.recipe) if args.recipe else None
         program = plan.program if plan else qjax.trace(fn, params, example)
     leaves = jax.tree.leaves(params)
@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{plan.recipe.name} would store {plan}")
 
 
-def example_input(fn: Any, config: Any) -> Any:
+def example_input(config: Any) -> Any:
     """An abstract input of the model: 16 tokens, or one image."""
     import jax
     import jax.numpy as jnp
 
-    if hasattr(fn, "prefill"):
+    if hasattr(config, "vocab_size"):
         return jax.ShapeDtypeStruct((1, 16), jnp.int32)
     return jax.ShapeDtypeStruct((1, *config.image_size, config.num_channels), jnp.float32)
 

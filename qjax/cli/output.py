@@ -77,3 +77,8 @@ def counting(text: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(text, total=None, what="")
         yield lambda done, total, what: progress.update(task, completed=done, total=total, what=what)
+
+
+def with_article(noun: str) -> str:
+    """``an image classifier``, ``a text encoder``."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

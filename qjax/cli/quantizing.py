@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     drawn = calibration(loaded, recipe, args)
     state = qjax.calibrate(loaded.fn, loaded.params, drawn.batches, recipe=recipe) if drawn else None
     with counting("quantizing") as progress:
-        example = example_input(loaded.base, loaded.config)
+        example = example_input(loaded.config)
         model = qjax.quantize(
             loaded.fn, loaded.params, example, recipe=recipe, state=state, name=name, progress=progress
         )

@@ -10,6 +10,7 @@ from typing import Any
 from qjax import evaluate, models
 from qjax.cli.calibrating import left_out, text_blocks
 from qjax.cli.folders import Loaded
+from qjax.cli.output import with_article
 from qjax.errors import ModelError
 
 
@@ -26,17 +27,20 @@ def check_data(loaded: Loaded, args: argparse.Namespace) -> None:
     """Refuse data that this kind of model cannot be scored on.
 
     Raises:
-        ModelError: text for a classifier, images for a language model, or both.
+        ModelError: text for a classifier, images for a language model, or both; either for a text encoder.
     """
     if args.text and args.images:
         raise ModelError("give --text or --images, not both")
-    kind = (
-        "language model, which is scored on --text FILE"
-        if loaded.is_language_model
-        else ("image classifier, which is scored on --images DIR")
-    )
+    if loaded.kind == "text encoder":
+        if args.text or args.images:
+            raise ModelError(
+                f"{loaded.folder} holds a text encoder ({loaded.config.architecture}), which has no perplexity and no "
+                "classes to be scored on; compare vectors of texts with qjax.models.sentence_embedding"
+            )
+        return
+    needed = "--text FILE" if loaded.is_language_model else "--images DIR"
     if (args.images if loaded.is_language_model else args.text) is not None:
-        raise ModelError(f"{loaded.folder} holds a {kind}".replace("a image", "an image"))
+        raise ModelError(f"{loaded.folder} holds {with_article(loaded.kind)}, which is scored on {needed}")
 
 
 def score(loaded: Loaded, original: Loaded | None, args: argparse.Namespace) -> Scored:

@@ -1,26 +1,44 @@
-"""Models to quantize: Llama-family decoders and vision transformers, read from Hugging Face folders without torch."""
+"""Models to quantize, read from Hugging Face folders without torch: decoders, BERT, image classifiers."""
 
 from qjax._guard import only_inside_qjax
 
 only_inside_qjax(__name__)
 
+from qjax.models.bert import Bert, BertConfig, TextEncoder, sentence_embedding
 from qjax.models.config import LlamaConfig
+from qjax.models.decoder import init_cache
 from qjax.models.functional import stack_layers, unstack_layers
+from qjax.models.gpt2 import Gpt2, Gpt2Config
 from qjax.models.hf import abstract, load, read_config, save_weights
 from qjax.models.images import ImageProcessor, image_processor
 from qjax.models.language import LanguageModel, generate, stream
-from qjax.models.llama import Llama, init_cache
+from qjax.models.llama import Llama
+from qjax.models.moe import Moe, MoeConfig
+from qjax.models.opt import Opt, OptConfig
+from qjax.models.resnet import CifarClassifier, CifarResNet, CifarResNetConfig
 from qjax.models.rope import RopeScaling
 from qjax.models.text import Tokenizer, tokenizer
 from qjax.models.vit import ImageClassifier, Vit, VitConfig
 
 __all__ = [
+    "Bert",
+    "BertConfig",
+    "CifarClassifier",
+    "CifarResNet",
+    "CifarResNetConfig",
+    "Gpt2",
+    "Gpt2Config",
     "ImageClassifier",
     "ImageProcessor",
     "LanguageModel",
     "Llama",
     "LlamaConfig",
+    "Moe",
+    "MoeConfig",
+    "Opt",
+    "OptConfig",
     "RopeScaling",
+    "TextEncoder",
     "Tokenizer",
     "Vit",
     "VitConfig",
@@ -31,6 +49,7 @@ __all__ = [
     "load",
     "read_config",
     "save_weights",
+    "sentence_embedding",
     "stack_layers",
     "stream",
     "tokenizer",

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from qjax.errors import ModelError, near
+from qjax.models.activations import ACTIVATIONS
+from qjax.models.decoder import Decoder
 from qjax.models.rope import RopeScaling
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -116,6 +106,13 @@ class LlamaConfig:
                 f"layer_types names {len(self.windows)} layers, but num_hidden_layers is {self.num_hidden_layers}; "
                 "mend config.json."
             )
+
+    @property
+    def decoder(self) -> type[Decoder]:
+        """The Flax NNX module that it configures."""
+        from qjax.models.llama import Llama  # which imports this module
+
+        return Llama
 
     def window(self, layer: int) -> int | None:
         """Width of the sliding window of a layer, or None."""

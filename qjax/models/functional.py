@@ -87,6 +87,8 @@ def stack_layers(params: Params) -> Params:
     """From the unrolled form (``layers`` a list) to the scanned one (leaves stacked, ``[L, ...]``)."""
     if not isinstance(params["layers"], list):
         raise ModelError("these params are in the scanned form already; stack_layers takes a list of layers.")
+    if len({jax.tree.structure(layer) for layer in params["layers"]}) > 1:
+        raise ModelError("the layers of this model differ in kind and only equal ones can be stacked; unroll them.")
     return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
 
 

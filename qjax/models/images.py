@@ -55,11 +55,11 @@ class ImageProcessor:
             std=tuple(config.get("image_std", (0.5, 0.5, 0.5))) if normalise else (1.0, 1.0, 1.0),
         )
 
-    def __call__(self, images: Sequence[Any]) -> np.ndarray:
+    def __call__(self, images: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Prepare images.
 
         Args:
-            images: paths, Pillow images, or uint8 arrays [H, W, 3].
+            images: paths, Pillow images, or uint8 arrays [H, W, 3]; one array [B, H, W, 3] will do.
 
         Returns:
             float32 [B, H, W, 3].
@@ -99,15 +99,23 @@ class ImageProcessor:
 
 
 def image_processor(folder: str | Path) -> ImageProcessor:
-    """Read ``preprocessor_config.json`` of a folder; ImageNet's usual values where there is none.
+    """Read how a folder's model wants its images.
+
+    That is its ``preprocessor_config.json``; without one, ``image_size``, ``image_mean`` and ``image_std`` of
+    ``config.json`` where those name a mean; else 224 x 224 pixels from -1 to 1, as ViT has them.
 
     Raises:
         ModelError: the file is damaged.
     """
     path = Path(folder) / "preprocessor_config.json"
-    if not path.is_file():
-        return ImageProcessor()
     try:
-        return ImageProcessor.from_hf(json.loads(path.read_text("utf-8")))
+        if path.is_file():
+            return ImageProcessor.from_hf(json.loads(path.read_text("utf-8")))
+        path = Path(folder) / "config.json"
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if "image_mean" not in config:
+            return ImageProcessor()
+        given = {k: config[k] for k in ("image_mean", "image_std") if k in config}
+        return ImageProcessor.from_hf({"size": config.get("image_size", 224), **given})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} cannot be read ({error!r}); take the one that came with the checkpoint.") from None

@@ -13,8 +13,7 @@ import numpy as np
 
 from qjax.errors import ModelError
 from qjax.models import functional
-from qjax.models.config import LlamaConfig
-from qjax.models.llama import Cache, Llama, cache_room, init_cache
+from qjax.models.decoder import Cache, Decoder, DecoderConfig, cache_room, init_cache
 
 Extend = Callable[[Any, jax.Array, Cache], tuple[jax.Array, Cache]]
 
@@ -24,11 +23,11 @@ class LanguageModel:
     """A decoder as functions of ``params``: ``fn(params, tokens)``, ``fn.prefill`` and ``fn.decode_step``.
 
     Attributes:
-        config: sizes and switches.
+        config: sizes and switches; its ``decoder`` is the module.
         scan_layers: ``params`` are stacked and the layers are scanned.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     scan_layers: bool = False
 
     def __call__(self, params: Any, tokens: jax.Array) -> jax.Array:
@@ -45,18 +44,18 @@ class LanguageModel:
         return logits[:, 0], cache
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-        """An empty cache for ``batch`` sequences of at most ``length`` tokens (see :func:`llama.init_cache`)."""
+        """An empty cache for ``batch`` sequences of at most ``length`` tokens (see :func:`decoder.init_cache`)."""
         return init_cache(self.config, batch, length, dtype, self.scan_layers)
 
     def init(self, seed: int = 0) -> Any:
         """Random parameters."""
-        return functional.init_params(Llama, self.config, seed, scan_layers=self.scan_layers)
+        return functional.init_params(self.config.decoder, self.config, seed, scan_layers=self.scan_layers)
 
     def abstract_params(self, dtype: Any = jnp.float32) -> Any:
         """Shapes of the parameters."""
-        return functional.abstract_params(Llama, self.config, dtype, scan_layers=self.scan_layers)
+        return functional.abstract_params(self.config.decoder, self.config, dtype, scan_layers=self.scan_layers)
 
-    def module(self, params: Any) -> Llama:
+    def module(self, params: Any) -> Decoder:
         """The Flax NNX module with these parameters in it."""
         return self._bind(params)
 
@@ -67,8 +66,8 @@ class LanguageModel:
         functions = {"prefill": self.prefill, "decode_step": self.decode_step}
         return generate(params, prompt, max_new_tokens, cache=cache, **functions, **settings)
 
-    def _bind(self, params: Any) -> Llama:
-        return functional.bind(Llama, self.config, params, scan_layers=self.scan_layers)
+    def _bind(self, params: Any) -> Decoder:
+        return functional.bind(self.config.decoder, self.config, params, scan_layers=self.scan_layers)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,14 +1,8 @@
 """Llama-family decoders in Flax NNX: Llama 2 and 3, Mistral, Qwen2, Qwen3.
 
 One module serves all of them, because they differ only in switches of :class:`LlamaConfig` (biases of q, k, v; a norm
-on queries and keys; a sliding window; how rotary frequencies are stretched; tied embeddings). It comes in two forms
-with the same mathematics:
-
-- unrolled: ``layers`` is a list; parameters are named ``layers/3/attn/q_proj/kernel``.
-- scanned (``scan_layers=True``): ``layers`` is one layer whose leaves are stacked, ``[L, ...]``, and ``jax.lax.scan``
-  runs over them; parameters are named ``layers/attn/q_proj/kernel``. Traces and compiles in the time of one layer.
-
-The key/value cache is a value: it goes in and a new one comes out, nothing is mutated.
+on queries and keys; a sliding window; how rotary frequencies are stretched; tied embeddings). The walk over the layers
+and the cache are those of every :class:`~qjax.models.decoder.Decoder`.
 """
 
 from __future__ import annotations
@@ -19,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
-from qjax.models.config import ACTIVATIONS, LlamaConfig
+from qjax.models.activations import ACTIVATIONS
+from qjax.models.config import FAMILIES, LlamaConfig
+from qjax.models.decoder import Decoder, Embed, linear
+from qjax.models.family import Family
+from qjax.models.language import LanguageModel
 from qjax.models.rope import cos_sin, rotate
-
-Cache = dict[str, Any]
 
 
 class RMSNorm(nnx.Module):
@@ -41,33 +36,17 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * self.scale[...]
 
 
-class Embed(nnx.Module):
-    """A table of rows, looked up by token and read once more by a tied output projection; its dtype is the model's."""
-
-    def __init__(self, count: int, size: int, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (count, size), jnp.float32))
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Rows of tokens [B, T]: [B, T, size]."""
-        return jnp.take(self.embedding[...], tokens, axis=0)
-
-
-def _linear(ins: int, outs: int, bias: bool, dot_general: Callable, rngs: nnx.Rngs, gain: float = 1.0) -> nnx.Linear:
-    init = nnx.initializers.variance_scaling(gain, "fan_in", "normal")
-    return nnx.Linear(ins, outs, use_bias=bias, kernel_init=init, dot_general=dot_general, rngs=rngs)
-
-
 class Attention(nnx.Module):
     """Causal attention with grouped key/value heads and rotary positions."""
 
     def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs) -> None:
         c = config
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = _linear(c.hidden_size, queries, c.qkv_bias, dot_general, rngs)
-        self.k_proj = _linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
-        self.v_proj = _linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
+        self.q_proj = linear(c.hidden_size, queries, c.qkv_bias, dot_general, rngs)
+        self.k_proj = linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
+        self.v_proj = linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
         gain = 1 / (2 * max(c.num_hidden_layers, 1))  # keeps the residual stream's variance flat over depth
-        self.o_proj = _linear(queries, c.hidden_size, c.o_bias, dot_general, rngs, gain)
+        self.o_proj = linear(queries, c.hidden_size, c.o_bias, dot_general, rngs, gain)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
@@ -99,10 +78,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs) -> None:
         c = config
-        self.gate = _linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
-        self.up = _linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
+        self.gate = linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
+        self.up = linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
         gain = 1 / (2 * max(c.num_hidden_layers, 1))
-        self.down = _linear(c.intermediate_size, c.hidden_size, c.mlp_bias, dot_general, rngs, gain)
+        self.down = linear(c.intermediate_size, c.hidden_size, c.mlp_bias, dot_general, rngs, gain)
         self.act = ACTIVATIONS[c.hidden_act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,11 +92,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer: attention and MLP, each behind a norm and beside the residual stream."""
 
-    def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, dot_general: Callable, rngs: nnx.Rngs, mlp: Callable[..., Any] = MLP) -> None:
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, dot_general, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, dot_general, rngs)
+        self.mlp = mlp(config, dot_general, rngs)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: Any, store: Any = None) -> jax.Array:
         """Arguments as :class:`Attention`'s."""
@@ -125,15 +104,8 @@ class Layer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Llama(nnx.Module):
-    """A decoder: tokens in, logits out.
-
-    Args:
-        config: sizes and switches.
-        scan_layers: stack the layers and scan over them (see the module's docstring).
-        dot_general: the product used by the linears, ``jax.lax.dot_general`` unless a trainer brings its own.
-        rngs: where initial weights come from; ``nnx.Rngs(0)``.
-    """
+class Llama(Decoder):
+    """A decoder of the Llama family; arguments as :class:`~qjax.models.decoder.Decoder`'s."""
 
     def __init__(
         self,
@@ -144,151 +116,42 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
-        self.scan_layers = scan_layers
-        self.embed = Embed(config.vocab_size, config.hidden_size, rngs)
-        layers = [Layer(config, dot_general, rngs) for _ in range(config.num_hidden_layers)]
-        if scan_layers:
-            states = [nnx.state(layer) for layer in layers]
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-            self.layers = nnx.merge(nnx.graphdef(layers[0]), stacked)
-        else:
-            self.layers = nnx.List(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dot_general = dot_general
+        self.embed = Embed(config.vocab_size, config.hidden_size, rngs)
+        layers = [self._layer(i, dot_general, rngs) for i in range(config.num_hidden_layers)]
+        self._set_layers(layers, scan_layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dot_general, rngs)
+            self.lm_head = linear(config.hidden_size, config.vocab_size, False, dot_general, rngs)
 
-    def __call__(self, tokens: jax.Array, cache: Cache | None = None) -> Any:
-        """Logits of the next token at each position.
+    def _layer(self, index: int, dot_general: Callable, rngs: nnx.Rngs) -> Layer:
+        return Layer(self.config, dot_general, rngs)
 
-        Args:
-            tokens: int32 [B, T].
-            cache: from :func:`init_cache`; the tokens then follow those that it holds.
-
-        Returns:
-            float [B, T, vocab]; with a cache, that and the new cache.
-        """
+    def _begin(self, tokens: jax.Array, positions: jax.Array, length: Any) -> tuple[jax.Array, tuple]:
         c = self.config
-        length = tokens.shape[1]
-        x = self.embed(tokens)
-        start = 0 if cache is None else cache["length"]
-        positions = start + jnp.arange(length, dtype=jnp.int32)
-        cos, sin = cos_sin(positions, c.head_dim, c.rope_theta, c.rope_scaling, start + length)
-        if cache is None:
-            x = self._forward(x, cos, sin)
-        else:
-            x, layers = self._extend(x, cos, sin, positions, cache)
-            cache = {"layers": layers, "length": cache["length"] + length}
+        return self.embed(tokens), cos_sin(positions, c.head_dim, c.rope_theta, c.rope_scaling, length)
+
+    def _end(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
-        if c.tie_word_embeddings:
-            table = self.embed.embedding[...]
-            logits = self.dot_general(x, table.astype(x.dtype), (((2,), (1,)), ((), ())))
-        else:
-            logits = self.lm_head(x)
-        return logits if cache is None else (logits, cache)
-
-    def _forward(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-        if not self.scan_layers:
-            for i, layer in enumerate(self.layers):
-                x = layer(x, cos, sin, self._mask(positions, x.shape[1], self.config.window(i)))
-            return x
-        graph, weights = nnx.split(self.layers)
-
-        def body(x: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
-            state, window = xs
-            return nnx.merge(graph, state)(x, cos, sin, self._mask(positions, x.shape[1], window)), None
-
-        return jax.lax.scan(body, x, (weights, self._scanned_windows()), length=self.config.num_hidden_layers)[0]
-
-    def _extend(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Any]:
-        old, start = cache["layers"], cache["length"]
-        if not self.scan_layers:
-            new = []
-            for i, (layer, kept) in enumerate(zip(self.layers, old, strict=True)):
-                filled: dict[str, jax.Array] = {}
-
-                def store(k: jax.Array, v: jax.Array, kept: Any = kept, filled: Any = filled) -> Any:
-                    filled["k"] = jax.lax.dynamic_update_slice(kept["k"], k.astype(kept["k"].dtype), (0, start, 0, 0))
-                    filled["v"] = jax.lax.dynamic_update_slice(kept["v"], v.astype(kept["v"].dtype), (0, start, 0, 0))
-                    return filled["k"], filled["v"]
-
-                mask = self._mask(positions, kept["k"].shape[1], self.config.window(i), cached=True)
-                x = layer(x, cos, sin, mask, store)
-                new.append(filled)
-            return x, new
-        graph, weights = nnx.split(self.layers)
-
-        # The cache is a carry and each step writes its own rows: as xs and ys, all of it would be copied every step.
-        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-            x, kept, i = carry
-            state, window = xs
-            filled: dict[str, jax.Array] = {}
-
-            def store(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-                for name, value in (("k", k), ("v", v)):
-                    rows = value.astype(kept[name].dtype)[None]
-                    filled[name] = jax.lax.dynamic_update_slice(kept[name], rows, (i, 0, start, 0, 0))
-                return (
-                    jax.lax.dynamic_index_in_dim(filled["k"], i, keepdims=False),
-                    jax.lax.dynamic_index_in_dim(filled["v"], i, keepdims=False),
-                )
-
-            mask = self._mask(positions, kept["k"].shape[2], window, cached=True)
-            x = nnx.merge(graph, state)(x, cos, sin, mask, store)
-            return (x, filled, i + 1), None
-
-        xs = (weights, self._scanned_windows())
-        carry, _ = jax.lax.scan(body, (x, old, jnp.int32(0)), xs, length=self.config.num_hidden_layers)
-        return carry[0], carry[1]
-
-    def _scanned_windows(self) -> jax.Array | None:
-        """Windows as an int32 [L] scanned beside the weights; no window is one wider than any position."""
-        widest = jnp.iinfo(jnp.int32).max
-        windows = [widest if w is None else w for w in self.config.windows]
-        return jnp.asarray(windows, jnp.int32) if windows else None
-
-    @staticmethod
-    def _mask(positions: jax.Array, keys: int, window: Any, cached: bool = False) -> jax.Array | None:
-        """Which keys a query sees, bool [1, 1, T, S]; None where plain causality says it."""
-        if window is None and not cached:
-            return None
-        behind = positions[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :]
-        seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-        return seen[None, None]
+        return self._tied_logits(x, self.embed) if self.config.tie_word_embeddings else self.lm_head(x)
 
 
-def init_cache(
-    config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32, scan_layers: bool = False
-) -> Cache:
-    """An empty key/value cache.
+NAMES = {
+    "embed": ("model.embed_tokens",),
+    "norm": ("model.norm",),
+    "lm_head": ("lm_head",),
+    "layers/*/attn": ("model.layers.{0}.self_attn",),
+    "layers/*/attn_norm": ("model.layers.{0}.input_layernorm",),
+    "layers/*/mlp_norm": ("model.layers.{0}.post_attention_layernorm",),
+    "layers/*/mlp/gate": ("model.layers.{0}.mlp.gate_proj",),
+    "layers/*/mlp/up": ("model.layers.{0}.mlp.up_proj",),
+    "layers/*/mlp/down": ("model.layers.{0}.mlp.down_proj",),
+}
 
-    Args:
-        config: of the model.
-        batch: number of sequences, all of the same length.
-        length: most positions it can ever hold; writing beyond it overwrites the last ones.
-        dtype: of the stored keys and values.
-        scan_layers: which form of the model it is for.
-
-    Returns:
-        ``{"layers": [{"k": [batch, length, kv_heads, head_dim], "v": ...}, ...], "length": int32 0}``; stacked
-        ``{"layers": {"k": [layers, batch, ...], "v": ...}, ...}`` for the scanned form.
-    """
-    shape = (batch, length, config.num_key_value_heads, config.head_dim)
-    if scan_layers:
-        stacked = (config.num_hidden_layers, *shape)
-        layers: Any = {"k": jnp.zeros(stacked, dtype), "v": jnp.zeros(stacked, dtype)}
-    else:
-        layers = [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.num_hidden_layers)]
-    return {"layers": layers, "length": jnp.int32(0)}
-
-
-def cache_room(cache: Any) -> int | None:
-    """How many more tokens a cache of :func:`init_cache` can take; None for a cache of another make."""
-    if not isinstance(cache, dict) or set(cache) != {"layers", "length"} or isinstance(cache["length"], Tracer):
-        return None
-    layers = cache["layers"]
-    first = layers[0] if isinstance(layers, list) else layers
-    return first["k"].shape[-3] - int(cache["length"])
+FAMILY = Family(
+    architectures=FAMILIES,
+    config=LlamaConfig.from_hf,
+    function=LanguageModel,
+    names=lambda config: NAMES,
+    ignored=r"rotary_emb\.inv_freq$",
+)

@@ -16,7 +16,8 @@ from flax import nnx
 
 from qjax.errors import ModelError, near
 from qjax.models import functional
-from qjax.models.config import ACTIVATIONS
+from qjax.models.activations import ACTIVATIONS
+from qjax.models.family import Family
 
 ARCHITECTURES = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
 
@@ -224,3 +225,42 @@ class ImageClassifier:
     def module(self, params: Any) -> Vit:
         """The Flax NNX module with these parameters in it."""
         return functional.bind(Vit, self.config, params)
+
+
+def names(config: VitConfig) -> dict[str, tuple[str, ...]]:
+    """Our names to those of checkpoints: transformers 4 writes the first dialect, transformers 5 the second."""
+    p = "deit" if config.distilled else "vit"
+    layers = (f"{p}.encoder.layer.{{0}}.", f"{p}.layers.{{0}}.")
+    own = {
+        "embeddings/patch": (f"{p}.embeddings.patch_embeddings.projection",),
+        "embeddings/cls_token": (f"{p}.embeddings.cls_token",),
+        "embeddings/distillation_token": (f"{p}.embeddings.distillation_token",),
+        "embeddings/position": (f"{p}.embeddings.position_embeddings",),
+        "norm": (f"{p}.layernorm",),
+        "classifier": ("cls_classifier" if config.teacher else "classifier",),
+        "distillation_classifier": ("distillation_classifier",),
+    }
+    per_layer = {
+        "attn_norm": ("layernorm_before", "layernorm_before"),
+        "mlp_norm": ("layernorm_after", "layernorm_after"),
+        "attn/q_proj": ("attention.attention.query", "attention.q_proj"),
+        "attn/k_proj": ("attention.attention.key", "attention.k_proj"),
+        "attn/v_proj": ("attention.attention.value", "attention.v_proj"),
+        "attn/o_proj": ("attention.output.dense", "attention.o_proj"),
+        "mlp/up": ("intermediate.dense", "mlp.fc1"),
+        "mlp/down": ("output.dense", "mlp.fc2"),
+    }
+    return own | {f"layers/*/{k}": tuple(a + b for a, b in zip(layers, v, strict=True)) for k, v in per_layer.items()}
+
+
+FAMILY = Family(
+    architectures={
+        "ViTForImageClassification": "vit",
+        "DeiTForImageClassification": "deit",
+        "DeiTForImageClassificationWithTeacher": "deit",
+    },
+    config=VitConfig.from_hf,
+    function=ImageClassifier,
+    names=names,
+    ignored=r"\.pooler\.|\.mask_token$|\.position_ids$",
+)

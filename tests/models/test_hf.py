@@ -108,7 +108,7 @@ def test_architecture_from_model_type(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["BertModel"]}, "'BertModel', which is not supported.*bring your own"),
+        ({"architectures": ["T5Model"]}, "'T5Model', which is not supported.*bring your own"),
         ({"architectures": ["Qwen2ForCausalLn"]}, "did you mean 'Qwen2ForCausalLM'"),
         ({"architectures": ...}, "none named"),
         ({"quantization_config": {"bits": 4}}, "quantized already"),
