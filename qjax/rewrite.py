@@ -124,6 +124,23 @@ class Rewriter:
         """Whether something is collected."""
         return False
 
+    # What bodies of control flow are given beside their operands; see `qjax.rewriting.low_rank`.
+
+    def brought(self, numbers: Sequence[int]) -> list[Any]:
+        """What a shared body needs for each of these reads, as a tree of arrays: nothing, in a plain replay."""
+        return [None for _ in numbers]
+
+    def brought_rows(
+        self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context
+    ) -> dict[int, Any]:
+        """What the steps ``order`` of a loop need by read, with a leading axis over them: nothing, in a plain replay."""
+        return {}
+
+    @contextlib.contextmanager
+    def bringing(self, held: Mapping[int, Any]) -> Iterator[None]:
+        """Use inside what a body was given."""
+        yield
+
     def needs(self, eqn: Any, values: Sequence[Any], here: Path) -> bool:
         """Whether a higher-order equation has to be re-emitted: a quantized operand, or a decision inside."""
         if any(is_special(v) for v in values):
