@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from qjax.applying.low_rank import Slot, Targets, merged_leaf, plan_adapters
 from qjax.applying.planning import plan_program
@@ -31,6 +32,7 @@ from qjax.formats import is_quantized
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe, resolve_recipe
 from qjax.rewriting.low_rank import Adapted, LowRankRewriter
+from qjax.rewriting.selection import dense
 from qjax.transforms import Model, Rewritten, quantize
 from qjax.trees import replace_arrays
 
@@ -64,8 +66,8 @@ class LoRA:
     def init(self, params: Any, *args: Any, **kwargs: Any) -> Adapters:
         """New adapters: A normal with variance 1/K, B zero, float32.
 
-        What is drawn for a site depends on the key, its name and shape, and on nothing else: unrolled and scanned layers
-        begin alike.
+        What is drawn for a site depends on the key, its name and its shape, and on nothing else: unrolled and scanned
+        layers begin alike.
 
         Args:
             params, *args, **kwargs: as for the function; abstract arrays are enough.
@@ -113,7 +115,7 @@ class LoRA:
         """The parameters with the adapters in them, for the function (or the model) without adapters.
 
         A float weight becomes W + (alpha / r) A B, computed in float32. A packed one is dequantized, and the sum is
-        rounded to nearest in the format that it had; matrices whose A B is zero keep their codes.
+        rounded to nearest in the format that it had; matrices whose A B is zero keep their codes. Works under jit.
 
         Args:
             params: as for `apply`.
@@ -124,7 +126,7 @@ class LoRA:
             A tree of the same structure, formats and dtypes.
 
         Raises:
-            DataError: as for `apply`, or NaN or infinity among the factors of a site.
+            DataError: as for `apply`, or NaN or infinity among the factors of a site (not looked for under jit).
         """
         program, arrays, slots = self._traced(params, args, kwargs)
         return replace_arrays(params, self._merged(program, arrays, slots, state))
@@ -135,7 +137,7 @@ class LoRA:
         deltas: dict[int, Any] = {}
         for slot in slots:
             delta = slot.delta(state[slot.site])
-            if not jnp.isfinite(delta).all():
+            if not isinstance(delta, Tracer) and not jnp.isfinite(delta).all():
                 raise DataError(f"{slot.site}: its adapter holds NaN or infinity (or overflows) and cannot be merged")
             if slot.leaf not in deltas:
                 deltas[slot.leaf] = jnp.zeros(program.leaf_avals[slot.leaf].shape, jnp.float32)
@@ -162,19 +164,21 @@ class LoRA:
         """
         if recipe is None and self.base is None:
             raise RecipeError(
-                "convert makes a model by a recipe: give recipe=, or make the adapters of a model, qjax.lora(model, ...); "
-                "merge gives the parameters alone"
+                "convert makes a model by a recipe: give recipe=, or make the adapters of a model, "
+                "qjax.lora(model, ...); merge gives the parameters alone"
             )
         program, arrays, slots = self._traced(params, args, kwargs)
-        stored = self._merged(program, arrays, slots, state)
-        if recipe is not None:
-            floats = [a.dequantize() if is_quantized(a) else a for a in stored]
+        if recipe is not None:  # rounded once: the sums stay float until then
+            floats = self._merged(program, [dense(a) for a in arrays], slots, state)
             return quantize(self.fn, replace_arrays(params, floats), *args, recipe=resolve_recipe(recipe), **kwargs)
         assert self.base is not None
+        stored = self._merged(program, arrays, slots, state)
         planned = plan_program(program, self.base.recipe)
         replayed = self.base.recorded(program, stored)
         report = build_report(program, planned, stored, {}, replayed, name="", recipe=self.base.recipe.name)
-        report = report.with_notes(f"{len(slots)} adapters are merged; SQNR was not measured against the merged weights")
+        report = report.with_notes(
+            f"{len(slots)} adapters are merged; SQNR was not measured against the merged weights"
+        )
         return Model(self.fn, replace_arrays(params, stored), self.base.recipe, report, self.base)
 
     def _traced(self, params: Any, args: Any, kwargs: Any) -> tuple[Program, list[Any], tuple[Slot, ...]]:
@@ -187,7 +191,9 @@ def _check(state: Any, slots: tuple[Slot, ...]) -> None:
     """Refuse a state that is not of these adapters."""
     wanted = {slot.site: slot for slot in slots}
     if not isinstance(state, Mapping):
-        raise DataError(f"the state of adapters is a dictionary by site, as init returns it, not {type(state).__name__}")
+        raise DataError(
+            f"the state of adapters is a dictionary by site, as init returns it, not {type(state).__name__}"
+        )
     if missing := [site for site in wanted if site not in state]:
         raise DataError(
             f"the state has no adapter for {missing[0]} ({len(missing)} of {len(wanted)} sites are missing); "
@@ -208,8 +214,8 @@ def _check(state: Any, slots: tuple[Slot, ...]) -> None:
                 raise DataError(f"{site}: {name!r} is a float array of shape {shape}, not {array!r:.80}")
             if tuple(array.shape) != shape:
                 raise DataError(
-                    f"{site}: {name!r} has shape {tuple(array.shape)}, and an adapter of rank {slot.adapter.rank} of this "
-                    f"weight has {shape}"
+                    f"{site}: {name!r} has shape {tuple(array.shape)}, and an adapter of rank {slot.adapter.rank} of "
+                    f"this weight has {shape}"
                 )
 
 

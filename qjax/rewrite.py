@@ -130,10 +130,8 @@ class Rewriter:
         """What a shared body needs for each of these reads, as a tree of arrays: nothing, in a plain replay."""
         return [None for _ in numbers]
 
-    def brought_rows(
-        self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context
-    ) -> dict[int, Any]:
-        """What the steps ``order`` of a loop need by read, with a leading axis over them: nothing, in a plain replay."""
+    def brought_rows(self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context) -> dict[int, Any]:
+        """What reads need at the steps ``order`` of a loop, with that axis in front: nothing, in a plain replay."""
         return {}
 
     @contextlib.contextmanager

@@ -156,7 +156,10 @@ def _everywhere(program: Program, rank: int) -> dict[str, int]:
     return {
         s.name: rank
         for s in program.sites
-        if s.op in ADAPTED_OPS and s.leaf is not None and s.leaf not in tables and not any(m(s.name + "/") for m in left)
+        if s.op in ADAPTED_OPS
+        and s.leaf is not None
+        and s.leaf not in tables
+        and not any(m(s.name + "/") for m in left)
     }
 
 
@@ -172,7 +175,9 @@ def _ranks(program: Program, targets: Targets) -> dict[str, int | None]:
         if new:
             continue
         if named:
-            raise RecipeError(f"lora: {pattern!r} never decides: earlier patterns take its {len(named)} sites; move it up")
+            raise RecipeError(
+                f"lora: {pattern!r} never decides: earlier patterns take its {len(named)} sites; move it up"
+            )
         other = next((s for s in program.sites if matches(s.name + "/")), None)
         if other is not None:
             why = other.reason or f"its op is {other.op}, and products (dot, ragged_dot) of a parameter have adapters"
@@ -269,7 +274,9 @@ def merged_leaf(leaf: Any, delta: Any) -> Any:
     if isinstance(leaf, QStack):
         rows = [[i for i, (p, _) in enumerate(leaf.assign) if p == part] for part in range(len(leaf.parts))]
         rows = [sorted(where, key=lambda i: leaf.assign[i][1]) for where in rows]
-        parts = [merged_leaf(p, jnp.take(delta, jnp.asarray(w), leaf.axis)) for p, w in zip(leaf.parts, rows, strict=True)]
+        parts = [
+            merged_leaf(p, jnp.take(delta, jnp.asarray(w), leaf.axis)) for p, w in zip(leaf.parts, rows, strict=True)
+        ]
         return dataclasses.replace(leaf, parts=tuple(parts))
     if not isinstance(leaf, QArray):
         leaf = jnp.asarray(leaf)

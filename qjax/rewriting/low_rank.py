@@ -91,9 +91,7 @@ class LowRankRewriter(Rewriter):
         """The factors of each read at the steps that are still open, as a tree."""
         return [self.held.get(n, {}) for n in numbers]
 
-    def brought_rows(
-        self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context
-    ) -> dict[int, Any]:
+    def brought_rows(self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context) -> dict[int, Any]:
         """The factors of reads whose slices a loop takes, with a leading axis that runs over the steps ``order``."""
         out = {}
         for n in numbers:
@@ -139,6 +137,7 @@ class LowRankRewriter(Rewriter):
         side = self.weight_side(number, eqn)
         x = self.dense(values[1 - side], f"{where}: the other operand of an adapted product is quantized")
         ref = self.program.analysis.reads[number].ref
+        assert ref is not None  # or it would have no adapter
         more = low_rank_product(eqn, x, side, ref.dims, adapter, factors, values[2:])
         return [outs[0] + (adapter.scale * more).astype(outs[0].dtype)]
 
@@ -146,7 +145,7 @@ class LowRankRewriter(Rewriter):
 def low_rank_product(
     eqn: Any, x: Any, side: int, dims: Sequence[Any], adapter: Adapter, factors: Factors, rest: Sequence[Any] = ()
 ) -> Any:
-    """``(x A) B`` in the place of a product ``x W``: float32, of the shape of the product.
+    """``(x A) B`` in the place of a product ``x W``: float32 or wider, of the shape of the product.
 
     Products are taken in the dtype of x and accumulated in float32, whatever the dtype of the factors.
 
@@ -159,12 +158,11 @@ def low_rank_product(
         factors: of the slice that is read.
         rest: further operands (the group sizes of a ragged_dot).
     """
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     a, b = factors["a"].astype(x.dtype), factors["b"].astype(x.dtype)
     contract, batch = operand_axes(eqn, side)
-    if eqn.primitive.name != "dot_general":
-        free = tuple(d for d in range(len(dims)) if d not in contract and d not in batch)
-    else:
-        free = tuple(d for d in range(eqn.invars[side].aval.ndim) if d not in contract and d not in batch)
+    free = tuple(d for d in range(eqn.invars[side].aval.ndim) if d not in contract and d not in batch)
     ins, outs = adapter.ins, adapter.outs
     if adapter.turned:
         a, b, ins, outs = jnp.swapaxes(b, -1, -2), jnp.swapaxes(a, -1, -2), outs, ins
@@ -173,9 +171,9 @@ def low_rank_product(
     a = _spread(a, [stacks, _unflatten(contract, ins, dims, shape), None])
     b = _spread(b, [stacks, None, _unflatten(free, outs, dims, shape)])
     if eqn.primitive.name != "dot_general":
-        hidden = lax.ragged_dot(x, a, rest[0], preferred_element_type=jnp.float32).astype(x.dtype)
-        return lax.ragged_dot(hidden, b, rest[0], preferred_element_type=jnp.float32)
-    settings: dict[str, Any] = dict(precision=eqn.params["precision"], preferred_element_type=jnp.float32)
+        hidden = lax.ragged_dot(x, a, rest[0], preferred_element_type=wide).astype(x.dtype)
+        return lax.ragged_dot(hidden, b, rest[0], preferred_element_type=wide)
+    settings: dict[str, Any] = dict(precision=eqn.params["precision"], preferred_element_type=wide)
     x_contract, x_batch = operand_axes(eqn, 1 - side)
     n = len(batch)
     stack = tuple(range(n))
