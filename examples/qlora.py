@@ -1,6 +1,6 @@
 """Fine-tune the language model that comes with the repository by low-rank adapters: on float and on packed weights.
 
-    python examples/qlora.py --text shared/data/text/tinyshakespeare.txt [--steps 60] [--rank 8]
+    python examples/qlora.py --text tinyshakespeare.txt [--bases float W4A16 NF4] [--steps 60] [--rank 8]
 
 The base is frozen, float or packed (QLoRA), and only the adapters are trained, from the same start, on the same rows in
 the same order. The last tenth of the text is never trained on; losses are measured on it, with the adapters beside the
@@ -64,7 +64,7 @@ def train(fn: Any, params: Any, train_rows: np.ndarray, test_rows: np.ndarray, o
 
     def held_out(call: Any, *weights: Any) -> float:
         measure = jax.jit(lambda rows, *weights: mean_loss(call(*weights, rows[:, :-1]), rows))
-        batches = test_rows[: len(test_rows) // o.batch * o.batch].reshape(-1, o.batch, test_rows.shape[1])
+        batches = test_rows.reshape(-1, o.batch, test_rows.shape[1])
         return float(np.mean([measure(rows, *weights) for rows in batches]))
 
     def adapted(params: Any, state: Any, tokens: jax.Array) -> jax.Array:
@@ -89,12 +89,37 @@ def train(fn: Any, params: Any, train_rows: np.ndarray, test_rows: np.ndarray, o
     }
 
 
+def compare(o: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Train on each base; what each cost and gave, by its name."""
+    fn, params, _ = qjax.models.load(o.model)
+    params = qjax.astype(params, o.dtype)
+    tokenizer = qjax.models.tokenizer(o.model)
+    text = o.text.read_text(encoding="utf-8")
+    cut = len(text) * 9 // 10
+    train_rows = rows_of(tokenizer, text[:cut], o.context)
+    test_rows = rows_of(tokenizer, text[cut:], o.context)[: o.test_rows]
+    if len(test_rows) < o.test_rows or len(train_rows) < o.batch:
+        raise SystemExit(
+            f"{o.text} has {len(train_rows)} rows of {o.context} tokens to train on and {len(test_rows)} behind them "
+            f"to measure on; --batch {o.batch} and --test-rows {o.test_rows} need more text, or a smaller --context"
+        )
+    found = {}
+    for name in o.bases:
+        base, weights = fn, params
+        if name != "float":
+            base = qjax.quantize(fn, params, train_rows[: o.batch, :-1], recipe=name)
+            weights = base.params
+        found[name] = train(base, weights, train_rows, test_rows, o)
+    return found
+
+
 def main() -> None:
-    """Compare."""
+    """Compare and print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=Path, default=HERE / "assets" / "books-6m", help="a Hugging Face folder")
     p.add_argument("--text", type=Path, required=True, help="UTF-8 text to fine-tune on")
     p.add_argument("--bases", nargs="+", default=["float", "W4A16", "NF4"], help="'float', or presets of the base")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of float weights")
     p.add_argument("--rank", type=int, default=8, help="of the adapters (default 8)")
     p.add_argument("--steps", type=int, default=60, help="optimizer steps (default 60)")
     p.add_argument("--batch", type=int, default=8, help="rows in a step (default 8)")
@@ -103,54 +128,34 @@ def main() -> None:
     p.add_argument("--rate", type=float, default=5e-3, help="peak learning rate (default 5e-3)")
     p.add_argument("--seed", type=int, default=0, help="of A and of the order of rows (default 0)")
     o = p.parse_args()
-    console = Console(width=118)
+    if o.test_rows % o.batch or o.test_rows < 1:
+        p.error(f"--test-rows {o.test_rows} is no multiple of --batch {o.batch}")
 
-    fn, params, _ = qjax.models.load(o.model)
-    tokenizer = qjax.models.tokenizer(o.model)
-    text = o.text.read_text(encoding="utf-8")
-    cut = len(text) * 9 // 10
-    train_rows = rows_of(tokenizer, text[:cut], o.context)
-    test_rows = rows_of(tokenizer, text[cut:], o.context)[: o.test_rows]
-    example = train_rows[: o.batch, :-1]
-
+    found = compare(o)
+    first = found[o.bases[0]]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = [
-        "base",
-        "loss before",
-        "after",
-        "to float",
-        "merged",
-        "base MB",
-        "adapters MB",
-        "sum",
-        "work MB",
-        "s a step",
-    ]
+    titles = ("base", "loss before", "after", "change", "merged", "base MB", "adapters", "sum", "work", "s/step")
     for title in titles:
         table.add_column(title, justify="left" if title == "base" else "right")
-    first = None
-    for name in o.bases:
-        base, weights = fn, params
-        if name != "float":
-            base = qjax.quantize(fn, params, example, recipe=name)
-            weights = base.params
-        found = train(base, weights, train_rows, test_rows, o)
-        total = found["base"] + found["adapters"]
-        first = first or {**found, "total": total}
+    for name, f in found.items():
+        share = (f["base"] + f["adapters"]) / (first["base"] + first["adapters"])
         table.add_row(
             name,
-            f"{found['before']:.4f}",
-            f"{found['after']:.4f}",
-            f"{100 * (found['after'] / first['after'] - 1):+.2f} %",
-            f"{found['merged']:.4f}",
-            f"{found['base'] / 1e6:.2f}",
-            f"{found['adapters'] / 1e6:.2f}",
-            f"{100 * total / first['total']:.0f} %",
-            f"{found['working'] / 1e6:.0f}",
-            f"{found['seconds']:.2f}",
+            f"{f['before']:.4f}",
+            f"{f['after']:.4f}",
+            f"{100 * (f['after'] / first['after'] - 1):+.2f} %",
+            f"{f['merged']:.4f}",
+            f"{f['base'] / 1e6:.2f}",
+            f"{f['adapters'] / 1e6:.2f}",
+            f"{100 * share:.0f} %",
+            f"{f['working'] / 1e6:.0f}",
+            f"{f['seconds']:.2f}",
         )
-    console.print(f"{o.model.name} on {o.text.name}: rank {o.rank}, {o.steps} steps of {o.batch} x {o.context} tokens")
-    console.print(f"loss in nats per token on {len(test_rows)} rows of the last tenth, which is not trained on\n")
+    console = Console(width=100)
+    console.print(
+        f"{o.model.name} ({o.dtype}) on {o.text.name}: rank {o.rank}, {o.steps} steps of {o.batch} x {o.context}\n"
+        f"loss in nats per token on {o.test_rows} rows of the last tenth, which is not trained on\n"
+    )
     console.print(table)
 
 
