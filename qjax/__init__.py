@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from qjax.formats import QArray as QArray
     from qjax.formats import QStack as QStack
     from qjax.formats import register_format as register_format
+    from qjax.low_rank import lora as lora
     from qjax.observed import calibrate as calibrate
     from qjax.observed import observe as observe
     from qjax.ops import register_lowering as register_lowering
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from qjax.transforms import plan as plan
     from qjax.transforms import quantize as quantize
     from qjax.trees import astype as astype
+    from qjax.trees import check_trainable as check_trainable
     from qjax.trees import combine as combine
     from qjax.trees import partition as partition
 
@@ -66,6 +68,7 @@ _HOME = {
     "plan": "qjax.transforms",
     "Model": "qjax.transforms",
     "fake_quant": "qjax.training",
+    "lora": "qjax.low_rank",
     "observe": "qjax.observed",
     "calibrate": "qjax.observed",
     "from_nnx": "qjax.adapters",
@@ -74,6 +77,7 @@ _HOME = {
     "partition": "qjax.trees",
     "combine": "qjax.trees",
     "astype": "qjax.trees",
+    "check_trainable": "qjax.trees",
     "save": "qjax.checkpoint",
     "load": "qjax.checkpoint",
     "Int": "qjax.formats",
@@ -114,6 +118,7 @@ __all__ = [
     "Rule",
     "astype",
     "calibrate",
+    "check_trainable",
     "checkpoint",
     "combine",
     "dynamic",
@@ -126,6 +131,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "load",
+    "lora",
     "models",
     "observe",
     "partition",

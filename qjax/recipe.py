@@ -416,7 +416,7 @@ class Recipe:
                 f"{start} matches the names of {len(named)} sites, such as {named[0].name!r}, but their op is "
                 f"{' or '.join(ops)}; set op={ops[0]!r}, or optional=True"
             )
-        return f"{start} matches no site{_nearest(rule.match, able)}; or set optional=True"
+        return f"{start} matches no site{nearest(rule.match, able)}; or set optional=True"
 
 
 def _op_names(site: SiteLike) -> frozenset[str]:
@@ -427,7 +427,7 @@ def _op_names(site: SiteLike) -> frozenset[str]:
 _OP_NAMES = {True: {op: frozenset((op, "linear")) for op in PARAMETER_OPS}, False: {}}
 
 
-def _nearest(pattern: str, names: Sequence[str]) -> str:
+def nearest(pattern: str, names: Sequence[str]) -> str:
     """A hint with the site names that come nearest to a pattern that matches none of them."""
     segments = dict.fromkeys(segment for name in names for segment in name.split("/"))
     for segment in pattern.removeprefix("re:").split("/"):

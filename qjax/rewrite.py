@@ -131,17 +131,17 @@ class Rewriter:
 
     # What bodies of control flow are given beside their operands; see `qjax.rewriting.given`.
 
-    def given_to_call(self, below: Sequence[tuple[Path, int]]) -> list[Any]:
-        """What the reads below a call are given, in their order: nothing, in a plain replay."""
-        return []
+    def brought(self, numbers: Sequence[int]) -> list[Any]:
+        """What a shared body needs for each of these reads, as a tree of arrays: nothing, in a plain replay."""
+        return [None for _ in numbers]
 
-    def given_to_scan(self, path: Path, loop: int, steps: Sequence[int]) -> dict[int, Any]:
-        """What the reads below a scan are given, with a leading axis of its steps."""
+    def brought_rows(self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context) -> dict[int, Any]:
+        """What reads need at the steps ``order`` of a loop, with that axis in front: nothing, in a plain replay."""
         return {}
 
     @contextlib.contextmanager
-    def giving(self, given: Mapping[int, Any], loop: int | None = None) -> Iterator[None]:
-        """Inside a body, which runs one step of ``loop`` if it is a scan's."""
+    def bringing(self, held: Mapping[int, Any]) -> Iterator[None]:
+        """Use inside what a body was given."""
         yield
 
     def needs(self, eqn: Any, values: Sequence[Any], here: Path) -> bool:

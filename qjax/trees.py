@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.errors import QjaxError
 from qjax.formats import is_quantized
 
 
@@ -30,6 +31,32 @@ def combine(train: Any, frozen: Any) -> Any:
     return jax.tree.map(
         lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda x: x is None or is_quantized(x)
     )
+
+
+def check_trainable(tree: Any) -> None:
+    """Refuse a tree that an optimizer cannot train: one with packed or integer leaves.
+
+    ``jax.grad`` and optax look at the arrays inside a `QArray`. The first refuses its codes as an integer input without
+    naming a leaf; ``optax.adam(...).init`` makes moments for codes without a word. Call this before.
+
+    Args:
+        tree: what is to be differentiated or handed to an optimizer; None stands for nothing, as `partition` leaves it.
+
+    Raises:
+        QjaxError: a leaf is quantized, an integer array, or no array; the message names it and says what to do.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized):
+        if _is_float(leaf):
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the tree"
+        if is_quantized(leaf):
+            what = f"is packed ({leaf!r}): codes are integers and have no derivative"
+        else:
+            what = f"is {leaf.dtype.name}, not float" if hasattr(leaf, "dtype") else f"is a {type(leaf).__name__}"
+        raise QjaxError(
+            f"{name} {what}, so no optimizer can train it; train the float leaves, train, frozen = "
+            "qjax.partition(tree), or adapters on the frozen weights, qjax.lora"
+        )
 
 
 def astype(tree: Any, dtype: Any) -> Any:

@@ -41,16 +41,16 @@ def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> lis
     below = rw.active.get(path, ())
     inner = tuple((relative, rw.acts_of(number, context)) for relative, number in below)
     free, fixed = _split_selected(values)
-    given = rw.given_to_call(below)
-    leaves, treedef = jax.tree.flatten((free, given))
-    key = (id(body), treedef, tuple(_aval(x) for x in leaves), repr(inner))
+    leaves, treedef = jax.tree.flatten(free)
+    numbers = [number for _, number in below]
+    brought = rw.brought(numbers)
+    key = (id(body), treedef, tuple(_aval(x) for x in leaves), repr(inner), _type_of(brought))
     if fixed or rw.shared.get(key) is INLINE:  # a selected layer is no pytree: inline
         return rw.run(body, values, path, context)
     if key not in rw.shared:
 
-        def body_function(given: list[Any], *args: Any) -> tuple[list[Any], Any]:
-            mine = {number: fields for (_, number), fields in zip(below, given, strict=False)}
-            with rw.collecting() as taken, rw.giving(mine):
+        def body_function(brought: list[Any], *args: Any) -> tuple[list[Any], Any]:
+            with rw.bringing(dict(zip(numbers, brought, strict=True))), rw.collecting() as taken:
                 outs = rw.run(body, args, path, context)
             if _split_selected(outs)[1]:
                 raise SelectedResult
@@ -60,8 +60,8 @@ def do_jit(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> lis
         rw.shared[key] = (jax.jit(body_function, keep_unused=eqn.params.get("keep_unused", False)), body, below)
     in_shardings, out_shardings = (eqn.params.get(k) or () for k in ("in_shardings", "out_shardings"))
     try:
-        operands = (_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings))
-        outs, taken = rw.shared[key][0](given, *operands)
+        placed = [_constrained(v, s) for v, s in itertools.zip_longest(values, in_shardings)]
+        outs, taken = rw.shared[key][0](brought, *placed)
     except SelectedResult:
         rw.shared[key] = INLINE
         return rw.run(body, values, path, context)
@@ -78,6 +78,11 @@ def _constrained(value: Any, sharding: Any) -> Any:
 
 def _aval(x: Any) -> Any:
     return jax.typeof(x)
+
+
+def _type_of(tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple(_aval(x) for x in leaves)
 
 
 def _split_selected(values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -183,8 +188,11 @@ def _emit_scan(
         else:
             sliced.append(x if whole else jax.tree.map(lambda a: lax.slice_in_dim(a, where[0], where[-1] + 1), x))
 
+    in_rows = sorted(steps, key=lambda t: slices[t])  # what is stacked stands in the order of xs
+    brought = rw.brought_rows([number for _, number in rw.active.get(path, ())], loop, in_rows, context)
+
     def body(carry: list[Any], step: Any) -> tuple[list[Any], Any]:
-        current, t, given = step
+        current, t, rows = step
         inner = dict(context)
         inner[loop] = Steps(tuple(steps), t)
         args = []
@@ -196,23 +204,22 @@ def _emit_scan(
                 args.append(c)
         it = iter(carry)
         state = [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)]
-        with rw.collecting() as taken, rw.giving(given, loop):
+        with rw.bringing(rows), rw.collecting() as taken:
             outs = rw.run(p["jaxpr"], [*consts, *state, *args], path, inner)
         outs = [o if i < n_carry and invariant[i] else rw.dense(o, "loop state") for i, o in enumerate(outs)]
         return [o for o, inv in zip(outs[:n_carry], invariant, strict=True) if not inv], (outs[n_carry:], taken)
 
     moving = [v for v, inv in zip(init, invariant, strict=True) if not inv]
-    order = sorted(steps, key=lambda t: slices[t])
     last, (ys, taken) = lax.scan(
         body,
         moving,
-        (sliced, running, rw.given_to_scan(path, loop, order)),
+        (sliced, running, brought),
         length=len(steps),
         reverse=p["reverse"],
         unroll=_unroll(p["unroll"], len(steps)),
     )
     if taken:
-        rw.deposit(rw.stacked(taken, loop, order))
+        rw.deposit(rw.stacked(taken, loop, in_rows))
     it = iter(last)
     return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)] + list(ys)
 

@@ -27,7 +27,7 @@ from qjax.formats import Format
 from qjax.formats.numerics import SMALLEST_SCALE
 from qjax.rewriting.emit import Act, operand_axes, rounded
 from qjax.rewriting.given import Fields, Giver
-from qjax.rewriting.taps import NONFINITE
+from qjax.rewriting.taps import NONFINITE, Collector
 from qjax.sources import Dynamic, Ema, Learned, Static
 
 WEIGHT_SCALE, INPUT_SCALE, INPUT_LOW, INPUT_HIGH = "weight.scale", "input.scale", "input.low", "input.high"
@@ -87,7 +87,7 @@ class Ranges:
 _RANGES: Any = Ranges()
 
 
-class FakeRewriter(Giver):
+class FakeRewriter(Giver, Collector):
     """Replays a program with rounded operands in the products that have a `Faked`.
 
     Args:
@@ -102,8 +102,15 @@ class FakeRewriter(Giver):
     ):
         averaged = {n for n, f in faked.items() if isinstance(f.inputs, Ema)}
         contribute = {n for n, f in faked.items() if f.carries} if start else averaged
-        super().__init__(program, faked, dict.fromkeys(contribute, _RANGES), fields or {})
+        super().__init__(program, faked)  # type: ignore[arg-type]
+        self.taps = dict.fromkeys(contribute, _RANGES)
         self.start = start
+        self.hold(fields or {})
+
+    @property
+    def observing(self) -> bool:
+        """Whether some site contributes."""
+        return bool(self.taps)
 
     @property
     def every_branch(self) -> bool:
@@ -139,7 +146,13 @@ class FakeRewriter(Giver):
             if faked.carries:
                 self._contribute(number, _start(faked, values[at], values[1 - at], (stacks, outs, sums)))
             return bind(eqn, values)
-        fields = self.fields_of(number, where) if faked.carries else {}
+        fields = self.given(number) if faked.carries else {}
+        if fields is None:
+            raise RecipeError(
+                f"{where}: which slice of its weight is read is only known when the program runs, so it cannot be "
+                "given a scale of its own; use scan in place of a while loop, or leave out learned, averaged and "
+                "static scales here"
+            )
         values = list(values)
         if faked.weights is not None and faked.learned:
             values[at] = learned_weight(values[at], fields[WEIGHT_SCALE], faked.weights, sums, outs, stacks)

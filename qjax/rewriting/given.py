@@ -1,108 +1,73 @@
 """Giving numbers to sites: arrays that enter a program beside its operands and reach each site inside control flow.
 
-Learned scales belong to sites, and a training step differentiates in them, so they have to be operands of the bodies
-of scans and of shared calls and not constants of theirs:
+Learned scales and low-rank factors belong to sites, and a training step differentiates in them, so they have to be
+operands of the bodies of scans and of shared calls and not constants of theirs:
 
-    jit            further operands, by the address of the read below the call
-    scan           further xs, where the loop slices the parameter: each step gets its own
+    jit            further operands, those of the call
+    scan           stacked, as further xs beside the weights, so that a step's derivative is that step's row
     remat, cond, while, shard_map    closed over
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
-from qjax.errors import RecipeError
-from qjax.rewriting.taps import Collector
+from qjax.rewriting.steps import Context
 
-Fields = dict[str, Any]
+Step = tuple[int, ...]
+Fields = Mapping[str, Any]
 """Name -> array of one site."""
 
 
-class Giver(Collector):
-    """Replays a program whose sites are given arrays, and may contribute some.
+class Giver:
+    """What a `qjax.rewrite.Rewriter` adds that gives arrays to sites; it comes before the rewriter among the bases."""
 
-    Args:
-        program: the trace.
-        decisions: site name -> what its product is told.
-        taps: site name -> tap, for those that contribute; see `qjax.rewriting.taps`.
-        fields: site name -> arrays; sites of one read have fields of the same names and shapes.
-    """
+    program: Any
+    held: dict[int, dict[Step, Fields]]
+    """Number of a read -> the steps of the loops that choose its slice and that are still open -> arrays."""
 
-    def __init__(
-        self, program: Any, decisions: Mapping[str, Any], taps: Mapping[str, Any], fields: Mapping[str, Fields]
-    ):
-        super().__init__(program, decisions)
-        self.taps = dict(taps)
-        self.given: dict[int, Fields] = {}
-        self.loops_left: dict[int, tuple[int, ...]] = {}
-        for number, table in enumerate(program.slices):
-            names = [n for n in table.name_of.values() if n in fields]
-            if names:
-                self.given[number] = self._stacked_fields(table, fields, names)
-                self.loops_left[number] = table.loops
+    def hold(self, fields: Mapping[str, Fields]) -> None:
+        """Give these arrays to sites, by name."""
+        self.held = {}
+        for number, table in enumerate(self.program.slices):
+            found = {s: fields[table.name_of[k]] for s, k in table.by_step.items() if table.name_of[k] in fields}
+            if found:
+                self.held[number] = found
 
-    def _stacked_fields(self, table: Any, fields: Mapping[str, Fields], names: Sequence[str]) -> Fields:
-        """Fields with a leading axis for each loop that chooses the slice."""
-        lengths = [self.program.analysis.loops[loop].length if loop >= 0 else None for loop in table.loops]
-        if any(n is None for n in lengths):
-            raise RecipeError(
-                f"{names[0]}: which slice of its weight is read is only known when the program runs, so it cannot be "
-                "given a scale of its own; leave out learned, averaged and static scales here"
-            )
-        if set(names) != set(table.name_of.values()):
-            missing = next(n for n in table.name_of.values() if n not in fields)
-            raise RecipeError(
-                f"{missing} is quantized in another way than {names[0]}, which the same loop runs; give both one rule"
-            )
-        steps = itertools.product(*(range(n) for n in lengths if n is not None))
-        found = [fields[table.name_of[table.by_step[step]]] for step in steps]
-        size = [n for n in lengths if n is not None]
-        return {k: jnp.stack([f[k] for f in found]).reshape(*size, *found[0][k].shape) for k in found[0]}
+    def given(self, number: int) -> Fields | None:
+        """What the running step of a read is given; None where the step is known only when the program runs."""
+        return self.held.get(number, {}).get(())
 
-    @property
-    def observing(self) -> bool:
-        """Whether some site contributes."""
-        return bool(self.taps)
+    def brought(self, numbers: Sequence[int]) -> list[Any]:
+        """The arrays of each read at the steps that are still open, as a tree."""
+        return [self.held.get(n, {}) for n in numbers]
 
-    def given_to_call(self, below: Sequence[tuple[Any, int]]) -> list[Any]:
-        """Fields of the reads below a call, None for those that have none."""
-        return [self.given.get(number) for _, number in below]
-
-    def given_to_scan(self, path: Any, loop: int, steps: Sequence[int]) -> dict[int, Fields]:
-        """Fields of the reads below a scan that it slices, a row a step."""
-        rows = np.asarray(steps, np.int32)
+    def brought_rows(self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context) -> dict[int, Any]:
+        """The arrays of reads whose slices a loop takes, with a leading axis that runs over the steps ``order``."""
         out = {}
-        for _, number in self.active.get(path, ()):
-            left = self.loops_left.get(number, ())
-            if loop in left:
-                at = left.index(loop)
-                out[number] = {k: jnp.moveaxis(a, at, 0)[rows] for k, a in self.given[number].items()}
+        for n in numbers:
+            open_loops = [i for i in self.program.slices[n].loops if i not in context]
+            if n not in self.held or loop not in open_loops:
+                continue
+            at = open_loops.index(loop)
+            rows: dict[Step, list[Fields]] = {}
+            for t in order:
+                for step, fields in self.held[n].items():
+                    if step[at] == t:
+                        rows.setdefault((*step[:at], *step[at + 1 :]), []).append(fields)
+            out[n] = {rest: jax.tree.map(lambda *a: jnp.stack(a), *parts) for rest, parts in rows.items()}
         return out
 
     @contextlib.contextmanager
-    def giving(self, given: Mapping[int, Any], loop: int | None = None) -> Iterator[None]:
-        """Inside a body."""
-        before = self.given, self.loops_left
-        self.given = {**self.given, **{n: fields for n, fields in given.items() if fields is not None}}
-        if loop is not None:
-            self.loops_left = {n: tuple(k for k in left if k != loop) for n, left in self.loops_left.items()}
+    def bringing(self, held: Mapping[int, Any]) -> Iterator[None]:
+        """Let these arrays be the ones of their reads inside."""
+        before, self.held = self.held, {**self.held, **held}
         try:
             yield
         finally:
-            self.given, self.loops_left = before
-
-    def fields_of(self, number: int, where: str) -> Fields:
-        """What the running step of a read is given."""
-        if self.loops_left.get(number):
-            raise RecipeError(
-                f"{where}: it runs in a while loop that slices its weight, so the running step is not known and it "
-                "cannot be given a scale of its own; use scan, or leave out learned, averaged and static scales here"
-            )
-        return self.given.get(number, {})
+            self.held = before
