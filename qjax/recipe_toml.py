@@ -50,11 +50,14 @@ _HOMES = {"rounding": "qjax.passes", "pass": "qjax.passes", "observer": "qjax.ca
 _FLAGS = ("skip", "optional", "clamp_group")
 _RULE_KEYS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "_")
 
-# What every preset leaves in float, as llm-compressor does: the head, and embedding tables with the heads tied to them.
+# What every preset leaves in float, as llm-compressor does: the head, embedding tables with the heads tied to them, and
+# what decides which expert a token goes to, where a small error makes another function.
 _KEPT_IN_FLOAT = (
     Rule("**/lm_head/**", skip=True, optional=True),
     Rule("**", op="embedding", skip=True, optional=True),
     Rule("**/embedding*", skip=True, optional=True),
+    Rule("**/router/**", skip=True, optional=True),
+    Rule("**/shared_gate/**", skip=True, optional=True),
 )
 # Presets of compressed-tensors that are not there yet, and what comes nearest.
 _NOT_YET = {"NVFP4": "NVFP4A16"}
