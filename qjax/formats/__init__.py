@@ -1,5 +1,6 @@
 """Number formats and the packed arrays that hold them."""
 
+from qjax.formats import export as _export  # noqa: F401 (registers the serialization of quantized arrays)
 from qjax.formats.base import Aux, Format
 from qjax.formats.float8 import Float8
 from qjax.formats.integer import Int

@@ -10,7 +10,6 @@ from qjax.kernels import (
     lowering_table,
     register_lowering,
 )
-from qjax.ops import export as _export  # noqa: F401 (registers the serialization of quantized arrays)
 from qjax.ops.base import LinearOp, Operands, QuantizedOp, Spec, quantized_linear
 from qjax.ops.conv import ConvSpec, conv_activation_aux, conv_problem, q_conv
 from qjax.ops.dot import activation_aux, q_dot

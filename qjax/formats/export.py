@@ -1,7 +1,7 @@
 """Quantized arrays in the calling convention of `jax.export`: their static part as JSON.
 
-Registered once, when `qjax.ops` is imported. A program that only reads an exported function has to import `qjax.ops`
-(or `qjax`, and touch `qjax.QArray`) before it calls `jax.export.deserialize`.
+Registered once, when `qjax.formats` is imported. A program that only reads an exported function has to import that (or
+`qjax`, and touch `qjax.QArray`) before it calls `jax.export.deserialize`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats import Layout, QArray, QStack, format_from_dict
+from qjax.formats.layout import Layout
+from qjax.formats.qarray import QArray
+from qjax.formats.qstack import QStack
+from qjax.formats.registry import format_from_dict
 
 _FORMAT_VERSION = 1
 
