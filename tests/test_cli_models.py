@@ -71,7 +71,7 @@ def run(capsys, *argv):
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_decoders(capsys, folder_of, tmp_path, kind):
-    sites = {"gpt2": 4, "opt": 6, "mixtral": 8, "qwen2_moe": 12}[kind]
+    sites = {"gpt2": 4, "opt": 6, "mixtral": 7, "qwen2_moe": 10}[kind]  # the router and the shared gate stay float
     text = tmp_path / "text.txt"
     text.write_text("the cat sat\n\na dog ran far away\n\nhi there\n")
     code, seen, _ = run(capsys, "inspect", folder_of(kind))
