@@ -96,9 +96,15 @@ def test_values_and_derivatives_are_those_of_the_formula(rows, k, n, r, alpha, f
     close(got, want, 1e-4)
 
 
-def nearly_equal(got, want):
-    """Equal but for the last bits."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-7), got, want)
+WHOLE = "jit_shared while while_carries_params fori scan scan_const scan_of_scan scan_by_index scan_remat".split()
+"""Constructs whose bodies XLA compiles as a whole, even where the function itself runs op by op."""
+
+
+def same(name, got, want, whole=False):
+    """Equal to the bit; where XLA compiles a body as a whole, but for its last bits (jax 0.12 fuses tanh otherwise)."""
+    loose = name in WHOLE or whole
+    tolerance = dict(rtol=5e-6, atol=2e-7) if loose else dict(rtol=0, atol=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, want)
 
 
 @pytest.mark.parametrize("fmt", ["float", "int4 g4"])
@@ -106,8 +112,7 @@ def nearly_equal(got, want):
 def test_every_construct(name, fmt):
     """At first the frozen function; then the function of the weights W + s A B, however it is written.
 
-    Equal to the bit where operations run one by one; XLA compiles bodies of loops and calls as a whole, and newer ones
-    round a tanh differently with an addition of zeros behind it.
+    At first it is equal to the bit, but for what XLA rounds otherwise where it compiles a body as a whole.
     """
     fn, p, x = CASES[name], params(), batch()
     base, q = packed(fn, p, x, FORMATS[fmt])
@@ -118,12 +123,12 @@ def test_every_construct(name, fmt):
     frozen = base.rewritten._run if fmt != "float" else None
     if name != "debug_print":
         want = fn(q, x) if frozen is None else frozen(*qjax.program.Signature.of(q, (x,), {}))
-        nearly_equal(t.apply(q, state, x)[0], want)
+        same(name, t.apply(q, state, x)[0], want)
     if name not in REORDERED:
-        nearly_equal(jax.jit(t.apply)(q, state, x)[0], jax.jit(base)(q, x))
+        same(name, jax.jit(t.apply)(q, state, x)[0], jax.jit(base)(q, x), whole=name == "python_loop")
     state = noise(state)
-    out, same = jax.jit(t.apply)(q, state, x)
-    jax.tree.map(np.testing.assert_array_equal, same, state)
+    out, kept = jax.jit(t.apply)(q, state, x)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
     merged = qjax.lora(fn, 2, alpha=3.0).merge(dense(q), state, x)
     close(out, fn(merged, x), 3e-2 if name == "bfloat16" else 2e-5)
     assert any((np.asarray(merged[k]) != np.asarray(dense(q)[k])).any() for k in merged)
