@@ -1,6 +1,6 @@
 """What rewriting costs before the first number is computed: tracing and compiling a 32-layer Llama.
 
-    python -m benchmarks.tracing [--layers 32] [--rounds 3]
+    python -m benchmarks.tracing [--layers 32] [--width 32] [--rounds 3]
 
 The model is `qjax.models.Llama` with tiny widths, so that the time is that of equations and not of arithmetic; its
 layers are unrolled, or scanned over. Parameters are quantized before; recipes are the presets.
@@ -43,12 +43,14 @@ BOUNDS: dict[str, dict[str, float]] = {
 }
 """The largest ratios to the float function that the project allows itself."""
 
+WIDTH = 32
+
 
 class Subject:
     """A model and its quantized forms."""
 
-    def __init__(self, layers: int, scan: bool, recipes: tuple[str, ...]):
-        self.model = LanguageModel(_config(layers), scan_layers=scan)
+    def __init__(self, layers: int, scan: bool, recipes: tuple[str, ...], width: int = WIDTH):
+        self.model = LanguageModel(_config(layers, width), scan_layers=scan)
         self.params = self.model.init()
         self.tokens = jnp.zeros((1, 8), jnp.int32)
         quantize = functools.partial(qjax.quantize, self.model, self.params, self.tokens)
@@ -67,15 +69,15 @@ class Subject:
         return (lambda params, tokens: bound(params, tokens)), model.params
 
 
-def _config(layers: int) -> LlamaConfig:
+def _config(layers: int, width: int = WIDTH) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=width // 4,
         max_position_embeddings=64,
     )
 
@@ -183,6 +185,7 @@ def render(rows: list[dict[str, Any]], layers: int) -> str:
 def main() -> None:
     parser = measure.parser(__doc__ or "")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model; `first` is at the default only")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of compiling; tracing gets three times as many")
     parser.add_argument("--recipes", default=",".join(BOUNDS["tracing"]), help="presets, or empty, or replayed")
     parser.add_argument("--kinds", default="tracing,first,unrolled,scanned", help="what to measure")
@@ -193,18 +196,19 @@ def main() -> None:
         return
     recipes, kinds = tuple(args.recipes.split(",")), args.kinds.split(",")
     rows: list[dict[str, Any]] = []
-    unrolled = Subject(args.layers, False, recipes) if set(kinds) - {"scanned"} else None
+    unrolled = Subject(args.layers, False, recipes, args.width) if set(kinds) - {"scanned"} else None
     if unrolled is not None and "tracing" in kinds:
         rows += summary("tracing", tracing(unrolled, 3 * args.rounds))
-    if unrolled is not None and "first" in kinds:
+    if unrolled is not None and "first" in kinds and args.width == WIDTH:
         names = [name for name in ("float", *recipes) if name != "replayed"]
         taken = [{name: first(unrolled, name, args.layers) for name in names} for _ in range(args.rounds)]
         rows += summary("first", {name: Times(tuple(t[name] for t in taken)) for name in names})
     if unrolled is not None and "unrolled" in kinds:
         rows += summary("unrolled", compiling(unrolled, args.rounds))
     if "scanned" in kinds:
-        rows += summary("scanned", compiling(Subject(args.layers, True, recipes), args.rounds))
-    measure.save("tracing", {"rows": rows}, render(rows, args.layers), args.out)
+        rows += summary("scanned", compiling(Subject(args.layers, True, recipes, args.width), args.rounds))
+    name = "tracing" if args.width == WIDTH else f"tracing-{args.width}"
+    measure.save(name, {"rows": rows}, render(rows, args.layers), args.out)
 
 
 if __name__ == "__main__":
