@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     from qjax.formats import QArray as QArray
     from qjax.formats import QStack as QStack
     from qjax.formats import register_format as register_format
+    from qjax.lazy import Lazy as Lazy
     from qjax.low_rank import lora as lora
     from qjax.observed import calibrate as calibrate
     from qjax.observed import observe as observe
     from qjax.ops import register_lowering as register_lowering
+    from qjax.passes import GPTQ as GPTQ
     from qjax.passes import RTN as RTN
     from qjax.program import Program as Program
     from qjax.program import trace as trace
@@ -91,6 +93,8 @@ _HOME = {
     "register_format": "qjax.formats",
     "register_lowering": "qjax.ops",
     "RTN": "qjax.passes",
+    "GPTQ": "qjax.passes",
+    "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
     "MinMax": "qjax.calibration",
     "Percentile": "qjax.calibration",
@@ -99,6 +103,7 @@ _HOME = {
 _SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "models", "passes", "testing")
 
 __all__ = [
+    "GPTQ",
     "MSE",
     "MXFP4",
     "MXFP8",
@@ -108,6 +113,7 @@ __all__ = [
     "AbsMax",
     "Float8",
     "Int",
+    "Lazy",
     "MinMax",
     "Model",
     "Percentile",

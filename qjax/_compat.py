@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.core import eval_jaxpr as eval_jaxpr
 from jax.extend import core as jex
 from jax.interpreters import ad
+
+from qjax.lazy import Lazy
 
 JAX_VERSION: tuple[int, int] = tuple(int(p) for p in jax.__version__.split(".")[:2])  # type: ignore[assignment]
 """(major, minor) of the installed jax."""
@@ -93,6 +96,8 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
+    if isinstance(x, Lazy):
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
     kwargs: dict[str, Any] = {}
     avals = [jax.typeof(c) for c in jax.tree.leaves(x) if not isinstance(c, jax.ShapeDtypeStruct)]
     varying = frozenset(a for aval in avals for a in aval.mat.varying)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from qjax._compat import abstract
 from qjax.applying.static import taps_of
 from qjax.calibration import State
 from qjax.errors import DataError, RecipeError
@@ -66,8 +67,12 @@ class Observed:
         Args:
             params, *args, **kwargs: as for the function; abstract arrays are enough.
         """
-        _, collector, _ = self._traced(params, args, kwargs)
-        return {name: tap.init((1, 1)) for name, tap in collector.taps.items()}
+        _, collector, arrays = self._traced(params, args, kwargs)
+        if not any(tap.statistics for tap in collector.taps.values()):
+            return {name: tap.init((1, 1)) for name, tap in collector.taps.items()}
+        jax.eval_shape(collector.observe, [abstract(a) for a in arrays])  # it knows the shapes at each site then
+        sites = collector.program.by_name
+        return {name: tap.init(collector.shapes[sites[name].read]) for name, tap in collector.taps.items()}
 
     def merge(self, a: States, b: States, params: Any, *args: Any, **kwargs: Any) -> States:
         """The state of two streams together, such as those of two hosts.

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -244,7 +244,8 @@ class Decision:
     ``rule`` is the index of the deciding rule, or None where no rule reaches the site. ``weights`` is a format;
     ``weight_observer`` chooses its range where the rule asks for one, ``weight_learned`` says that a training finds its
     scales. ``inputs``, ``outputs`` and ``operands`` hold
-    ``Dynamic`` or ``Static``. ``reason`` says why the site stays in float, and is empty where it does not.
+    ``Dynamic`` or ``Static``. ``reason`` says why the site stays in float, and is empty where it does not; ``note`` is
+    anything else that the report should say of it.
     """
 
     rule: int | None
@@ -258,11 +259,20 @@ class Decision:
     skip: bool = False
     clamp_group: bool = False
     reason: str = ""
+    note: str = ""
 
     @property
     def quantizes(self) -> bool:
         """Whether anything at the site is quantized."""
         return self.rule is not None and not self.skip
+
+
+def _for_op(decision: Decision, op: str) -> Decision:
+    """The decision at a site of this op: one constant per channel has no place among the pixels of a convolution."""
+    if op != "conv" or not isinstance(decision.inputs, Static) or decision.inputs.smooth is None:
+        return decision
+    plain = replace(decision.inputs, smooth=None)
+    return replace(decision, inputs=plain, note="its inputs are not smoothed, since it is a convolution")
 
 
 UNREACHED = Decision(None, reason="no rule of the recipe matches its name and op")
@@ -365,7 +375,7 @@ class Recipe:
             found[site.name] = UNREACHED
             for index, (matches, wanted) in enumerate(matchers):
                 if not wanted.isdisjoint(ops) and matches(name):
-                    found[site.name] = decisions[index]
+                    found[site.name] = _for_op(decisions[index], site.op)
                     break
         if strict:
             used = {decision.rule for decision in found.values()}

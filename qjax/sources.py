@@ -32,11 +32,13 @@ class Dynamic:
 class Static:
     """The scale is a constant: of weights from their values, of activations from calibration data.
 
-    ``observer`` says how the range is chosen; None means the largest magnitude seen.
+    ``observer`` says how the range is chosen; None means the largest magnitude seen. ``smooth`` is how much of the
+    differences between input channels is moved into the weight, from 0 to 1; None means none.
     """
 
     fmt: Format
     observer: Any = None
+    smooth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,18 @@ def dynamic(fmt: Format) -> Dynamic:
     return Dynamic(fmt)
 
 
-def static(fmt: Format, observer: Any = None) -> Static:
-    """Return ``fmt`` with constant scales: for activations they are calibrated on the batches given to quantize."""
-    return Static(fmt, observer)
+def static(fmt: Format, observer: Any = None, smooth: float | None = None) -> Static:
+    """Return ``fmt`` with constant scales: for activations they are calibrated on the batches given to quantize.
+
+    Args:
+        fmt: the format; of activations with one scale per tensor.
+        observer: how the range is chosen; None takes the largest magnitude seen.
+        smooth: for inputs, the strength a of SmoothQuant (arXiv:2211.10438): input channel k is divided by
+            max|x_k|^a / max|W_k|^(1-a), and the weight multiplied by it, so that few large channels do not take the
+            range of all. 0.5 shares it evenly, 0.8 suits channels with large outliers. The range is then that of the
+            largest magnitudes, whatever else an observer might choose. Convolutions are left as they are.
+    """
+    return Static(fmt, observer, smooth)
 
 
 def ema(fmt: Format, decay: float = 0.99) -> Ema:
@@ -89,7 +100,7 @@ def learned(fmt: Format, observer: Any = None, method: str = "lsq") -> Learned:
             (section 2.1 of the paper). Scales of inputs start from the range that the first batch shows.
         method: "lsq", or "pact" for inputs that are not negative.
     """
-    return Learned(fmt, observer, method)
+    return Learned(fmt, observer, method=method)
 
 
 def check_source(source: Any, setting: str, refuse: Any) -> None:
@@ -107,10 +118,29 @@ def check_source(source: Any, setting: str, refuse: Any) -> None:
             f"{kind} {source.fmt.name} {setting}: a constant scale serves the whole tensor; give the format "
             'per="tensor", or use dynamic(...)'
         )
+    if isinstance(source, Static) and source.smooth is not None:
+        _check_smooth(source, setting, refuse)
     if isinstance(source, Ema) and not 0 <= source.decay < 1:
         raise refuse(f"ema(decay={source.decay}): the part that is kept is from 0 to below 1")
     if isinstance(source, Learned):
         _check_learned(source, setting, refuse)
+
+
+def _check_smooth(source: Static, setting: str, refuse: Any) -> None:
+    smooth = source.smooth
+    if isinstance(smooth, bool) or not isinstance(smooth, int | float) or not 0 <= smooth <= 1:
+        raise refuse(f"static(smooth={smooth!r}): the strength is from 0 to 1, such as 0.5")
+    if type(source) is not Static:
+        raise refuse(
+            f"smooth is for static inputs, not for {type(source).__name__.lower()} ones"
+        )
+    if setting != "inputs":
+        raise refuse(f"smooth is for the inputs of a product, whose weight takes the other half; not for {setting}")
+    if source.observer is not None:
+        raise refuse(
+            f"static(observer={source.observer!r}, smooth={smooth}): the range of smoothed inputs is that of the "
+            "largest magnitudes per channel; drop one of the two"
+        )
 
 
 def _check_learned(source: Learned, setting: str, refuse: Any) -> None:

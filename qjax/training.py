@@ -40,7 +40,7 @@ from qjax.rewriting.fake import (
     FakeRewriter,
     averaged,
 )
-from qjax.rewriting.taps import NONFINITE, Tap
+from qjax.rewriting.taps import NONFINITE
 from qjax.sources import Ema, Learned, Static
 from qjax.transforms import Model, quantize_with
 
@@ -160,6 +160,11 @@ class FakeQuant:
                 raise RecipeError(
                     f"{site.name}: rule {d.rule} rounds with {d.rounding!r}; fake_quant rounds to nearest"
                 )
+            if isinstance(d.inputs, Static) and d.inputs.smooth is not None:
+                raise RecipeError(
+                    f"{site.name}: rule {d.rule} smooths its inputs, whose constants follow from finished weights; "
+                    "train with static inputs without smooth, and quantize what was trained with it"
+                )
             leaf = stored.get(site.leaf or "")
             keys = [] if leaf is None else [k for k in leaf.slices if reads_slice(site.slice, _at(leaf, k))]
             kinds = {(leaf.slices[k].fmt, leaf.slices[k].observer) for k in keys} if leaf is not None else set()
@@ -205,10 +210,10 @@ def _first_state(
     if isinstance(faked.inputs, Static):
         low, high = found[INPUT_LOW], found[INPUT_HIGH]
         if observed is not None:
-            tap = Tap(faked.inputs.fmt, observer_of(faked.inputs))
+            fmt, observer = faked.inputs.fmt, observer_of(faked.inputs)
             if name not in observed:
                 raise DataError(f"{name}: observed has no state for it; calibrate with the same recipe and function")
-            low, high = tap.observer.range({k: v for k, v in observed[name].items() if k != NONFINITE}, tap.fmt)
+            low, high = observer.range({k: v for k, v in observed[name].items() if k != NONFINITE}, fmt)
         elif concrete and float(found[NONFINITE]):
             raise DataError(f"{name}: NaN or infinity among its inputs; look at the batch, or at what comes before it")
         if isinstance(faked.inputs, Learned):

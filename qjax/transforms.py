@@ -6,18 +6,21 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from qjax.applying.leaves import given_scales, quantize_leaves
+from qjax.applying.leaves import given_scales, quantize_leaves, seen_states
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.reporting import build_report, explain_row
 from qjax.applying.static import constants_of, taps_of, with_constants
 from qjax.applying.storage import WEIGHT_OPS, input_prefix
+from qjax.blockwise import BlockQuantizer
 from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
 from qjax.formats import is_quantized
+from qjax.lazy import Lazy
 from qjax.observed import argument_tuples, calibrate
 from qjax.passes import run_passes
 from qjax.program import Program, Signature, trace_flat
@@ -201,6 +204,8 @@ def quantize(
     max_runs: int = 4,
     implementation: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    blocks: str | None = None,
+    resume: str | Path | None = None,
     **kwargs: Any,
 ) -> Model:
     """Quantize a model.
@@ -217,13 +222,21 @@ def quantize(
         donate: free each float leaf once it is packed (the float tree cannot be used afterwards).
         max_runs: how many scans one scan may be split into where its layers have different formats.
         implementation: name of the lowering to use for every quantized op; None chooses.
-        progress: called as ``progress(done, total, leaf name)`` after each leaf.
+        progress: called as ``progress(done, total, leaf name)`` after each leaf, or block.
+        blocks: go block by block, and this pattern says what a block is, by the beginning of site names
+            (``encoder/*/layer_*``). Without it a block is a step of a scan over layers, or what stands under the first
+            number of a path (``layers/3``). A job goes block by block where a rounding looks at activations, where
+            leaves are `qjax.Lazy`, and where ``blocks`` or ``resume`` is given; else calibration runs the whole
+            function.
+        resume: a folder in which finished blocks are kept: a job that was killed goes on from there, to the same
+            result. The folder stays, and can be removed once the model is saved.
 
     Returns:
         The model; ``model.params`` is the same tree with packed leaves.
 
     Raises:
         RecipeError: the recipe does not fit the program, or needs calibration data.
+        CheckpointError: ``resume`` is the folder of another job, or damaged.
         DataError: batches that cannot be used, or a state that belongs to something else.
         QjaxError: a weight holds NaN or infinity.
     """
@@ -238,6 +251,10 @@ def quantize(
         args = args or next(argument_tuples(batches), ())
         if not recipe.needs_batches:
             warnings.warn("the recipe needs no calibration data: batches are not looked at", QjaxWarning, stacklevel=2)
+        elif _by_blocks(recipe, params, blocks, resume):
+            return _quantize_by_blocks(
+                fn, params, recipe, batches, name, donate, max_runs, implementation, progress, blocks, resume
+            )
         else:
             state = calibrate(fn, params, batches, recipe=recipe)
     return quantize_with(
@@ -246,6 +263,7 @@ def quantize(
         *args,
         recipe=recipe,
         constants=lambda decisions: constants_of(taps_of(decisions), state or {}),
+        state=state,
         name=name,
         donate=donate,
         max_runs=max_runs,
@@ -255,6 +273,47 @@ def quantize(
     )
 
 
+def _by_blocks(recipe: Recipe, params: Any, blocks: Any, resume: Any) -> bool:
+    """Whether a job goes block by block."""
+    looks = any(getattr(rule.rounding, "needs_batches", False) for rule in recipe.rules)
+    lazy = any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(params))
+    return looks or lazy or blocks is not None or resume is not None
+
+
+def _quantize_by_blocks(
+    fn: Callable[..., Any],
+    params: Any,
+    recipe: Recipe,
+    batches: Iterable[Any],
+    name: str,
+    donate: bool,
+    max_runs: int,
+    implementation: str | None,
+    progress: Callable[[int, int, str], None] | None,
+    blocks: str | None,
+    resume: str | Path | None,
+) -> Model:
+    _refuse_bad_leaves(params)
+    if any(is_quantized(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)):
+        raise QjaxError("these parameters are quantized already; pass the float parameters")
+    rewritten = Rewritten(fn, recipe, max_runs=max_runs, implementation=implementation)
+    job = BlockQuantizer(
+        fn,
+        params,
+        recipe,
+        lambda: argument_tuples(batches),
+        rewritten.rewriter,
+        blocks=blocks,
+        resume=resume,
+        donate=donate,
+        progress=progress,
+    )
+    planned, stored, figures, notes = job.run()
+    replayed = rewritten.recorded(planned.program, stored)
+    report = build_report(planned.program, planned, stored, figures, replayed, name=name, recipe=recipe.name)
+    return Model(fn, replace_arrays(params, stored), recipe, report.with_notes(*notes), rewritten)
+
+
 def quantize_with(
     fn: Callable[..., Any],
     params: Any,
@@ -262,6 +321,7 @@ def quantize_with(
     recipe: Recipe,
     constants: Any,
     scales: Mapping[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
     name: str = "",
     donate: bool = False,
     max_runs: int = 4,
@@ -274,6 +334,7 @@ def quantize_with(
     Args:
         constants: site -> the arrays of its static inputs, [1, 1] each; or a function of the decisions that gives them.
         scales: site -> aux of its weight, [*stack, N, blocks] each, of those that are not fitted to the weight.
+        state: site -> what was observed there, for smoothing and for roundings that look at activations.
         fn, params, args, recipe, name, donate, max_runs, implementation, progress, kwargs: as in `quantize`.
     """
     signature, arrays = Signature.of(params, args, kwargs)
@@ -287,7 +348,8 @@ def quantize_with(
     leaves, notes = run_passes(recipe.prepare, program, arrays[: signature.n_params], chosen)
     del arrays
     given = given_scales(program, planned.leaves, scales or {})
-    stored, finish = quantize_leaves(planned.leaves, leaves, given=given, donate=donate, progress=progress)
+    seen = seen_states(program, planned.leaves, state or {})
+    stored, finish = quantize_leaves(planned.leaves, leaves, given=given, seen=seen, donate=donate, progress=progress)
     if constants:
         for position, leaf in planned.leaves.items():
             stored[position] = with_constants(program, leaf, stored[position], constants)

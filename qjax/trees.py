@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.formats import is_quantized
+from qjax.lazy import Lazy
 
 
 def partition(tree: Any, trainable: Callable[[Any], bool] | None = None) -> tuple[Any, Any]:
@@ -79,7 +80,7 @@ def replace_arrays(tree: Any, arrays: Sequence[Any]) -> Any:
 
 def is_array(x: Any) -> bool:
     """Whether a leaf is traced: arrays, tracers, abstract arrays and quantized leaves; anything else is static."""
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)) or is_quantized(x)
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Lazy)) or is_quantized(x)
 
 
 def _is_float(x: Any) -> bool:

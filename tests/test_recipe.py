@@ -334,11 +334,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_every_preset_can_be_made_in_any_case():
     names = [name for name, description in qjax.recipes().items() if description]
-    assert names == ["W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4A16"]
+    assert names == [
+        *("W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W8A8_STATIC"),
+        *("W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4A16"),
+    ]
     for name in names:
         recipe = qjax.recipe(name.lower())
         assert recipe.name == name and recipe == qjax.recipe(name)
-        assert (recipe.needs_batches is not None) == (name == "FP8")
+        assert (recipe.needs_batches is not None) == (name in ("FP8", "W8A8_STATIC"))
         assert qjax.Recipe.from_toml(recipe.to_toml()) == recipe
 
 

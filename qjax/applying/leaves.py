@@ -13,19 +13,23 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment, reads_slice
-from qjax.errors import QjaxError
-from qjax.formats import Aux, Format, QStack, assemble, canonical_matrix
+from qjax.applying.smoothing import smoothing
+from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment, input_prefix, reads_slice
+from qjax.calibration import State
+from qjax.errors import DataError, QjaxError
+from qjax.formats import SMOOTH, Aux, Format, QStack, assemble, canonical_matrix
 from qjax.formats.numerics import finite_part
-from qjax.passes import RTN
+from qjax.passes import RTN, rounding_statistics
 from qjax.program import Program
+from qjax.statistics import Statistic, merge_statistics
 
 Figures = dict[tuple[int, ...], float]
 """SQNR in dB of each quantized slice, by its key."""
@@ -33,6 +37,10 @@ Figures = dict[tuple[int, ...], float]
 
 Given = Mapping[tuple[int, ...], Aux]
 """Aux of slices by their keys, [*stack axes that are no key axes, N, blocks] each."""
+
+
+Seen = Mapping[tuple[int, ...], Mapping[str, State]]
+"""What was observed of the activations that slices meet: key -> prefix of the reader -> its state."""
 
 
 IN_FLIGHT = 1 << 28
@@ -44,6 +52,7 @@ def quantize_leaves(
     leaves: list[Any],
     *,
     given: Mapping[int, Given] | None = None,
+    seen: Mapping[int, Seen] | None = None,
     donate: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[Any], Callable[[], dict[int, Figures]]]:
@@ -53,6 +62,7 @@ def quantize_leaves(
         plans: position -> how that leaf is stored.
         leaves: all leaves; each that is stored is replaced by None, so that it can be freed.
         given: position -> aux of the slices whose scales are known, which are rounded to nearest.
+        seen: position -> what was observed of the activations that the slices meet, for roundings that ask for it.
         donate: free the float leaf itself as well, before the next is begun.
         progress: called as ``progress(done, total, leaf name)`` after each leaf.
 
@@ -82,7 +92,9 @@ def quantize_leaves(
         value, leaves[position] = leaves[position], None
         if isinstance(value, jax.ShapeDtypeStruct):
             raise QjaxError(f"{plan.name} is abstract: quantize needs the numbers, qjax.plan does not")
-        stored[position], figures = begin_leaf(plan, jnp.asarray(value), (given or {}).get(position, {}))
+        stored[position], figures = begin_leaf(
+            plan, jnp.asarray(value), (given or {}).get(position, {}), (seen or {}).get(position, {})
+        )
         begun.append((position, value, figures))
         finish(0 if donate else IN_FLIGHT)
     return stored, finish
@@ -98,30 +110,60 @@ def given_scales(
         plans: position -> how that leaf is stored.
         scales: site -> aux of the weight that it reads.
     """
-    sites = [site for site in program.sites if site.name in scales]
     out: dict[int, dict[tuple[int, ...], Aux]] = {}
-    for position, plan in plans.items():
-        for site in (s for s in sites if s.leaf == plan.name):
-            for key in plan.slices:
-                if reads_slice(site.slice, dict(zip(plan.key_axes, key, strict=True))):
-                    out.setdefault(position, {})[key] = scales[site.name]
+    for site, position, key in _slices_read(program, plans, scales):
+        out.setdefault(position, {})[key] = scales[site]
     return out
 
 
-def begin_leaf(plan: LeafPlan, leaf: Any, given: Given) -> tuple[Any, Callable[[], Figures]]:
-    """Begin to store one float leaf as planned.
+def seen_states(
+    program: Program, plans: Mapping[int, LeafPlan], state: Mapping[str, Any]
+) -> dict[int, dict[tuple[int, ...], dict[str, Any]]]:
+    """Observed states by leaf and slice, then by the prefix of the reader.
+
+    Args:
+        program: the trace.
+        plans: position -> how that leaf is stored.
+        state: site -> what was observed there.
+    """
+    out: dict[int, dict[tuple[int, ...], dict[str, State]]] = {}
+    for site, position, key in _slices_read(program, plans, state):
+        out.setdefault(position, {}).setdefault(key, {})[input_prefix(site)] = state[site]
+    return out
+
+
+def _slices_read(
+    program: Program, plans: Mapping[int, LeafPlan], sites: Collection[str]
+) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Each of these sites with the leaf and the slices that it reads."""
+    by_leaf = {plan.name: (position, plan) for position, plan in plans.items()}
+    for site in program.sites:
+        if site.name in sites and site.leaf in by_leaf:
+            position, plan = by_leaf[site.leaf]
+            for key in plan.slices:
+                if reads_slice(site.slice, dict(zip(plan.key_axes, key, strict=True))):
+                    yield site.name, position, key
+
+
+def begin_leaf(
+    plan: LeafPlan, leaf: Any, given: Given, seen: Seen, keys: Sequence[tuple[int, ...]] | None = None
+) -> tuple[Any, Callable[[], Figures]]:
+    """Begin to store one float leaf, or some of its slices, as planned.
 
     Args:
         plan: how.
-        leaf: the float array, of ``plan.shape``.
+        leaf: the float array; of ``plan.shape``, or with the slices ``keys`` only.
         given: aux of the slices whose scales are known.
+        seen: what was observed of the activations that the slices meet.
+        keys: the slices that are there, of one format: a product of positions along the key axes. None: all.
 
     Returns:
         The stored leaf, and a function that waits for it: it returns the SQNR of each quantized slice, or raises
         QjaxError if the leaf holds NaN or infinity.
     """
-    positions = {axis: list(range(leaf.shape[axis])) for axis in plan.key_axes}
-    stored, begun = _part(plan, leaf, plan.slices, plan.key_axes, positions, given)
+    slices = plan.slices if keys is None else {key: plan.slices[key] for key in keys}
+    positions = {axis: sorted({key[n] for key in slices}) for n, axis in enumerate(plan.key_axes)}
+    stored, begun = _part(plan, leaf, slices, plan.key_axes, positions, given, seen)
 
     def figures() -> Figures:
         found: Figures = {}
@@ -162,6 +204,7 @@ def _part(
     key_axes: tuple[int, ...],
     positions: dict[int, list[int]],
     given: Given,
+    seen: Seen,
 ) -> tuple[Any, _Begun]:
     """Quantize the part of a leaf whose slices along ``key_axes`` are stored as ``slices`` says.
 
@@ -172,6 +215,7 @@ def _part(
         key_axes: the key axes along which the part may still differ.
         positions: key axis -> the positions of the whole leaf that the part holds.
         given: aux of the slices whose scales are known: all of those that are stored alike, or none.
+        seen: what was observed of the activations that the slices meet.
     """
     distinct = list(dict.fromkeys(slices.values()))
     if len(distinct) == 1:
@@ -180,20 +224,7 @@ def _part(
             return jnp.asarray(leaf), []
         along = tuple(plan.stack_axes.index(a) for a in plan.key_axes)
         keys = list(itertools.product(*(positions[a] for a in plan.key_axes)))
-        if keys and keys[0] in given:
-            matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
-            sizes = [len(positions[a]) for a in plan.key_axes]
-            known = [given[key] for key in keys]
-            aux: Aux = {k: jnp.stack([a[k] for a in known]).reshape(*sizes, *known[0][k].shape) for k in known[0]}
-            codes = _encoded(matrix, aux, stored.fmt)
-            sums = _sums(matrix, codes, aux, stored.fmt, along)
-        elif _as_it_lies(plan, stored):
-            codes, aux, sums = _rounded_as_it_lies(leaf, stored.fmt, len(plan.stack_axes), len(plan.in_axes), along)
-            codes = _exchanged(codes)
-        else:
-            matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
-            codes, aux = _rounded(matrix, stored.fmt, stored.rounding or RTN(), stored.observer)
-            sums = _sums(matrix, codes, aux, stored.fmt, along)
+        codes, aux, sums = _codes(plan, leaf, stored, along, keys, positions, given, seen)
         # Codes of eight bits are stored as they are: a program would only copy them.
         pack = assemble if stored.fmt.code_bits == 8 else _packed
         where = dict(shape=leaf.shape, in_axes=plan.in_axes, stack_axes=plan.stack_axes, dtype=leaf.dtype)
@@ -203,11 +234,105 @@ def _part(
     for inner, where in groups:
         rows = jnp.take(jnp.asarray(leaf), jnp.asarray(where), axis=axis)
         part, found = _part(
-            plan, rows, inner, key_axes[1:], {**positions, axis: [positions[axis][i] for i in where]}, given
+            plan, rows, inner, key_axes[1:], {**positions, axis: [positions[axis][i] for i in where]}, given, seen
         )
         parts.append(part)
         begun += found
     return QStack(tuple(parts), axis=axis, assign=assignment(groups)), begun
+
+
+def _codes(
+    plan: LeafPlan,
+    leaf: Any,
+    stored: Stored,
+    along: tuple[int, ...],
+    keys: list[tuple[int, ...]],
+    positions: dict[int, list[int]],
+    given: Given,
+    seen: Seen,
+) -> tuple[Any, Aux, tuple[Any, Any]]:
+    """Codes and aux of slices that are stored alike, and the sums that their SQNR is made of."""
+    fmt, rounding = stored.fmt, stored.rounding or RTN()
+    sizes = [len(positions[a]) for a in plan.key_axes]
+    if keys and keys[0] in given:
+        matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
+        known = [given[key] for key in keys]
+        aux: Aux = {k: jnp.stack([a[k] for a in known]).reshape(*sizes, *known[0][k].shape) for k in known[0]}
+        codes = _encoded(matrix, aux, fmt)
+        return codes, aux, _sums(matrix, codes, aux, fmt, along)
+    statistics = rounding_statistics(rounding)
+    smoothed = [(prefix, source) for prefix, source in stored.inputs if source.smooth is not None]
+    if not statistics and not smoothed and _as_it_lies(plan, stored):
+        codes, aux, sums = _rounded_as_it_lies(leaf, fmt, len(plan.stack_axes), len(plan.in_axes), along)
+        return _exchanged(codes), aux, sums
+    matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
+    lead = (*sizes, *(1,) * (matrix.ndim - 2 - len(sizes)))
+    smooth, constants = None, {}
+    if smoothed:
+        smooth, constants = smoothing(matrix, smoothed, [seen[key] for key in keys], lead)
+        matrix = _scaled(matrix, smooth)
+    if statistics:
+        states = [_merged_readers(rounding, seen.get(key, {}), f"{plan.name}{list(key) or ''}") for key in keys]
+        found = {
+            name: jnp.stack([state[name] for state in states]).reshape(
+                *sizes, *(() if stacked else lead[len(sizes) :]), *states[0][name].shape
+            )
+            for name, stacked in _field_kinds(statistics)
+        }
+        if smooth is not None:  # they were gathered before the activations are divided
+            found = {k: v for part in statistics for k, v in part.scaled(found, 1 / smooth).items()}
+        codes, aux = _rounded_by(matrix, found, fmt, rounding, stored.observer)
+    else:
+        codes, aux = _rounded(matrix, fmt, rounding, stored.observer)
+    if smooth is None:
+        return codes, aux, _sums(matrix, codes, aux, fmt, along)
+    sums = _smoothed_sums(matrix, smooth, codes, aux, fmt, along)
+    return codes, {**aux, **constants, SMOOTH: smooth}, sums
+
+
+def _merged_readers(rounding: Any, readers: Mapping[str, State], where: str) -> State:
+    """The statistics of all readers of a slice together."""
+    names = [name for name, _ in _field_kinds(rounding.statistics)]
+    states = [{n: state[n] for n in names} for state in readers.values() if all(n in state for n in names)]
+    if not states:
+        raise DataError(
+            f"{where}: no batch reached it, so {type(rounding).__name__} has nothing to look at; give batches that run "
+            "it, or a rule of its own with round-to-nearest weights"
+        )
+    whole = states[0]
+    for more in states[1:]:
+        whole = merge_statistics(rounding.statistics, whole, more)
+    return whole
+
+
+def _field_kinds(statistics: Sequence[Statistic]) -> list[tuple[str, bool]]:
+    """Fields of statistics, and whether each element of a product's stack has its own."""
+    return [(name, part.stacked) for part in statistics for name in jax.eval_shape(lambda p=part: p.init((1, 1)))]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _rounded_by(matrix: Any, found: Any, fmt: Format, rounding: Any, observer: Any) -> tuple[Any, Aux]:
+    """Round each matrix [N, K] of [*stack, N, K] by its statistics, one after the other: they may be large."""
+    stack = matrix.shape[:-2]
+    if not stack:
+        return rounding.round(matrix, fmt, observer=observer, statistics=found)
+    flat = lambda a: jnp.broadcast_to(a, (*stack, *a.shape[len(stack) :])).reshape(-1, *a.shape[len(stack) :])  # noqa: E731
+    codes, aux = lax.map(
+        lambda one: rounding.round(one[0], fmt, observer=observer, statistics=one[1]),
+        (flat(matrix), jax.tree.map(flat, found)),
+    )
+    return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), (codes, aux))
+
+
+@jax.jit
+def _scaled(matrix: Any, smooth: Any) -> Any:
+    return (matrix.astype(jnp.float32) * smooth).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _smoothed_sums(matrix: Any, smooth: Any, codes: Any, aux: Aux, fmt: Format, along: tuple[int, ...]) -> Any:
+    """`_sums` of a smoothed weight, as what it stands for."""
+    return _squares(matrix / smooth, fmt.decode(codes, aux) / smooth, along)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +19,13 @@ import numpy as np
 from qjax.applying.storage import LeafPlan, input_prefix, reads_slice
 from qjax.calibration import AbsMax, MinMax, Observer, State
 from qjax.errors import DataError
-from qjax.formats import QArray, QStack
+from qjax.formats import SMOOTH, QArray, QStack
+from qjax.passes import rounding_statistics
 from qjax.program import Program
 from qjax.recipe import Decision
 from qjax.rewriting.taps import NONFINITE, Tap
 from qjax.sources import Static
+from qjax.statistics import ChannelRange
 
 Constants = Mapping[str, Mapping[str, Any]]
 """Site -> the arrays that its format's ``from_range`` gives, [1, 1] each."""
@@ -38,11 +40,18 @@ def observer_of(source: Static) -> Observer:
 
 def taps_of(decisions: Mapping[str, Decision]) -> dict[str, Tap]:
     """What has to be observed for a recipe: site -> tap."""
-    return {
-        name: Tap(d.inputs.fmt, observer_of(d.inputs))
-        for name, d in decisions.items()
-        if isinstance(d.inputs, Static) and not d.skip
-    }
+    taps = {}
+    for name, d in decisions.items():
+        if d.skip:
+            continue
+        statistics = rounding_statistics(d.rounding) if d.weights is not None else ()
+        if isinstance(d.inputs, Static) and d.inputs.smooth is not None:
+            taps[name] = Tap(statistics=(ChannelRange(), *statistics))
+        elif isinstance(d.inputs, Static):
+            taps[name] = Tap(d.inputs.fmt, observer_of(d.inputs), statistics)
+        elif statistics:
+            taps[name] = Tap(statistics=statistics)
+    return taps
 
 
 def constants_of(taps: Mapping[str, Tap], state: Mapping[str, State]) -> Constants:
@@ -62,27 +71,47 @@ def constants_of(taps: Mapping[str, Tap], state: Mapping[str, State]) -> Constan
     for name, tap in taps.items():
         if not isinstance(state[name], Mapping):
             raise DataError(f"{name}: the state is a {type(state[name]).__name__}; calibrate with qjax.calibrate")
-        fields = {k: v for k, v in state[name].items() if k != NONFINITE}
-        expected = jax.eval_shape(lambda tap=tap: tap.observer.init(tap.fmt, (1, 1)))
-        if {k: v.shape for k, v in fields.items()} != {k: v.shape for k, v in expected.items()}:
+        found = {k: v for k, v in state[name].items() if k != NONFINITE}
+        wanted = {k for k in jax.eval_shape(lambda tap=tap: tap.init((1, 1))) if k != NONFINITE}
+        expected = jax.eval_shape(lambda tap=tap: Tap(tap.fmt, tap.observer).init((1, 1)))
+        fields = {k: v for k, v in found.items() if k in expected}
+        other = set(found) != wanted or any(fields[k].shape != expected[k].shape for k in fields)
+        if other:
             raise DataError(
-                f"{name}: the state holds {_shapes(fields)} and {tap.observer!r} keeps {_shapes(expected)}; "
-                "calibrate with the same recipe"
+                f"{name}: the state holds {_shapes(found)} and the recipe keeps {', '.join(sorted(wanted))}"
+                f"{_kept(tap)}; calibrate with the same recipe"
             )
+        if tap.observer is None and not any(isinstance(s, ChannelRange) for s in tap.statistics):
+            continue
+        if tap.observer is None:
+            fields = {k: found[k] for k in ("channel_below", "channel_above")}
         if not any(np.asarray(v).any() for v in fields.values()):
             raise DataError(
                 f"{name}: no batch reached it, or all its activations were 0, so there is no range for static "
-                f"{tap.fmt.name} inputs; give batches that run it, use dynamic(...) for it, or skip it"
+                f"{tap.fmt.name if tap.fmt is not None else 'smoothed'} inputs; give batches that run it, use "
+                "dynamic(...) for it, or skip it"
             )
+        if tap.observer is None:  # the scale follows from the weight too: see `qjax.applying.smoothing`
+            continue
         out[name] = {k: np.asarray(v) for k, v in tap.fmt.from_range(*tap.observer.range(fields, tap.fmt)).items()}
     return out
+
+
+def _kept(tap: Tap) -> str:
+    return f" of {tap.observer!r}" if tap.observer is not None else ""
 
 
 def _shapes(fields: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {tuple(v.shape)}" for k, v in fields.items()) or "nothing"
 
 
-def with_constants(program: Program, plan: LeafPlan, value: Any, constants: Constants) -> Any:
+def with_constants(
+    program: Program,
+    plan: LeafPlan,
+    value: Any,
+    constants: Constants,
+    positions: Mapping[int, Sequence[int]] | None = None,
+) -> Any:
     """A stored leaf together with the activation scales of its readers.
 
     Args:
@@ -90,6 +119,7 @@ def with_constants(program: Program, plan: LeafPlan, value: Any, constants: Cons
         plan: how the leaf is stored.
         value: the leaf as stored, a `QArray` or `QStack`.
         constants: of all sites.
+        positions: key axis -> the positions of the leaf that are there; None: all.
     """
     readers = [site for site in program.sites if site.leaf == plan.name and site.name in constants]
     if not readers:
@@ -118,7 +148,8 @@ def with_constants(program: Program, plan: LeafPlan, value: Any, constants: Cons
         found = [of(key) for key in itertools.product(*(positions[a] for a in plan.key_axes))]
         return with_arrays(part, {name: np.stack([f[name].reshape(()) for f in found]) for name in found[0]}, sizes)
 
-    return attach(value, {axis: list(range(plan.shape[axis])) for axis in plan.key_axes})
+    there = positions or {axis: range(plan.shape[axis]) for axis in plan.key_axes}
+    return attach(value, {axis: list(where) for axis, where in there.items()})
 
 
 def with_arrays(q: QArray, arrays: Mapping[str, Any], sizes: list[int]) -> QArray:
@@ -141,6 +172,8 @@ def abstract_inputs(q: QArray, inputs: tuple[tuple[str, Static], ...]) -> QArray
     """An abstract weight with the activation scales that it will be kept with."""
     stack, rank = q.codes.shape[: q.stack_ndim], q.codes.ndim
     aux = dict(q.aux)
+    if any(source.smooth is not None for _, source in inputs):
+        aux[SMOOTH] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack) - 1), q.length), jnp.dtype("float32"))
     for prefix, source in inputs:
         arrays = jax.eval_shape(lambda fmt=source.fmt: fmt.from_range(jnp.zeros((1, 1)), jnp.ones((1, 1))))
         for field, a in arrays.items():

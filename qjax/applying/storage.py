@@ -179,14 +179,16 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
                 f"rule {d.rule} wants {wanted}; give both the same format and rounding, or skip one of them to keep "
                 "the weight float"
             )
-    note = ""
+    note = decision.note
     if fmt.group is not None and fmt.group > length and fmt.clamped(length) != fmt:  # a short MX block is a block
         if not decision.clamp_group:
             raise RecipeError(
                 f"{site.name}: a group of {fmt.group} is longer than the {length} numbers that the product sums over; "
                 f"use group={length} or less, or clamp_group=True in the rule"
             )
-        note = f"one group: the axis has {length} elements, the preset's group is {fmt.group}"
+        note = (
+            f"{note}; " * bool(note) + f"one group: the axis has {length} elements, the preset's group is {fmt.group}"
+        )
         fmt = fmt.clamped(length)
     inputs = tuple((input_prefix(s.name), d.inputs) for s, d in readers if isinstance(d.inputs, Static))
     return Stored(fmt, decision.rounding, decision.weight_observer, note=note, inputs=inputs)

@@ -21,6 +21,10 @@ from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import pack_bits, row_padding, unpack_bits, unpacked_length
 from qjax.formats.registry import format_from_dict
 
+SMOOTH = "input.smooth"
+"""Name in aux of constants per element of a row, [*stack, 1.., K], with which the weight was multiplied before it was
+quantized: a product divides its activations by them, anything else the numbers that the codes stand for."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("codes", "aux"), meta_fields=("fmt", "layout", "dtype")
@@ -223,7 +227,8 @@ from qjax.formats import views  # noqa: E402 (its functions take QArrays, and ar
 @jax.jit
 def _decode_canonical(q: QArray) -> Array:
     c = q.canonical()
-    return q.fmt.decode(c.unpacked(), c.aux).astype(jnp.float32)
+    x = q.fmt.decode(c.unpacked(), c.aux).astype(jnp.float32)
+    return x / c.aux[SMOOTH] if SMOOTH in c.aux else x
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -16,7 +16,7 @@ from jax import Array, lax
 from qjax.errors import LayoutError
 from qjax.formats.layout import Layout, axis_index, in_sizes, pair_dimensions, resolve_shape
 from qjax.formats.packing import packed_bytes, row_padding
-from qjax.formats.qarray import QArray
+from qjax.formats.qarray import SMOOTH, QArray
 
 
 def _label(q: QArray, axis: int) -> tuple[int, str, int]:
@@ -136,6 +136,8 @@ def _slice_in(q: QArray, axis: int, start: int, limit: int) -> QArray:
     codes = lax.slice_in_dim(jnp.asarray(q.codes), begin, begin + width, axis=-1)
 
     def on_aux(name: str, a: Array) -> Array:
+        if name == SMOOTH:
+            return lax.slice_in_dim(jnp.asarray(a), first, last, axis=-1)
         if name in fmt.row_aux or group is None or a.shape[-1] == 1:
             return a
         return lax.slice_in_dim(jnp.asarray(a), first // group, -(-last // group), axis=-1)
@@ -342,6 +344,8 @@ def concatenate(arrays: Sequence[QArray], axis: int) -> QArray:
     axis, kind, _ = _label(first, axis)
     if kind not in ("s", "o"):
         raise _refuse(first, axis, kind, "a concatenation")
+    if kind == "o" and len(arrays) > 1 and any(SMOOTH in q.aux for q in arrays):
+        raise LayoutError("concatenate: each of these weights is smoothed by constants of its own; dequantize first")
     if any(q.view.order != first.view.order for q in arrays):
         arrays = [_reorder_out(q) for q in arrays]
         first = arrays[0]

@@ -4,7 +4,8 @@ from qjax._guard import only_inside_qjax
 
 only_inside_qjax(__name__)
 
+from qjax.passes.gptq import GPTQ
 from qjax.passes.prepare import Edits, PreparePass, run_passes
-from qjax.passes.rounding import RTN, Rounding
+from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 
-__all__ = ["RTN", "Edits", "PreparePass", "Rounding", "run_passes"]
+__all__ = ["GPTQ", "RTN", "Edits", "PreparePass", "Rounding", "rounding_statistics", "run_passes"]

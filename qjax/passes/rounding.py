@@ -7,20 +7,26 @@ around it. Those that look at activations say so by ``needs_batches``.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
 
 from qjax.calibration import Observer
-from qjax.errors import FormatError
+from qjax.errors import FormatError, RecipeError
 from qjax.formats import Aux, Format
 from qjax.formats.numerics import AnyArray
+from qjax.statistics import Statistic
 
 
 @runtime_checkable
 class Rounding(Protocol):
-    """What every rounding offers."""
+    """What every rounding offers.
+
+    Those that look at activations also have ``statistics``, what they need of them (`qjax.statistics`), and may have
+    ``sequential``, that later blocks are to see what earlier ones became; ``round`` then takes ``statistics=``, the
+    fields of their states for this matrix.
+    """
 
     needs_batches: ClassVar[bool]
 
@@ -65,3 +71,20 @@ class RTN:
         observer = observer or self.observer
         aux = fmt.fit(w, weight) if observer is None else observer.fit(w, fmt, weight)
         return fmt.encode(w, aux), aux
+
+
+def rounding_statistics(rounding: Any) -> tuple[Statistic, ...]:
+    """What a rounding needs to know of activations.
+
+    Raises:
+        RecipeError: it says that it needs batches, and not what of them.
+    """
+    if not getattr(rounding, "needs_batches", False):
+        return ()
+    found: tuple[Any, ...] = tuple(getattr(rounding, "statistics", None) or ())
+    if not found or not all(isinstance(s, Statistic) for s in found):
+        raise RecipeError(
+            f"{rounding!r} needs batches but its `statistics` is {found!r}; a tuple of qjax.statistics such as "
+            "(SecondMoment(),) says what to gather"
+        )
+    return found

@@ -20,7 +20,7 @@ from jax import lax
 from qjax import ops
 from qjax._compat import bind
 from qjax.errors import LayoutError, RecipeError
-from qjax.formats import Layout, QArray, is_quantized
+from qjax.formats import SMOOTH, Layout, QArray, is_quantized
 from qjax.rewriting.selection import Selected
 
 
@@ -57,11 +57,13 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise LayoutError(f"a product with {x.dtype} numbers has no quantized form")
         canonical, order = product_view(weight, wc, wb)
+        canonical, constants = _without_inputs(canonical)
+        if SMOOTH in constants and constants[SMOOTH].shape[-2] != 1:
+            raise LayoutError("its smoothed weights are stacked along an axis that this product keeps")
     except LayoutError as error:
         rewriter.note("dequantized", f"{where}: {error}")
         plain = [rewriter.dense(v, f"{where}: {error}") for v in values]
         return bind(eqn, plain)[0]
-    canonical, constants = _without_inputs(canonical)
     # x: [*batch, M, K], batch and contraction in the order in which the weight is stored
     batch = [xb[wb.index(d)] for d in order.batch]
     contract = [xc[wc.index(d)] for d in order.contract]
@@ -85,6 +87,7 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     def product(x: Any, canonical: QArray, constants: dict[str, Any]) -> Any:
         xt = lax.transpose(x, (*batch, *xfree, *contract))
         xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
+        xt = _smoothed(xt, constants, act)
         result = ops.q_dot(
             xt,
             canonical,
@@ -155,6 +158,7 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
     x = rewriter.dense(x, f"{where}: the row operand is quantized")
     weight, constants = _without_inputs(weight)
     constants = {name: a[0] for name, a in constants.items()}  # one scale for the rows of all groups
+    x = _smoothed(x, constants, act)
     if not standard:
         return bind(eqn, [x, rewriter.dense(weight, f"{where}: not the standard [M,K] x [G,K,N] form"), sizes])[0]
     if rewriter.choices is not None:
@@ -198,6 +202,17 @@ def _without_inputs(weight: QArray) -> tuple[QArray, dict[str, Any]]:
         return weight, {}
     own = {name: a for name, a in weight.aux.items() if name not in constants}
     return dataclasses.replace(weight, aux=own), constants
+
+
+def _smoothed(x: Any, constants: dict[str, Any], act: Act | None) -> Any:
+    """Activations [*batch, rows, K] divided by the constants with which their weight was multiplied.
+
+    In float32 where they are rounded next, so that nothing is lost in between; else in their own dtype.
+    """
+    if SMOOTH not in constants:
+        return x
+    y = x.astype(jnp.float32) * (1.0 / constants[SMOOTH])
+    return y if act is not None else y.astype(x.dtype)
 
 
 def _act(act: Act | None, x: Any, constants: dict[str, Any], where: str, streamed: bool = False) -> Any:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,8 @@ from jax import lax
 from qjax._compat import bind, varying_axes
 from qjax.calibration import Observer, State
 from qjax.rewrite import Rewriter, is_special
-from qjax.rewriting.emit import operand_axes
+from qjax.rewriting.activations import Rows, activation_matrix
+from qjax.statistics import Range, Statistic
 
 Loops = tuple[tuple[int, tuple[int, ...]], ...]
 """Of stacked contributions, outermost first: loop id, and the step that each row of that axis stands for."""
@@ -40,58 +42,76 @@ Taken = dict[Key, State]
 """Contributions."""
 
 NONFINITE = "nonfinite"
-"""Field of a state: how many elements were NaN or infinite (in the worst call, if the observer merges by maximum)."""
+"""Field of a state: how many elements were NaN or infinite in the worst call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """What to observe at a site: the ranges that a format needs, by an observer."""
+    """What to observe at a site.
 
-    fmt: Any
-    observer: Observer
+    Attributes:
+        fmt, observer: the range that a format needs, by an observer; None for no range.
+        statistics: what else is gathered. Their fields, and those of the observer, have different names.
+    """
+
+    fmt: Any = None
+    observer: Observer | None = None
+    statistics: tuple[Statistic, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Statistic, ...]:
+        """All that is gathered, as statistics."""
+        return (*((Range(self.observer, self.fmt),) if self.observer is not None else ()), *self.statistics)
 
     def init(self, shape: Sequence[int]) -> State:
         """The neutral state, for activations [*stack, rows, K] of this shape."""
-        return {**self.observer.init(self.fmt, shape), NONFINITE: jnp.zeros((), jnp.float32)}
+        flat = (math.prod(shape[:-1]), shape[-1])
+        state: State = {NONFINITE: jnp.zeros((), jnp.float32)}
+        for part in self.parts:
+            state |= part.init(shape if part.stacked else flat)
+        return state
 
-    def see(self, x: Any) -> State:
-        """The state of activations [*stack, rows, K]."""
-        shape = x.shape if x.size else (*x.shape[:-2], 1, 1)
-        x = x if x.size else jnp.zeros(shape, x.dtype)
-        state = self.observer.update(self.observer.init(self.fmt, shape), x, self.fmt)
-        return {**state, NONFINITE: jnp.sum(~jnp.isfinite(x)).astype(jnp.float32)}
+    def see(self, seen: Callable[[Statistic], State], x: Any) -> State:
+        """The state of activations.
+
+        Args:
+            seen: gives the state of one statistic.
+            x: the activations, of any shape.
+        """
+        state: State = {NONFINITE: jnp.sum(~jnp.isfinite(x)).astype(jnp.float32)}
+        for part in self.parts:
+            state |= seen(part)
+        return state
 
     def merge(self, a: State, b: State) -> State:
         """The state of both."""
-        return {**self.observer.merge(_own(a), _own(b)), **_flag(self._pair(a[NONFINITE], b[NONFINITE]))}
+        return self._each(lambda part, *states: part.merge(*states), jnp.maximum, a, b)
 
     def merged(self, stacked: State) -> State:
         """The state of all rows of a leading axis."""
-        return jax.tree.map(lambda a: self._reduce(a), stacked)
+        return self._each(lambda part, state: part.merged(state), lambda a: jnp.max(a, axis=0), stacked)
 
     def over_devices(self, state: State, axes: tuple[str, ...]) -> State:
         """The state of all devices along the mesh axes."""
-        collect = lax.pmax if self.observer.collective == "max" else lax.psum
 
-        def one(a: Any) -> Any:
+        def worst(a: Any) -> Any:
             varying = varying_axes(a, axes)
-            return collect(a, varying) if varying else a
+            return lax.pmax(a, varying) if varying else a
 
-        return jax.tree.map(one, state)
+        return self._each(lambda part, state: part.over_devices(state, axes), worst, state)
 
-    def _pair(self, a: Any, b: Any) -> Any:
-        return jnp.maximum(a, b) if self.observer.collective == "max" else a + b
-
-    def _reduce(self, a: Any) -> Any:
-        return jnp.max(a, axis=0) if self.observer.collective == "max" else jnp.sum(a, axis=0)
-
-
-def _own(state: State) -> State:
-    return {k: v for k, v in state.items() if k != NONFINITE}
+    def _each(self, one: Callable[..., State], flag: Callable[..., Any], *states: State) -> State:
+        """Apply a function to the fields of each part, and one to the flag."""
+        out: State = {NONFINITE: flag(*(state[NONFINITE] for state in states))}
+        for part, names in _fields(self):
+            out |= one(part, *({name: state[name] for name in names} for state in states))
+        return out
 
 
-def _flag(value: Any) -> State:
-    return {NONFINITE: value}
+@functools.lru_cache(maxsize=1024)
+def _fields(tap: Tap) -> tuple[tuple[Statistic, tuple[str, ...]], ...]:
+    """Each part of a tap with the names of its fields."""
+    return tuple((part, tuple(jax.eval_shape(lambda part=part: part.init((1, 1))))) for part in tap.parts)
 
 
 class Collector(Rewriter):
@@ -113,7 +133,7 @@ class Collector(Rewriter):
         """Run the program on its flattened array leaves: its results, and the state of each site."""
         with self.collecting() as taken:
             outs = self(arrays)
-        return outs, self._by_site(taken)
+        return outs, self.by_site(taken)
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[Taken]:
@@ -142,10 +162,15 @@ class Collector(Rewriter):
         taps = list(dict.fromkeys(act for _, act in acts if act is not None))
         if number is not None and taps:
             side = 1 - self.weight_side(number, eqn)
-            matrix = activation_matrix(eqn, self.dense(values[side], "observed activations"), side)
+            x = lax.stop_gradient(self.dense(values[side], "observed activations"))
             tap = self.tap_of[number] = taps[0]
-            self.shapes[number] = matrix.shape
-            self.deposit({(number, ()): tap.see(lax.stop_gradient(matrix))})
+            if tap.statistics:
+                rows = Rows(eqn, [x if i == side else v for i, v in enumerate(values)], self.program, number, side)
+                self.shapes[number], seen = rows.shape, rows.seen
+            else:
+                matrix = activation_matrix(eqn, x, side)
+                self.shapes[number], seen = matrix.shape, lambda part: part.see(matrix)
+            self.deposit({(number, ()): tap.see(seen, x)})
         if any(is_special(v) for v in values):
             return super().product(emit, number, [], eqn, values, context)
         return bind(eqn, values)
@@ -182,7 +207,7 @@ class Collector(Rewriter):
     def _loops_of(self, numbers: Sequence[int]) -> list[int]:
         return list(dict.fromkeys(loop for n in numbers for loop in self.program.slices[n].loops))
 
-    def _by_site(self, taken: Taken) -> dict[str, State]:
+    def by_site(self, taken: Taken) -> dict[str, State]:
         """Contributions by the name of the site, each step of a stack apart."""
         parts: dict[str, list[State]] = {}
         tap_of: dict[str, Tap] = {}
@@ -205,18 +230,3 @@ class Collector(Rewriter):
                 whole = tap_of[name].merge(whole, more)
             out[name] = whole
         return out
-
-
-def activation_matrix(eqn: Any, x: Any, side: int) -> Any:
-    """The activations of a product as [rows, K], K being what one output element is summed from.
-
-    Axes that the product runs over in parallel count as rows: one scale serves them all.
-
-    Args:
-        eqn: dot_general, conv_general_dilated or ragged_dot_general.
-        x: the operand that is no parameter.
-        side: which operand it is.
-    """
-    sums, _ = operand_axes(eqn, side)
-    rows = tuple(d for d in range(x.ndim) if d not in sums)
-    return lax.transpose(x, (*rows, *sums)).reshape(*(math.prod(x.shape[d] for d in axes) for axes in (rows, sums)))

@@ -1,0 +1,392 @@
+"""Quantizing a model block by block: gather, round, run on.
+
+For each block in turn: its parameters are read, every batch runs through it and what the recipe asks for is gathered,
+its weights are rounded, and every batch moves on to the next block, through the rounded weights where a rounding wants
+later blocks to see them. Parameters, statistics and activations of one block are alive at a time, besides what is
+already packed. Every block is kept on disk where ``resume`` names a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.applying.leaves import begin_leaf, seen_states
+from qjax.applying.planning import Plan, plan_program
+from qjax.applying.static import constants_of, taps_of, with_constants
+from qjax.applying.storage import LeafPlan, reads_slice
+from qjax.blockwise.emit import Compiled, emit_block
+from qjax.blockwise.join import joined
+from qjax.blockwise.progress import Progress
+from qjax.blockwise.schedule import Block, Schedule, blocks_of
+from qjax.calibration import State
+from qjax.errors import DataError, QjaxError, RecipeError
+from qjax.lazy import Lazy
+from qjax.passes import run_passes
+from qjax.program import Program, Signature, trace_flat
+from qjax.recipe import Recipe
+from qjax.rewrite import Rewriter
+from qjax.rewriting.taps import NONFINITE, Collector, Tap
+from qjax.trees import is_array
+
+Key = tuple[int, ...]
+Pieces = dict[tuple[int, Key], Any]
+"""(position of the leaf, positions along its key axes) -> that slice as stored."""
+
+Figures = dict[int, dict[Key, float]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shaped:
+    """The program for batches of one shape, in blocks."""
+
+    schedule: Schedule
+    taps: Mapping[str, Tap]
+    quantized: Rewriter
+
+    @property
+    def program(self) -> Program:
+        """The trace."""
+        return self.schedule.program
+
+
+class BlockQuantizer:
+    """One job.
+
+    Args:
+        fn: the float function.
+        params: its parameters; `qjax.Lazy` leaves are read when their block is due.
+        recipe: the recipe.
+        batches: re-iterable argument tuples, checked already.
+        rewriter: makes the quantized replay of a program.
+        blocks: pattern of block names, or None.
+        resume: folder for what is done, or None.
+        donate: free each float leaf once all of it is packed.
+        progress: called as ``progress(done, total, block name)``.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        recipe: Recipe,
+        batches: Callable[[], Iterator[tuple[Any, ...]]],
+        rewriter: Callable[[Program], Rewriter],
+        *,
+        blocks: str | None = None,
+        resume: str | Path | None = None,
+        donate: bool = False,
+        progress: Callable[[int, int, str], None] | None = None,
+    ):
+        self.fn, self.params, self.recipe, self.batches = fn, params, recipe, batches
+        self.make_rewriter, self.pattern, self.progress = rewriter, blocks, progress
+        self.resume, self.donate = resume, donate
+        self.shaped: dict[Any, Shaped] = {}
+        self.compiled = Compiled()
+        self.cache: dict[Any, Callable[[Any], Any]] = {}
+        self.pieces: Pieces = {}
+        self.figures: Figures = {}
+        self.states: dict[str, State] = {}  # of weights that a later block reads too
+
+    # ------------------------------------------------------------------------------------------------ the program
+    @cached_property
+    def first(self) -> tuple[Any, ...]:
+        """The first batch, which is the example."""
+        batch = next(iter(self.batches()), None)
+        if batch is None:
+            raise DataError("there are no calibration batches; give at least one")
+        return batch
+
+    def shaped_for(self, batch: tuple[Any, ...]) -> tuple[Shaped, list[Any]]:
+        """The program for a batch, and the batch's arrays."""
+        signature, arrays = Signature.of(self.params, batch, {})
+        key = (signature, tuple((a.shape, str(a.dtype)) for a in arrays[signature.n_params :]))
+        if key not in self.shaped:
+            program = trace_flat(self.fn, signature, arrays)
+            schedule = blocks_of(program, self.pattern)
+            if self.shaped:
+                known = next(iter(self.shaped.values())).schedule
+                if [b.name for b in known.blocks] != [b.name for b in schedule.blocks]:
+                    raise DataError(
+                        "batches of different shapes run different blocks: "
+                        f"{[b.name for b in known.blocks]} and {[b.name for b in schedule.blocks]}"
+                    )
+            taps = taps_of(self.recipe.decide(program.sites, strict=not self.shaped))
+            self.shaped[key] = Shaped(schedule, taps, self.make_rewriter(program))
+        return self.shaped[key], arrays[signature.n_params :]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What becomes of each leaf."""
+        return plan_program(self.shaped_for(self.first)[0].program, self.recipe)
+
+    @cached_property
+    def prepared(self) -> tuple[list[Any], list[str]]:
+        """The parameter leaves after the recipe's prepare passes, in program order, and what these say."""
+        signature, arrays = Signature.of(self.params, (), {})
+        leaves = arrays[: signature.n_params]
+        if not self.recipe.prepare:
+            return leaves, []
+        if any(isinstance(leaf, Lazy) for leaf in leaves):
+            raise RecipeError(
+                f"the prepare pass {self.recipe.prepare[0]!r} changes leaves together, and these are read one block at "
+                "a time; run it on parameters in memory, or leave it out"
+            )
+        chosen = [name for name, d in self.plan.decisions.items() if d.weights is not None and not d.skip]
+        return run_passes(self.recipe.prepare, self.plan.program, leaves, chosen)
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The parameter leaves, in program order."""
+        return self.prepared[0]
+
+    @cached_property
+    def due(self) -> list[list[tuple[int, Key]]]:
+        """For each block, the slices of leaves whose last reader it is."""
+        schedule = self.shaped_for(self.first)[0].schedule
+        last = {site: n for n, block in enumerate(schedule.blocks) for site in block.sites}
+        when: dict[tuple[int, Key], int] = {}
+        names = {site.name: site.name for site in schedule.program.sites}
+        for position, slices in seen_states(schedule.program, self.plan.leaves, names).items():
+            for key, readers in slices.items():
+                when[position, key] = max(last[name] for name in readers.values())
+        out: list[list[tuple[int, Key]]] = [[] for _ in schedule.blocks]
+        for (position, key), block in when.items():
+            if self.plan.leaves[position].slices[key].fmt is not None:
+                out[block].append((position, key))
+        return out
+
+    @cached_property
+    def sequential(self) -> bool:
+        """Whether later blocks see what earlier ones became."""
+        return any(getattr(rule.rounding, "sequential", False) for rule in self.recipe.rules)
+
+    # -------------------------------------------------------------------------------------------------- the job
+    def run(self) -> tuple[Plan, list[Any], Figures, list[str]]:
+        """Quantize all blocks: the plan, the stored leaves, their SQNR, and notes for the report."""
+        example, _ = self.shaped_for(self.first)
+        blocks = example.schedule.blocks
+        done = Progress.open(self.resume, self._job(blocks)) if self.resume is not None else None
+        live: list[dict[int, Any]] = [{} for _ in self.batches()]
+        for number, block in enumerate(blocks):
+            kept = done.load(number, block.name) if done is not None else None
+            if kept is not None:
+                pieces, figures = kept
+                self.pieces |= pieces
+                for position, found in figures.items():
+                    self.figures.setdefault(position, {}).update(found)
+                live = self.advance(number, live, self.observe(number, live, gather=False))
+            else:
+                states, after = self.observe(number, live)
+                pieces, figures = self.round(number, states)
+                self.pieces |= pieces
+                for position, found in figures.items():
+                    self.figures.setdefault(position, {}).update(found)
+                if done is not None:
+                    done.save(number, block.name, pieces, figures)
+                live = self.advance(number, live, (states, after))
+            if self.progress is not None:
+                self.progress(number + 1, len(blocks), block.name)
+        names = [block.name for block in blocks]
+        notes = [f"quantized in {len(blocks)} blocks, one after the other: {', '.join(names)}", *self.prepared[1]]
+        return self.plan, self.stored(), self.figures, notes
+
+    def _job(self, blocks: Sequence[Block]) -> dict[str, Any]:
+        """What a folder of finished blocks belongs to."""
+        program = self.shaped_for(self.first)[0].program
+        digest = hashlib.sha256()
+        for batch in self.batches():
+            for a in jax.tree.leaves(batch):
+                digest.update(str((getattr(a, "shape", ()), getattr(a, "dtype", ""))).encode())
+                digest.update(np.ascontiguousarray(np.asarray(a)).tobytes() if is_array(a) else repr(a).encode())
+        return {
+            "recipe": self.recipe.hash,
+            "program": hashlib.sha256(str(program.jaxpr).encode()).hexdigest(),
+            "batches": digest.hexdigest(),
+            "blocks": [block.name for block in blocks],
+        }
+
+    def reads(self, block: Block, arrays: Sequence[Any], cache: dict[Any, Any], quantized: bool = False) -> list[Any]:
+        """The inputs of a block: parameters (read once for all batches) and arguments of a batch."""
+        n = len(self.leaves)
+        out = []
+        for use in block.reads:
+            if use.value >= n:
+                argument = arrays[use.value - n]
+                out.append(argument if use.index is None else argument[use.index])
+                continue
+            key = (use.value, use.index, quantized)
+            if key not in cache:
+                cache[key] = self.parameter(use.value, use.index, quantized)
+            out.append(cache[key])
+        return out
+
+    def parameter(self, position: int, index: int | None, quantized: bool) -> Any:
+        """A parameter leaf, or a slice of its leading axis: as stored where it is packed already, else in float."""
+        plan = self.plan.leaves.get(position)
+        if quantized and plan is not None:
+            if index is None or plan.key_axes[:1] != (0,):
+                keys = list(plan.slices)
+            else:
+                keys = [key for key in plan.slices if key[0] == index]
+            packed = {key: self.pieces[position, key] for key in keys if (position, key) in self.pieces}
+            floats = [key for key in keys if plan.slices[key].fmt is None]
+            if packed and len(packed) + len(floats) == len(keys):
+                for key in floats:
+                    packed[key] = self.float_slice(position, plan, key)
+                whole = joined(plan, packed)
+                return whole if index is None or plan.key_axes[:1] != (0,) else whole.index_stack(0, 0)
+            if packed:  # some layers of a stack that is read whole: the rest is still to come
+                value = jnp.asarray(self.leaves[position])
+                for key, piece in packed.items():
+                    value = value.at[_where(plan, key, value.ndim)].set(piece.dequantize())
+                return value if index is None else value[index]
+        value = self.leaves[position]
+        return jnp.asarray(value if index is None else value[index])
+
+    def float_slice(self, position: int, plan: LeafPlan, key: Key) -> Any:
+        """A slice of a float leaf, its key axes kept with size 1."""
+        value = self.leaves[position]
+        if plan.key_axes == (0,):  # what `Lazy` can read by itself
+            return jnp.asarray(value[key[0]])[None]
+        return jnp.asarray(value)[_where(plan, key, value.ndim)]
+
+    def observe(
+        self, number: int, live: list[dict[int, Any]], gather: bool = True
+    ) -> tuple[dict[str, State], list[list[Any]]]:
+        """Run every batch through a float block: what was gathered, and what the block gives, by batch."""
+        states: dict[str, State] = {}
+        after: list[list[Any]] = []
+        cache: dict[Any, Any] = {}
+        for at, batch in enumerate(self.batches()):
+            shaped, arrays = self.shaped_for(batch)
+            block = shaped.schedule.blocks[number]
+            args = (self.reads(block, arrays, cache), [live[at][v] for v in block.takes])
+            taps = {name: shaped.taps[name] for name in block.sites if name in shaped.taps}
+            if not taps and self.sequential:
+                after.append([])
+                continue
+
+            def observed(args: Any, shaped: Shaped = shaped, block: Block = block, taps: Any = taps) -> Any:
+                collector = Collector(shaped.program, taps)
+                with collector.collecting() as taken:
+                    outs = emit_block(collector, block, *args)
+                return outs, collector.by_site(taken)
+
+            outs, found = self.call("observe", number, shaped, observed, args)
+            after.append([] if self.sequential else outs)
+            if not gather:
+                continue
+            for name, state in sorted(found.items(), key=lambda pair: block.sites.index(pair[0])):
+                if float(state[NONFINITE]):
+                    raise DataError(
+                        f"batch {at}: NaN or infinity among the inputs of {name}; look at that batch, or at what comes "
+                        "before the site"
+                    )
+                states[name] = taps[name].merge(states[name], state) if name in states else state
+        return states, after
+
+    def advance(
+        self, number: int, live: list[dict[int, Any]], observed: tuple[Any, list[list[Any]]]
+    ) -> list[dict[int, Any]]:
+        """What later blocks take, after this one."""
+        after, cache = observed[1], {}
+        out = []
+        for at, batch in enumerate(self.batches()):
+            shaped, arrays = self.shaped_for(batch)
+            blocks = shaped.schedule.blocks
+            block = blocks[number]
+            if self.sequential:
+                args = (self.reads(block, arrays, cache, quantized=True), [live[at][v] for v in block.takes])
+
+                def quantized(args: Any, shaped: Shaped = shaped, block: Block = block) -> Any:
+                    return emit_block(shaped.quantized, block, *args)
+
+                gives = self.call("advance", number, shaped, quantized, args)
+            else:
+                gives = after[at]
+            later = {v for b in blocks[number + 1 :] for v in b.takes}
+            values = {**live[at], **dict(zip(block.gives, gives, strict=True))}
+            live[at] = {}
+            out.append({v: a for v, a in values.items() if v in later})
+        return out
+
+    def call(self, what: str, number: int, shaped: Shaped, function: Callable[[Any], Any], args: Any) -> Any:
+        """Call a function of a block, compiled once for all blocks and batches that are alike."""
+        key = (what, number, id(shaped), _types(args))
+        if key not in self.cache:
+            self.cache = {k: v for k, v in self.cache.items() if k[1] == number}  # those of earlier blocks are done
+            self.cache[key] = self.compiled(function, args)
+        return self.cache[key](args)
+
+    def round(self, number: int, states: dict[str, State]) -> tuple[Pieces, Figures]:
+        """Round the weights that are due after a block."""
+        program = self.shaped_for(self.first)[0].program
+        due = self.due[number]
+        taps = self.shaped_for(self.first)[0].taps
+        names = {name for p, key in due for name in _readers(program, self.plan, p, key)} & set(taps)
+        self.states |= states
+        ready = {name: self.states[name] for name in names if name in self.states}
+        constants = constants_of({name: taps[name] for name in ready}, ready)
+        seen = seen_states(program, self.plan.leaves, ready)
+        pieces: Pieces = {}
+        figures: Figures = {}
+        for position, key in due:
+            plan = self.plan.leaves[position]
+            value = self.float_slice(position, plan, key)
+            piece, wait = begin_leaf(plan, value, {}, seen.get(position, {}), [key])
+            positions = dict(zip(plan.key_axes, ([k] for k in key), strict=True))
+            pieces[position, key] = with_constants(program, plan, piece, constants, positions)
+            figures.setdefault(position, {}).update(wait())
+        still = {
+            name for later in self.due[number + 1 :] for p, k in later for name in _readers(program, self.plan, p, k)
+        }
+        self.states = {name: state for name, state in self.states.items() if name in still}
+        return pieces, figures
+
+    def stored(self) -> list[Any]:
+        """All leaves as stored; what the job held of them is given up."""
+        out: list[Any] = []
+        for position, leaf in enumerate(self.leaves):
+            plan = self.plan.leaves.get(position)
+            if plan is None:
+                out.append(jnp.asarray(leaf) if isinstance(leaf, Lazy) else leaf)
+                continue
+            keys = list(plan.slices)
+            parts = {
+                key: self.pieces.pop((position, key))
+                if (position, key) in self.pieces
+                else self.float_slice(position, plan, key)
+                for key in keys
+            }
+            missing = [key for key in keys if plan.slices[key].fmt is not None and not hasattr(parts[key], "fmt")]
+            if missing:
+                raise QjaxError(f"{plan.name}{list(missing[0])} was not reached by any block; this is a bug in qjax")
+            out.append(joined(plan, parts))
+        return out
+
+
+def _readers(program: Program, plan: Plan, position: int, key: Key) -> list[str]:
+    """Names of the sites that read a slice."""
+    leaf = plan.leaves[position]
+    at = dict(zip(leaf.key_axes, key, strict=True))
+    return [site.name for site in program.sites if site.leaf == leaf.name and reads_slice(site.slice, at)]
+
+
+def _where(plan: LeafPlan, key: Key, ndim: int) -> tuple[Any, ...]:
+    """An index that takes a slice of a leaf and keeps its key axes."""
+    at = dict(zip(plan.key_axes, key, strict=True))
+    return tuple(slice(at[a], at[a] + 1) if a in at else slice(None) for a in range(ndim))
+
+
+def _types(args: Any) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    return tree, tuple((a.shape, str(a.dtype)) for a in leaves)
