@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import qjax.report
 from qjax.cli import main
-from qjax.cli.folders import fingerprint, load_folder
+from qjax.folders import fingerprint, load_folder
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -405,7 +405,7 @@ def test_a_failed_save_leaves_the_older_folder(capsys, folder, saved, tmp_path, 
 
 
 def test_an_older_folder_that_a_kill_left_aside_is_put_back(folder, saved, tmp_path):
-    from qjax.cli.folders import save_folder
+    from qjax.folders import save_folder
 
     shutil.copytree(saved, tmp_path / ".q.old")
     with pytest.raises(qjax.errors.CheckpointError):

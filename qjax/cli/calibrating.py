@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from qjax import evaluate, models
-from qjax.cli.folders import Loaded
 from qjax.cli.output import say
 from qjax.errors import DataError, RecipeError
+from qjax.folders import Loaded
 
 IMAGES_PER_BATCH = 8
 CUT = 64

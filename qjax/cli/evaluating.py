@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from qjax.cli.folders import Loaded, float_source, load_float, load_folder
 from qjax.cli.output import print_json, print_rich, say, waiting
 from qjax.cli.scoring import Scored, as_json, check_data, score
 from qjax.errors import DataError
+from qjax.folders import Loaded, float_source, load_float, load_folder
 from qjax.report import Report
 from qjax.report.text import scores_table
 

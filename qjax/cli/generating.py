@@ -7,9 +7,9 @@ import sys
 import time
 
 from qjax import models
-from qjax.cli.folders import Loaded, load_folder
 from qjax.cli.output import print_json, say, waiting, with_article
 from qjax.errors import DataError, ModelError
+from qjax.folders import Loaded, load_folder
 
 
 def run(args: argparse.Namespace) -> None:

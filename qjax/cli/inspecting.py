@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import qjax
-from qjax.cli.folders import is_saved, read_manifest
 from qjax.cli.output import print_json, print_rich, waiting
 from qjax.errors import ModelError
+from qjax.folders import is_saved, read_manifest
 from qjax.report import Report
 from qjax.report.text import size
 

@@ -12,11 +12,11 @@ from typing import Any
 import qjax
 from qjax.cli.calibrating import calibration
 from qjax.cli.evaluating import scored_report
-from qjax.cli.folders import check_destination, is_saved, load_float, save_folder
 from qjax.cli.inspecting import example_input
 from qjax.cli.output import counting, print_json, print_rich, waiting
 from qjax.cli.scoring import check_data, score
 from qjax.errors import ModelError
+from qjax.folders import check_destination, is_saved, load_float, save_folder
 from qjax.report import Report
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from qjax import evaluate, models
 from qjax.cli.calibrating import left_out, text_blocks
-from qjax.cli.folders import Loaded
 from qjax.cli.output import with_article
 from qjax.errors import ModelError
+from qjax.folders import Loaded
 
 
 @dataclass(frozen=True)
