@@ -101,11 +101,11 @@ def load_folder(folder: Path) -> Loaded:
     return load_saved(folder) if is_saved(folder) else load_float(folder)
 
 
-def load_float(folder: Path) -> Loaded:
-    """Load a Hugging Face folder with its float weights."""
+def load_float(folder: Path, lazy: bool = False) -> Loaded:
+    """Load a Hugging Face folder with its float weights, or with leaves that are read when they are needed."""
     from qjax import models
 
-    fn, params, config = models.load(folder)
+    fn, params, config = models.load(folder, lazy=lazy)
     return Loaded(folder, folder.resolve().name, fn, params, config, fn)
 
 

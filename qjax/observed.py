@@ -10,20 +10,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from qjax._compat import abstract
+from qjax.analysis.naming import LINEAR
 from qjax.applying.static import taps_of
 from qjax.calibration import State
-from qjax.errors import DataError, RecipeError
+from qjax.errors import DataError, RecipeError, near
 from qjax.evaluate import track
 from qjax.program import Program, Signature, trace_flat
-from qjax.recipe import Recipe, resolve_recipe
-from qjax.rewriting.taps import NONFINITE, Collector
+from qjax.recipe import Recipe, compile_pattern, resolve_recipe
+from qjax.rewriting.taps import NONFINITE, Collector, Tap
+from qjax.statistics import Statistic
 
 if TYPE_CHECKING:
     from qjax.transforms import Model
@@ -37,16 +41,23 @@ class Observed:
 
     Attributes:
         fn: the function ``fn(params, *args, **kwargs)``.
-        recipe: says which sites are observed, for which format and by which observer: those with static inputs.
+        recipe: says which sites are observed, for which format and by which observer: those with static inputs, and
+            those whose rounding looks at activations. None for none.
+        statistics: pattern of site names -> what else is gathered there.
     """
 
-    def __init__(self, fn: Callable[..., Any], recipe: Recipe):
-        self.fn, self.recipe = fn, recipe
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        recipe: Recipe | None,
+        statistics: Mapping[str, tuple[Statistic, ...]] | None = None,
+    ):
+        self.fn, self.recipe, self.statistics = fn, recipe, dict(statistics or {})
 
     def __repr__(self) -> str:
         """Name the function and the recipe."""
         name = getattr(self.fn, "__qualname__", type(self.fn).__name__)
-        return f"Observed({name}, recipe={self.recipe.name or 'unnamed'!r})"
+        return f"Observed({name}, recipe={(self.recipe and self.recipe.name) or 'unnamed'!r})"
 
     def _traced(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Collector, Any]:
         signature, arrays = Signature.of(params, args, kwargs)
@@ -54,12 +65,32 @@ class Observed:
 
     def _of(self, signature: Signature, arrays: list[Any]) -> tuple[Program, Collector]:
         program = trace_flat(self.fn, signature, arrays)
-        taps = taps_of(self.recipe.decide(program.sites))
+        taps = {} if self.recipe is None else taps_of(self.recipe.decide(program.sites))
+        for pattern, wanted in self.statistics.items():
+            taps |= self._gathering(program, pattern, wanted, taps)
         if not taps:
             raise RecipeError(
-                "the recipe observes nothing: no rule has static inputs; write inputs=qjax.static(format, observer)"
+                "the recipe observes nothing: no rule has static inputs; write inputs=qjax.static(format, observer), "
+                "or say what to gather, statistics={'**': qjax.statistics.SecondMoment()}"
             )
         return program, Collector(program, taps)
+
+    @staticmethod
+    def _gathering(
+        program: Program, pattern: str, wanted: tuple[Statistic, ...], taps: Mapping[str, Tap]
+    ) -> dict[str, Tap]:
+        """The taps of the sites that a pattern names, with these statistics too."""
+        matches = compile_pattern(pattern).fullmatch
+        names = [site.name for site in program.sites if site.op in LINEAR and matches(site.name + "/")]
+        if not names:
+            known = [site.name for site in program.sites if site.op in LINEAR]
+            raise RecipeError(f"statistics: {pattern!r} names no product with a parameter{near(pattern, known)}")
+        out = {}
+        for name in names:
+            tap = taps.get(name, Tap())
+            more = tuple(s for s in wanted if s not in tap.statistics)
+            out[name] = dataclasses.replace(tap, statistics=(*tap.statistics, *more))
+        return out
 
     def init(self, params: Any, *args: Any, **kwargs: Any) -> States:
         """The state before any data.
@@ -122,6 +153,12 @@ class Observed:
         """
         from qjax.transforms import quantize
 
+        if self.recipe is None:
+            raise RecipeError("these statistics belong to no recipe: give observe one to make a model of")
+        program, _, _ = self._traced(params, args, kwargs)
+        taps = taps_of(self.recipe.decide(program.sites))
+        extra = {name: set(fields) - set(taps[name].init((1, 1))) for name, fields in state.items() if name in taps}
+        state = {n: {k: v for k, v in state[n].items() if k not in more} for n, more in extra.items()}
         return quantize(self.fn, params, *args, recipe=self.recipe, state=state, **kwargs)
 
 
@@ -134,14 +171,38 @@ def _check_sites(state: States, collector: Collector) -> None:
         )
 
 
-def observe(fn: Callable[..., Any], recipe: Recipe | str) -> Observed:
-    """Observe the activations for which a recipe wants constant scales.
+def observe(
+    fn: Callable[..., Any], recipe: Recipe | str | None = None, statistics: Mapping[str, Any] | None = None
+) -> Observed:
+    """Observe the activations for which a recipe wants constant scales, or whatever else there is to know of them.
 
     Args:
         fn: any JAX function ``fn(params, *args, **kwargs)``.
-        recipe: a recipe with static inputs, or the name of a preset.
+        recipe: a recipe with static inputs, or the name of a preset; None for none.
+        statistics: pattern of site names -> a statistic or a tuple of them, such as
+            ``{"**/mlp/**": qjax.statistics.SecondMoment()}``; gathered at the products that read a parameter.
+
+    Raises:
+        RecipeError: something that is no statistic.
     """
-    return Observed(fn, resolve_recipe(recipe))
+    wanted = {}
+    for pattern, value in (statistics or {}).items():
+        parts = wanted[pattern] = tuple(value) if isinstance(value, tuple | list) else (value,)
+        for part in parts:
+            if not isinstance(part, Statistic):
+                raise RecipeError(
+                    f"statistics[{pattern!r}] is {part!r}; one of qjax.statistics such as SecondMoment(), or a tuple"
+                )
+    return Observed(fn, None if recipe is None else resolve_recipe(recipe), wanted)
+
+
+def _kept(path: str | Path, observed: Observed) -> Any:
+    """Where the state of a calibration is kept."""
+    from qjax.checkpoint.folded import Folded
+
+    recipe = observed.recipe
+    said = {pattern: [repr(s) for s in parts] for pattern, parts in observed.statistics.items()}
+    return Folded(path, {"recipe": recipe.hash if recipe is not None else "", "statistics": said})
 
 
 def calibrate(
@@ -149,7 +210,9 @@ def calibrate(
     params: Any,
     batches: Iterable[Any],
     *,
-    recipe: Recipe | str,
+    recipe: Recipe | str | None = None,
+    statistics: Mapping[str, Any] | None = None,
+    resume: str | Path | None = None,
     show: bool | None = None,
 ) -> States:
     """Observe a function on batches.
@@ -161,6 +224,9 @@ def calibrate(
             anew), of argument tuples; a batch that is no tuple is the one argument. Batches may differ in shape (each
             shape is compiled once), not in structure.
         recipe: says what to observe.
+        statistics: what else to gather, as for `observe`.
+        resume: a folder in which the state is kept from time to time: a job that was killed goes on from there, to the
+            same result. It stays, and can be removed afterwards.
         show: progress bar on stderr; None: where that is a terminal.
 
     Returns:
@@ -169,20 +235,28 @@ def calibrate(
     Raises:
         DataError: batches are a one-shot iterator, none, of different structure, or lead to NaN or infinity at a site.
     """
-    observed = observe(fn, recipe)
+    observed = observe(fn, recipe, statistics)
     # What is static in the trees (functions, strings, flags) stays static, as in calls of a model.
     apply = jax.jit(lambda signature, arrays, state: observed._apply(signature, arrays, state)[1], static_argnums=0)
     state: States = {}
     first: Any = None
+    kept = None if resume is None else _kept(resume, observed)
+    done = 0
     for number, args in enumerate(track(argument_tuples(batches), "calibrating", show=show)):
         structure = _structure(args)
         if first is None:
             first = structure
             state = observed.init(params, *args)
+            if kept is not None:
+                state, done = kept.load(state)
         elif structure != first:
             raise DataError(
                 f"batch {number} is {structure[1]}, but batch 0 is {first[1]}; give batches of one structure"
             )
+        if kept is not None:
+            kept.passed(number, args)
+        if number < done:
+            continue
         try:
             state = apply(*Signature.of(params, args, {}), state)
         except Exception as error:
@@ -195,8 +269,12 @@ def calibrate(
                 + (f" and of {len(bad) - 1} more sites" if len(bad) > 1 else "")
                 + "; look at that batch, or at what comes before the site"
             )
+        if kept is not None:
+            kept.save(state, number + 1)
     if first is None:
         raise DataError("there are no calibration batches; give at least one")
+    if kept is not None:
+        kept.save(state, number + 1, now=True)
     return state
 
 

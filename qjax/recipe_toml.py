@@ -60,7 +60,6 @@ _KEPT_IN_FLOAT = (
     Rule("**/shared_gate/**", skip=True, optional=True),
 )
 # Presets of compressed-tensors that are not there yet, and what comes nearest.
-_NOT_YET = {"NVFP4": "NVFP4A16"}
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -138,11 +137,6 @@ def load_preset(name: str) -> Recipe:
     if name.endswith(".toml"):
         return recipe_from_toml(Path(name))
     key = name.strip().upper().replace("-", "_")
-    if key in _NOT_YET:
-        raise RecipeError(
-            f"the preset {key} has activations with a scale per block and a constant one, which this version does not "
-            f"have; use {_NOT_YET[key]}"
-        )
     preset = presets().get(key)
     if preset is None:
         hint = near(name, presets()) or f"; there are {', '.join(presets())}."

@@ -112,7 +112,7 @@ def check_source(source: Any, setting: str, refuse: Any) -> None:
             raise refuse(
                 "weights are there as a whole, so nothing is averaged: give the format itself, or learned(...)"
             )
-    elif isinstance(source, Static) and source.fmt.per != "tensor":
+    elif isinstance(source, Static) and source.fmt.per != "tensor" and not source.fmt.shares_constant:
         kind = type(source).__name__.lower()
         raise refuse(
             f"{kind} {source.fmt.name} {setting}: a constant scale serves the whole tensor; give the format "
@@ -120,6 +120,8 @@ def check_source(source: Any, setting: str, refuse: Any) -> None:
         )
     if isinstance(source, Static) and source.smooth is not None:
         _check_smooth(source, setting, refuse)
+    if isinstance(source, Ema) and source.fmt.per != "tensor":
+        raise refuse(f"ema({source.fmt.name}): an average is kept of one range for the tensor; use static(...) for it")
     if isinstance(source, Ema) and not 0 <= source.decay < 1:
         raise refuse(f"ema(decay={source.decay}): the part that is kept is from 0 to below 1")
     if isinstance(source, Learned):

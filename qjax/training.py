@@ -165,6 +165,11 @@ class FakeQuant:
                     f"{site.name}: rule {d.rule} smooths its inputs, whose constants follow from finished weights; "
                     "train with static inputs without smooth, and quantize what was trained with it"
                 )
+            if isinstance(d.inputs, Static) and d.inputs.fmt.shares_constant:
+                raise RecipeError(
+                    f"{site.name}: rule {d.rule} has static {d.inputs.fmt.name} inputs, which fake_quant does not "
+                    f"train; train with dynamic({d.inputs.fmt!r}), and quantize what was trained with the static ones"
+                )
             leaf = stored.get(site.leaf or "")
             keys = [] if leaf is None else [k for k in leaf.slices if reads_slice(site.slice, _at(leaf, k))]
             kinds = {(leaf.slices[k].fmt, leaf.slices[k].observer) for k in keys} if leaf is not None else set()

@@ -15,7 +15,7 @@ import numpy as np
 from qjax.applying.leaves import given_scales, quantize_leaves, seen_states
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.reporting import build_report, explain_row
-from qjax.applying.static import constants_of, taps_of, with_constants
+from qjax.applying.static import constants_of, with_constants
 from qjax.applying.storage import WEIGHT_OPS, input_prefix
 from qjax.blockwise import BlockQuantizer
 from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
@@ -262,7 +262,7 @@ def quantize(
         params,
         *args,
         recipe=recipe,
-        constants=lambda decisions: constants_of(taps_of(decisions), state or {}),
+        constants=lambda decisions: constants_of(decisions, state or {}),
         state=state,
         name=name,
         donate=donate,

@@ -10,7 +10,8 @@ from constructs import CASES, batch, params
 from jax import lax
 
 import qjax
-from qjax.errors import DataError, QjaxError, QjaxWarning, RecipeError
+from qjax.errors import CheckpointError, DataError, QjaxError, QjaxWarning, RecipeError
+from qjax.statistics import ChannelRange, Samples, SecondMoment
 
 INT8 = qjax.Int(8, per="tensor")
 
@@ -353,6 +354,75 @@ def test_recipes_that_cannot_be_static():
         qjax.calibrate(fn, p, [x], recipe="W8A16")
     with pytest.raises(RecipeError, match="pass calibration data"):
         qjax.quantize(fn, p, x, recipe=EVERYWHERE)
+
+
+# ------------------------------------------------------------------------------------------- more than ranges, resumed
+
+
+def layered(p, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["s"])[0]
+
+
+def test_other_statistics_beside_those_of_a_recipe():
+    p, xs = params(), [batch(), 2 * batch()]
+    more = {"s/1": SecondMoment(), "**": (ChannelRange(), Samples(count=3))}
+    state = qjax.calibrate(layered, p, xs, recipe=EVERYWHERE, statistics=more)
+    assert "second_moment" in state["s/1"] and "second_moment" not in state["s/0"]
+    hidden = [layered({"s": p["s"][:1]}, x) for x in xs]
+    want = sum(h.T @ h for h in hidden)
+    np.testing.assert_allclose(state["s/1"]["second_moment"], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state["s/0"]["channel_above"], np.maximum(np.concatenate(xs).max(0), 0), rtol=1e-6)
+    assert state["s/2"]["sample"].shape == (3, 8)
+    t = qjax.observe(layered, EVERYWHERE, more)
+    model = t.convert(p, state, xs[0])
+    want_model = qjax.quantize(layered, p, recipe=EVERYWHERE, batches=xs)
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(want_model.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    alone = qjax.calibrate(layered, p, xs, statistics={"s/1": SecondMoment()})
+    assert list(alone) == ["s/1"]
+    with pytest.raises(RecipeError, match="names no product with a parameter; did you mean"):
+        qjax.calibrate(layered, p, xs, statistics={"s/7": SecondMoment()})
+    with pytest.raises(RecipeError, match="one of qjax.statistics"):
+        qjax.observe(layered, statistics={"**": "moments"})
+    with pytest.raises(RecipeError, match="belong to no recipe"):
+        qjax.observe(layered, statistics={"**": SecondMoment()}).convert(p, alone, xs[0])
+
+
+class Killed(Exception):
+    pass
+
+
+class Stopping:
+    """Batches of which one run sees only the first few."""
+
+    def __init__(self, batches, stop):
+        self.batches, self.stop = batches, stop
+
+    def __iter__(self):
+        for n, b in enumerate(self.batches):
+            if n == self.stop:
+                raise Killed
+            yield b
+
+
+def test_a_killed_calibration_goes_on_to_the_same_state(tmp_path, monkeypatch):
+    monkeypatch.setattr("qjax.checkpoint.folded.SHARE", 1e9)  # keep the state after every batch
+    rng = np.random.default_rng(0)
+    xs = [jnp.asarray(rng.standard_normal((4, 8)), jnp.float32) for _ in range(7)]
+    p, more = params(), {"**": (SecondMoment(), Samples(count=3))}
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), inputs=qjax.static(INT8, qjax.Percentile(99.0)))])
+    run = lambda xs, folder: qjax.calibrate(layered, p, xs, recipe=recipe, statistics=more, resume=folder)  # noqa: E731
+    want = run(xs, None)
+    for stop in (1, 2, 5, 6):
+        folder = tmp_path / str(stop)
+        with pytest.raises(Killed):
+            run(Stopping(xs, stop), folder)
+        jax.tree.map(np.testing.assert_array_equal, run(xs, folder), want)
+        jax.tree.map(np.testing.assert_array_equal, run(xs, folder), want)  # once more: nothing is left to do
+    with pytest.raises(CheckpointError, match="begun with other batches"):
+        run(xs[1:] + xs[:1], tmp_path / "2")
+    with pytest.raises(CheckpointError, match="recipe, statistics differ"):
+        qjax.calibrate(layered, p, xs, recipe=EVERYWHERE, resume=tmp_path / "2")
 
 
 # -------------------------------------------------------------------------------------------------------- many devices

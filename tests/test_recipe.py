@@ -336,12 +336,12 @@ def test_every_preset_can_be_made_in_any_case():
     names = [name for name, description in qjax.recipes().items() if description]
     assert names == [
         *("W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W8A8_STATIC"),
-        *("W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4A16"),
+        *("W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4", "NVFP4A16"),
     ]
     for name in names:
         recipe = qjax.recipe(name.lower())
         assert recipe.name == name and recipe == qjax.recipe(name)
-        assert (recipe.needs_batches is not None) == (name in ("FP8", "W8A8_STATIC"))
+        assert (recipe.needs_batches is not None) == (name in ("FP8", "W8A8_STATIC", "NVFP4"))
         assert qjax.Recipe.from_toml(recipe.to_toml()) == recipe
 
 
@@ -369,5 +369,4 @@ def test_unknown_presets_and_those_that_need_calibration():
     with pytest.raises(RecipeError, match="there are W8A16, W8A8"):
         qjax.recipe("zzzzz")
     assert "static scales for inputs" in qjax.recipe("fp8").needs_batches
-    with pytest.raises(RecipeError, match="which this version does not have; use NVFP4A16"):
-        qjax.recipe("NVFP4")
+    assert "static scales for inputs" in qjax.recipe("nvfp4").needs_batches

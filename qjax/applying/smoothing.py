@@ -58,7 +58,7 @@ def smoothing(
     constants = {}
     for prefix, source in sources:
         below, above = (jnp.max(a / s, axis=-1, keepdims=True) for a in reach[prefix])
-        aux = source.fmt.from_range(-below, above)
+        aux = source.fmt.constant_aux(-below, above)
         for field, a in aux.items():
             constants[f"{prefix}.{field}"] = jnp.broadcast_to(a, (*stack, 1, 1))
     assert math.prod(s.shape[:-1]) == math.prod(lead)

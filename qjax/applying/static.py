@@ -19,13 +19,16 @@ import numpy as np
 from qjax.applying.storage import LeafPlan, input_prefix, reads_slice
 from qjax.calibration import AbsMax, MinMax, Observer, State
 from qjax.errors import DataError
-from qjax.formats import SMOOTH, QArray, QStack
+from qjax.formats import SMOOTH, Int, QArray, QStack
 from qjax.passes import rounding_statistics
 from qjax.program import Program
 from qjax.recipe import Decision
 from qjax.rewriting.taps import NONFINITE, Tap
 from qjax.sources import Static
 from qjax.statistics import ChannelRange
+
+_TENSOR = Int(8, per="tensor")
+"""Stands for the whole tensor where an observer is asked for the range of one."""
 
 Constants = Mapping[str, Mapping[str, Any]]
 """Site -> the arrays that its format's ``from_range`` gives, [1, 1] each."""
@@ -48,18 +51,24 @@ def taps_of(decisions: Mapping[str, Decision]) -> dict[str, Tap]:
         if isinstance(d.inputs, Static) and d.inputs.smooth is not None:
             taps[name] = Tap(statistics=(ChannelRange(), *statistics))
         elif isinstance(d.inputs, Static):
-            taps[name] = Tap(d.inputs.fmt, observer_of(d.inputs), statistics)
+            fmt = _TENSOR if d.inputs.fmt.shares_constant else d.inputs.fmt
+            taps[name] = Tap(fmt, observer_of(d.inputs), statistics)
         elif statistics:
             taps[name] = Tap(statistics=statistics)
     return taps
 
 
-def constants_of(taps: Mapping[str, Tap], state: Mapping[str, State]) -> Constants:
-    """The arrays of each tapped site from its observed state.
+def constants_of(decisions: Mapping[str, Decision], state: Mapping[str, State]) -> Constants:
+    """The arrays of each site with static inputs, from its observed state.
+
+    Args:
+        decisions: of the sites that are meant.
+        state: site -> what was observed there.
 
     Raises:
         DataError: the state is that of another recipe or program, or of a site that no batch reached.
     """
+    taps = taps_of(decisions)
     if set(state) != set(taps):
         missing, more = sorted(set(taps) - set(state)), sorted(set(state) - set(taps))
         said = f"no state for {missing[0]}" if missing else f"state for {more[0]}, which the recipe does not ask for"
@@ -93,7 +102,8 @@ def constants_of(taps: Mapping[str, Tap], state: Mapping[str, State]) -> Constan
             )
         if tap.observer is None:  # the scale follows from the weight too: see `qjax.applying.smoothing`
             continue
-        out[name] = {k: np.asarray(v) for k, v in tap.fmt.from_range(*tap.observer.range(fields, tap.fmt)).items()}
+        aux = decisions[name].inputs.fmt.constant_aux(*tap.observer.range(fields, tap.fmt))  # type: ignore[union-attr]
+        out[name] = {k: np.asarray(v) for k, v in aux.items()}
     return out
 
 
@@ -175,7 +185,7 @@ def abstract_inputs(q: QArray, inputs: tuple[tuple[str, Static], ...]) -> QArray
     if any(source.smooth is not None for _, source in inputs):
         aux[SMOOTH] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack) - 1), q.length), jnp.dtype("float32"))
     for prefix, source in inputs:
-        arrays = jax.eval_shape(lambda fmt=source.fmt: fmt.from_range(jnp.zeros((1, 1)), jnp.ones((1, 1))))
+        arrays = jax.eval_shape(lambda fmt=source.fmt: fmt.constant_aux(jnp.zeros((1, 1)), jnp.ones((1, 1))))
         for field, a in arrays.items():
             aux[f"{prefix}.{field}"] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack))), a.dtype)
     return dataclasses.replace(q, aux=aux)

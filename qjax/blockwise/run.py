@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qjax.applying.leaves import begin_leaf, seen_states
 from qjax.applying.planning import Plan, plan_program
@@ -35,7 +34,6 @@ from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
 from qjax.rewrite import Rewriter
 from qjax.rewriting.taps import NONFINITE, Collector, Tap
-from qjax.trees import is_array
 
 Key = tuple[int, ...]
 Pieces = dict[tuple[int, Key], Any]
@@ -201,12 +199,12 @@ class BlockQuantizer:
 
     def _job(self, blocks: Sequence[Block]) -> dict[str, Any]:
         """What a folder of finished blocks belongs to."""
+        from qjax.checkpoint.folded import update_digest
+
         program = self.shaped_for(self.first)[0].program
         digest = hashlib.sha256()
         for batch in self.batches():
-            for a in jax.tree.leaves(batch):
-                digest.update(str((getattr(a, "shape", ()), getattr(a, "dtype", ""))).encode())
-                digest.update(np.ascontiguousarray(np.asarray(a)).tobytes() if is_array(a) else repr(a).encode())
+            update_digest(digest, batch)
         return {
             "recipe": self.recipe.hash,
             "program": hashlib.sha256(str(program.jaxpr).encode()).hexdigest(),
@@ -335,7 +333,7 @@ class BlockQuantizer:
         names = {name for p, key in due for name in _readers(program, self.plan, p, key)} & set(taps)
         self.states |= states
         ready = {name: self.states[name] for name in names if name in self.states}
-        constants = constants_of({name: taps[name] for name in ready}, ready)
+        constants = constants_of({name: self.plan.decisions[name] for name in ready}, ready)
         seen = seen_states(program, self.plan.leaves, ready)
         pieces: Pieces = {}
         figures: Figures = {}

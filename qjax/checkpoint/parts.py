@@ -7,6 +7,8 @@ reported and not half-read.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,8 +42,6 @@ def load_part(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     Raises:
         CheckpointError: it is damaged.
     """
-    import json
-
     if not (path / POINTER).is_file():
         return None
     with reading(path) as folder:
@@ -82,6 +82,12 @@ def open_job(path: str | Path, job: Mapping[str, Any], what: str) -> Path:
     return folder
 
 
-def remove_job(folder: Path) -> None:
-    """Remove what a job has kept, once its result is safe."""
-    shutil.rmtree(folder, ignore_errors=True)
+def remove_job(folder: str | Path) -> None:
+    """Remove what a job has kept, once its result is safe; anything else in the folder stays."""
+    folder = Path(folder)
+    if not (folder / "job" / POINTER).is_file():
+        return
+    for name in ("blocks", "state", "job"):  # the job last: without the rest it only begins again
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -79,7 +79,9 @@ def _quantize(commands: argparse._SubParsersAction) -> None:
         "  qjax quantize models/vit-tiny --recipe W8A8 --images imagenet-sample\n"
         "  qjax quantize models/vit-tiny --recipe FP8 --calibration imagenet-sample --samples 32\n"
         "                                                 constant activation scales, from 32 of the images\n"
-        "  qjax quantize models/stories260k --recipe mine.toml",
+        "  qjax quantize models/stories260k --recipe mine.toml\n"
+        "  qjax quantize models/llama --recipe gptq.toml --calibration text.txt --resume job --low-memory\n"
+        "                                                 one layer at a time; killed, it goes on where it was",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
     parser.add_argument(
@@ -98,6 +100,15 @@ def _quantize(commands: argparse._SubParsersAction) -> None:
         "--samples", type=_positive, default=32, metavar="N", help="blocks or images to calibrate on (default: 32)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="keep finished layers here while calibrating, and go on from there after a kill",
+    )
+    parser.add_argument(
+        "--low-memory", action="store_true", help="read the weights of one layer at a time, never the whole model"
+    )
     _data(
         parser,
         "also compare with the float model on this text: perplexity, KL divergence, agreement",

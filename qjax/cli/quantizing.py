@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import qjax
+from qjax.checkpoint.parts import remove_job
 from qjax.cli.calibrating import calibration
 from qjax.cli.evaluating import scored_report
 from qjax.cli.inspecting import example_input
-from qjax.cli.output import counting, print_json, print_rich, waiting
+from qjax.cli.output import counting, print_json, print_rich, say, waiting
 from qjax.cli.scoring import check_data, score
 from qjax.errors import ModelError
-from qjax.folders import check_destination, is_saved, load_float, save_folder
+from qjax.folders import Loaded, check_destination, is_saved, load_float, save_folder
 from qjax.report import Report
 
 
@@ -30,16 +31,13 @@ def run(args: argparse.Namespace) -> None:
     recipe_name = recipe.name or Path(args.recipe).stem
     out = args.out or Path(f"{name}-{recipe_name}")
     check_destination(out, args.folder)
+    if args.low_memory and (args.text or args.images):
+        raise ModelError("--low-memory never has the whole float model: score the result with `qjax eval`")
     with waiting("reading weights"):
-        loaded = load_float(args.folder)
+        loaded = load_float(args.folder, lazy=args.low_memory)
     check_data(loaded, args)
     drawn = calibration(loaded, recipe, args)
-    state = qjax.calibrate(loaded.fn, loaded.params, drawn.batches, recipe=recipe) if drawn else None
-    with counting("quantizing") as progress:
-        example = example_input(loaded.config)
-        model = qjax.quantize(
-            loaded.fn, loaded.params, example, recipe=recipe, state=state, name=name, progress=progress
-        )
+    model = _quantized(loaded, recipe, drawn.batches if drawn else None, name, args)
     record = dataclasses.asdict(drawn.record) if drawn else None
     report, scored = replace(model.report, recipe=recipe_name), None
     if args.text or args.images:
@@ -49,11 +47,30 @@ def run(args: argparse.Namespace) -> None:
         report = scored_report(report, scored)
     with waiting("saving"):
         save_folder(out, args.folder, model, report, calibration=record)
+    if args.resume is not None:
+        remove_job(args.resume)  # the result is safe
     if args.json:
         print_json({**_as_json(report), "out": str(out), "seconds": round(time.monotonic() - start, 2)})
     else:
         print_rich(report)
         print(f"Saved in {out} ({out / 'report.html'} has the plots)")
+
+
+def _quantized(loaded: Loaded, recipe: qjax.Recipe, batches: Any, name: str, args: argparse.Namespace) -> qjax.Model:
+    """Quantize the whole model, or block by block where a rounding, the memory or a resumable job asks for it."""
+    looks = any(getattr(rule.rounding, "needs_batches", False) for rule in recipe.rules)
+    by_blocks = batches is not None and (looks or args.low_memory or args.resume is not None)
+    if args.resume is not None and not by_blocks:
+        say(f"{args.recipe} needs no calibration data and is done in one pass: --resume is not looked at")
+    state = None
+    if batches is not None and not by_blocks:
+        state = qjax.calibrate(loaded.fn, loaded.params, batches, recipe=recipe)
+    with counting("quantizing") as progress:
+        settings: dict[str, Any] = {"batches": batches, "resume": args.resume} if by_blocks else {"state": state}
+        example = example_input(loaded.config)
+        return qjax.quantize(
+            loaded.fn, loaded.params, example, recipe=recipe, name=name, progress=progress, **settings
+        )
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Format:
         elementwise: whether, without groups, ``encode`` and ``decode`` treat every element by itself, with whatever
             element of aux broadcasting puts beside it; a weight can then be rounded before it is transposed.
         symmetric: whether only the magnitude of a range counts, so that an observer may look at magnitudes alone.
+        shares_constant: whether one number serves the whole tensor beside the scales of blocks (NVFP4): static
+            activations keep that number and take the rest from the values as they pass.
         weights_only: whether a recipe refuses the format for activations: encoding them as they pass would cost more
             than the product gains.
         row_aux: names in aux whose last axis does not run along K (a codebook per row, say).
@@ -57,6 +59,7 @@ class Format:
     affine: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     weights_only: ClassVar[bool] = False
+    shares_constant: ClassVar[bool] = False
     symmetric: bool = True
     row_aux: ClassVar[tuple[str, ...]] = ()
 
@@ -87,6 +90,10 @@ class Format:
     def shared_aux(self, low: AnyArray, high: AnyArray) -> Aux:
         """Return the aux entries that all blocks of one matrix share, which a search over ranges holds fixed."""
         return {}
+
+    def constant_aux(self, low: AnyArray, high: AnyArray) -> Aux:
+        """Return what static activations keep, from the range of the whole tensor, [1, 1] each."""
+        return dict(self.shared_aux(low, high)) if self.shares_constant else self.from_range(low, high)
 
     def fit(self, x: AnyArray, weight: AnyArray | None = None) -> Aux:
         """Return aux for x, from the range of each block.

@@ -41,6 +41,7 @@ class NVFP4(Format):
 
     code_bits = 4
     per = "group"
+    shares_constant = True
     group: ClassVar[int] = BLOCK
 
     @property

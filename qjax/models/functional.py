@@ -83,13 +83,13 @@ def bind(cls: Callable[..., Any], config: Any, params: Params, **options: Any) -
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(pick, state))
 
 
-def stack_layers(params: Params) -> Params:
+def stack_layers(params: Params, stack: Callable[[tuple[Any, ...]], Any] = jnp.stack) -> Params:
     """From the unrolled form (``layers`` a list) to the scanned one (leaves stacked, ``[L, ...]``)."""
     if not isinstance(params["layers"], list):
         raise ModelError("these params are in the scanned form already; stack_layers takes a list of layers.")
     if len({jax.tree.structure(layer) for layer in params["layers"]}) > 1:
         raise ModelError("the layers of this model differ in kind and only equal ones can be stacked; unroll them.")
-    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
+    return {**params, "layers": jax.tree.map(lambda *leaves: stack(leaves), *params["layers"])}
 
 
 def unstack_layers(params: Params) -> Params:

@@ -23,7 +23,7 @@ from qjax.models import bert, gpt2, llama, moe, opt, resnet, vit
 from qjax.models.family import Family
 from qjax.models.functional import stack_layers
 from qjax.models.language import LanguageModel
-from qjax.models.weights import Checkpoint, read_json
+from qjax.models.weights import Checkpoint, read_json, stacked_lazily
 
 Config = Any
 Function = Any
@@ -90,7 +90,9 @@ def _read(folder: Path) -> tuple[Family, Config, Function]:
     return family, config, family.function(config)
 
 
-def load(folder: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = False) -> tuple[Function, Any, Config]:
+def load(
+    folder: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = False, lazy: bool = False
+) -> tuple[Function, Any, Config]:
     """Read a Hugging Face folder.
 
     Args:
@@ -98,6 +100,8 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = Fa
         dtype: of the parameters; float16 and bfloat16 weights are widened to float32 unless another one is asked for,
             None keeps what is stored.
         scan_layers: decoders only: stack the layers and scan over them.
+        lazy: parameters are `qjax.Lazy` leaves, which are read from the files when `qjax.quantize` comes to them: for
+            models that are larger than memory. Files have to stay where they are.
 
     Returns:
         ``fn, params, config``. ``params`` is a plain tree named like ``layers/3/attn/q_proj/kernel``. A decoder's
@@ -119,12 +123,17 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = Fa
     target = None if dtype is None else np.dtype(dtype)
     leaves = []
     for ours, spec in _named(wanted):
-        array = checkpoint.read(ours, family.checkpoint_names(config, ours), spec.shape)
-        leaves.append(jnp.asarray(np.ascontiguousarray(array), dtype=target))
+        theirs = family.checkpoint_names(config, ours)
+        if lazy:
+            leaves.append(checkpoint.lazy(ours, theirs, spec.shape, target))
+        else:
+            array = checkpoint.read(ours, theirs, spec.shape)
+            leaves.append(jnp.asarray(np.ascontiguousarray(array), dtype=target))
     checkpoint.check_all_used(getattr(config, "tie_word_embeddings", False))
     params = jax.tree.unflatten(tree, leaves)
     if scan_layers:
-        return dataclasses.replace(fn, scan_layers=True), stack_layers(params), config
+        stacked = stack_layers(params, stacked_lazily if lazy else jnp.stack)
+        return dataclasses.replace(fn, scan_layers=True), stacked, config
     return fn, params, config
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qjax.errors import ModelError, near
+from qjax.lazy import Lazy
 from qjax.models.family import Family
+
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+"""What a checkpoint may store weights as."""
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
@@ -75,7 +81,60 @@ class Checkpoint:
             return self._read(ours, theirs, shape)
         return np.stack([self._read(ours, [t.format(e=e) for t in theirs], shape[1:]) for e in range(shape[0])])
 
+    def lazy(self, ours: str, theirs: list[str], shape: tuple[int, ...], dtype: Any) -> Lazy:
+        """One parameter in our layout, read when it is needed; what cannot be read is refused now.
+
+        Args:
+            ours, theirs, shape: as for `read`.
+            dtype: of the parameter; None is the one that is stored.
+
+        Raises:
+            ModelError: as for `read`.
+        """
+        stacked = "{e}" in theirs[0]
+        parts = [[t.format(e=e) for t in theirs] for e in range(shape[0])] if stacked else [theirs]
+        stored = {self._check(ours, names, shape[1:] if stacked else shape) for names in parts}
+        one = lambda e: self._read(ours, parts[e], shape[1:])  # noqa: E731
+        return Lazy(
+            shape,
+            np.result_type(*stored) if dtype is None else dtype,
+            lambda: self.read(ours, theirs, shape),
+            one if stacked else None,
+        )
+
+    def _check(self, ours: str, theirs: list[str], shape: tuple[int, ...]) -> np.dtype:
+        """The dtype of a tensor, of which only the header is read."""
+        name = self._name(ours, theirs)
+        try:
+            with safe_open(self.files[name], framework="numpy") as file:
+                header = file.get_slice(name)
+                stored, found = header.get_dtype(), tuple(header.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.files[name]} is damaged ({error}); download it again.") from None
+        if stored not in _FLOATS:
+            raise self._not_float(name, stored)
+        ghost = np.lib.stride_tricks.as_strided(np.zeros(1, np.int8), found, (0,) * len(found))  # a shape, no numbers
+        if len(found) != len(shape) or (ghost := self.family.from_checkpoint(ghost, ours)).shape != shape:
+            raise self._misshapen(ours, name, ghost.shape, shape)
+        return np.dtype(_FLOATS[stored])
+
     def _read(self, ours: str, theirs: list[str], shape: tuple[int, ...]) -> np.ndarray:
+        name = self._name(ours, theirs)
+        try:
+            with safe_open(self.files[name], framework="numpy") as file:
+                stored = file.get_slice(name).get_dtype()
+                array = file.get_tensor(name) if stored in _FLOATS else None
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.files[name]} is damaged ({error}); download it again.") from None
+        if array is None:
+            raise self._not_float(name, stored)
+        fits = array.ndim == len(shape) and (array := self.family.from_checkpoint(array, ours)).shape == shape
+        if not fits:
+            raise self._misshapen(ours, name, array.shape, shape)
+        return array
+
+    def _name(self, ours: str, theirs: list[str]) -> str:
+        """Which of the names that a parameter may have is there."""
         name = next((t for t in theirs if t in self.files), None)
         if name is None:
             raise ModelError(
@@ -83,24 +142,19 @@ class Checkpoint:
                 "and weights must come from the same checkpoint."
             )
         self.used.add(name)
-        try:
-            with safe_open(self.files[name], framework="numpy") as file:
-                stored = file.get_slice(name).get_dtype()
-                array = file.get_tensor(name) if stored in ("F64", "F32", "F16", "BF16") else None
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self.files[name]} is damaged ({error}); download it again.") from None
-        if array is None:
-            raise ModelError(
-                f"tensor {name!r} of {self.folder} is stored as {stored}, not as floating point of 16 bits or more; "
-                "load the float checkpoint."
-            )
-        fits = array.ndim == len(shape) and (array := self.family.from_checkpoint(array, ours)).shape == shape
-        if not fits:
-            raise ModelError(
-                f"tensor {name!r} of {self.folder} gives {ours!r} the shape {tuple(array.shape)}, but config.json asks "
-                f"for {shape}; config.json and weights must come from the same checkpoint."
-            )
-        return array
+        return name
+
+    def _not_float(self, name: str, stored: str) -> ModelError:
+        return ModelError(
+            f"tensor {name!r} of {self.folder} is stored as {stored}, not as floating point of 16 bits or more; "
+            "load the float checkpoint."
+        )
+
+    def _misshapen(self, ours: str, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ModelError:
+        return ModelError(
+            f"tensor {name!r} of {self.folder} gives {ours!r} the shape {tuple(found)}, but config.json asks "
+            f"for {shape}; config.json and weights must come from the same checkpoint."
+        )
 
     def check_all_used(self, tied: bool) -> None:
         """Refuse tensors that the function would silently leave out.
@@ -116,6 +170,14 @@ class Checkpoint:
                 f"{self.folder} holds tensors that config.json does not account for: {shown}; config.json and weights "
                 "must come from the same checkpoint."
             )
+
+
+def stacked_lazily(layers: Sequence[Lazy]) -> Lazy:
+    """Leaves of one shape as one leaf with a leading axis, each slice of which is read by itself."""
+    first = layers[0]
+    return Lazy(
+        (len(layers), *first.shape), first.dtype, lambda: np.stack([np.asarray(a) for a in layers]), lambda i: layers[i]
+    )
 
 
 def _names(path: Path) -> list[str]:

@@ -228,7 +228,15 @@ def _act(act: Act | None, x: Any, constants: dict[str, Any], where: str, streame
             f"{where}: its rule asks for static {act.fmt.name} inputs, but no scale was calibrated for this site; "
             "quantize with batches= that run it, or use dynamic(...)"
         )
+    if act.fmt.shares_constant:  # the number that all blocks share is known, their own scales are those of the moment
+        return act.fmt, _block_scales(x, act.fmt, aux)
     return act.fmt, aux
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _block_scales(x: Any, fmt: Any, shared: dict[str, Any]) -> Any:
+    """Scales of the blocks of activations [*batch, rows, K] under a shared constant [*batch, 1, 1]."""
+    return lax.stop_gradient(fmt.from_range(*fmt.range_of(x), shared))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

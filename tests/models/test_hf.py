@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import qjax
 from qjax import models
 from qjax.errors import DataError, ModelError
 from qjax.models import ImageClassifier, LanguageModel, LlamaConfig, VitConfig
@@ -228,3 +229,45 @@ def test_image_processor(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.jpg"):
         models.image_processor(tmp_path)([tmp_path / "broken.jpg"])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_lazy_parameters(folder, scan, monkeypatch):
+    """Nothing is read before quantize needs it; then the same codes as from the loaded model."""
+    fn, params, _ = models.load(folder, scan_layers=scan)
+    read = []
+    monkeypatch.setattr("qjax.models.weights.Checkpoint._read", _recording(read))
+    lazy_fn, lazy, config = models.load(folder, scan_layers=scan, lazy=True)
+    assert not read and config == LlamaConfig.from_hf(HF)
+    shapes = lambda tree: jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)  # noqa: E731
+    assert shapes(lazy) == shapes(params)
+    text = jnp.arange(12).reshape(2, 6)
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(4), rounding=qjax.GPTQ())])
+    want = qjax.quantize(fn, params, recipe=recipe, batches=[text], blocks="layers/*")
+    got = qjax.quantize(lazy_fn, lazy, recipe=recipe, batches=[text])
+    assert max(map(read.count, set(read))) <= 4
+    for a, b in zip(jax.tree.leaves(want.params), jax.tree.leaves(got.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(want(want.params, text), got(got.params, text))
+
+
+def _recording(read):
+    original = models.weights.Checkpoint._read
+
+    def recorded(self, ours, theirs, shape):
+        read.append(theirs[0])
+        return original(self, ours, theirs, shape)
+
+    return recorded
+
+
+def test_what_is_wrong_with_a_folder_is_said_before_anything_is_read(folder):
+    rewrite(folder, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(ModelError, match="no tensor 'model.norm.weight'"):
+        models.load(folder, lazy=True)
+    rewrite(folder, lambda t: t.update({"model.norm.weight": np.ones(3, np.float32)}))
+    with pytest.raises(ModelError, match="but config.json asks"):
+        models.load(folder, lazy=True)
+    rewrite(folder, lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
+    with pytest.raises(ModelError, match="stored as I8"):
+        models.load(folder, lazy=True)
