@@ -31,6 +31,10 @@ from qjax.errors import FormatError
 __all__ = ["ChannelRange", "Range", "Samples", "SecondMoment", "Statistic", "merge_statistics"]
 
 
+_SLAB = 2048
+"""Rows of a second moment that are computed at a time, where it has many."""
+
+
 class Statistic:
     """Base of statistics. Subclasses are frozen dataclasses and define `init` and `see`, or more.
 
@@ -49,6 +53,10 @@ class Statistic:
     def see(self, x: Any) -> State:
         """Return the state of one batch, float [*stack, rows, K]."""
         raise NotImplementedError(f"{type(self).__name__} has to define see")
+
+    def add(self, state: State, x: Any) -> State:
+        """Return a state after one more batch."""
+        return self.merge(state, self.see(x))
 
     def merge(self, a: State, b: State) -> State:
         """Return the state of both streams together."""
@@ -149,6 +157,24 @@ class SecondMoment(Statistic):
         x = jnp.where(jnp.isfinite(x), x, 0.0)
         moment = jnp.einsum("...rk,...rl->...kl", x, x, precision=lax.Precision.HIGHEST)
         return {"second_moment": moment, "rows": jnp.sum(jnp.any(x != 0, axis=-1), axis=-1).astype(jnp.float32)}
+
+    def add(self, state: State, x: Any) -> State:
+        """Return the sum with x's, of many channels slab by slab: a second array of that size is never there."""
+        k = x.shape[-1]
+        slab = max((d for d in range(1, _SLAB + 1) if k % d == 0), default=1)
+        if x.ndim != 2 or k < 2 * _SLAB or slab < _SLAB // 8:
+            return self.merge(state, self.see(x))
+        x = x.astype(jnp.float32)
+        x = jnp.where(jnp.isfinite(x), x, 0.0)
+
+        def one(i: Array, moment: Array) -> Array:
+            columns = lax.dynamic_slice_in_dim(x, i * slab, slab, axis=1)
+            more = jnp.matmul(columns.T, x, precision=lax.Precision.HIGHEST)
+            here = lax.dynamic_slice_in_dim(moment, i * slab, slab, axis=0)
+            return lax.dynamic_update_slice_in_dim(moment, here + more, i * slab, axis=0)
+
+        moment = lax.fori_loop(0, k // slab, one, state["second_moment"])
+        return {"second_moment": moment, "rows": state["rows"] + jnp.sum(jnp.any(x != 0, axis=-1))}
 
     def scaled(self, state: State, factor: Any) -> State:
         moment = state["second_moment"] * factor * jnp.swapaxes(factor, -1, -2)

@@ -17,7 +17,7 @@ from qjax.applying.planning import Plan, plan_program
 from qjax.applying.reporting import build_report, explain_row
 from qjax.applying.static import constants_of, with_constants
 from qjax.applying.storage import WEIGHT_OPS, input_prefix
-from qjax.blockwise import BlockQuantizer
+from qjax.blockwise import BlockQuantizer, blocks_of, job_cost
 from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
 from qjax.formats import is_quantized
 from qjax.lazy import Lazy
@@ -174,22 +174,39 @@ class Model:
         return explain_row(self.report.row(site))
 
 
-def plan(fn: Callable[..., Any], params: Any, *args: Any, recipe: Recipe | str, **kwargs: Any) -> Plan:
+def plan(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    recipe: Recipe | str,
+    batches: int = 1,
+    blocks: str | None = None,
+    resume: bool = False,
+    **kwargs: Any,
+) -> Plan:
     """What `quantize` would do, without doing it.
 
     Args:
-        fn, params, *args, **kwargs: as for `qjax.trace`; abstract arrays are enough.
+        fn, params, *args, **kwargs: as for `qjax.trace`; abstract arrays are enough. Where the recipe needs data, the
+            arguments are those of one batch.
         recipe: a recipe or the name of a preset.
+        batches: how many batches of that shape there will be.
+        blocks, resume: whether `quantize` will be given these, which make it go block by block.
 
     Returns:
-        Sites, decisions, shapes and bytes of the quantized tree, and shardings for it.
+        Sites, decisions, shapes and bytes of the quantized tree, shardings for it, and ``cost``: peak memory and work.
 
     Raises:
         RecipeError: the recipe does not fit the program.
     """
     recipe = resolve_recipe(recipe)
     signature, arrays = Signature.of(params, args, kwargs)
-    return plan_program(trace_flat(fn, signature, arrays), recipe)
+    planned = plan_program(trace_flat(fn, signature, arrays), recipe)
+    lazy = [isinstance(a, Lazy) for a in arrays[: signature.n_params]]
+    parts = bool(recipe.needs_batches) and _by_blocks(recipe, params, blocks, resume or None)
+    count = batches if recipe.needs_batches else 0
+    cost = job_cost(planned, blocks_of(planned.program, blocks), count, lazy, parts)
+    return dataclasses.replace(planned, cost=cost)
 
 
 def quantize(

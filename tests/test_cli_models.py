@@ -114,3 +114,37 @@ def test_text_encoder(capsys, folder_of, tmp_path):
         )
     code, nothing, err = run(capsys, "generate", folder, "--prompt", "a")
     assert (code, nothing) == (2, None) and "holds a text encoder; generate needs a language model" in err
+
+
+GPTQ = """
+[[rules]]
+match = "**/lm_head/**"
+skip = true
+optional = true
+
+[[rules]]
+match = "**"
+weights = { format = "int", bits = 4, group = 8 }
+clamp_group = true
+rounding = { rounding = "GPTQ", block_size = 8 }
+"""
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_layer_by_layer(capsys, folder_of, tmp_path, kind):
+    """--resume and --low-memory change how the job goes and not what comes out."""
+    folder, text, recipe = folder_of(kind), tmp_path / "text.txt", tmp_path / "gptq.toml"
+    text.write_text("\n\n".join(["the quick brown fox", "jumps over a lazy dog", "and sleeps"] * 4))
+    recipe.write_text(GPTQ)
+    scores = []
+    for extra in ((), ("--resume", tmp_path / "job", "--low-memory")):
+        out = tmp_path / f"out{len(extra)}"
+        arguments = ["--recipe", recipe, "--out", out, "--calibration", text, "--samples", 4, *extra]
+        code, said, err = run(capsys, "quantize", folder, *arguments)
+        assert code == 0, err
+        assert any("blocks, one after the other" in note for note in said["notes"])
+        assert any("GPTQ" in note for note in said["notes"])
+        scores.append(run(capsys, "eval", out, "--text", text, "--no-float")[1]["perplexity"])
+    assert scores[0] == scores[1] and not (tmp_path / "job").exists()
+    assert main(["quantize", str(folder), "--recipe", str(recipe), "--low-memory", "--text", str(text)]) != 0
+    assert "qjax eval" in capsys.readouterr().err

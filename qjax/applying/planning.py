@@ -30,12 +30,14 @@ class Plan:
         recipe: the recipe.
         decisions: site name -> what the recipe says.
         leaves: leaf position -> how it is stored, for leaves that are quantized.
+        cost: peak memory and work of the job, from `qjax.plan` (`qjax.blockwise.Cost`).
     """
 
     program: Program
     recipe: Recipe
     decisions: Mapping[str, Decision]
     leaves: Mapping[int, LeafPlan]
+    cost: Any = None
 
     @cached_property
     def arrays(self) -> list[Any]:
@@ -105,7 +107,8 @@ class Plan:
                 key = stored.fmt.name if stored.fmt is not None else "float"
                 by_format[key] = by_format.get(key, 0) + 1
         formats = ", ".join(f"{n} × {name}" for name, n in by_format.items()) or "nothing quantized"
-        return f"{self.float_bytes:,} -> {self.stored_bytes:,} bytes; {formats}"
+        cost = f"\n{self.cost}" if self.cost is not None else ""
+        return f"{self.float_bytes:,} -> {self.stored_bytes:,} bytes; {formats}{cost}"
 
 
 def plan_program(program: Program, recipe: Recipe) -> Plan:

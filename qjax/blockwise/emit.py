@@ -51,6 +51,7 @@ def _emit_item(rewriter: Rewriter, item: Item, values: list[Any]) -> list[Any]:
     eqn = item.eqn
     stack = siu.current_name_stack() + eqn.source_info.name_stack
     with siu.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        rewriter.depth = len(getattr(rewriter, "frames", ())) + (item.step is not None)  # type: ignore[attr-defined]
         if item.step is None:
             return rewriter.equation(eqn, values, item.path, {})
         loop = rewriter.program.loop_at[item.path]
@@ -69,20 +70,27 @@ class Compiled:
     def __init__(self) -> None:
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, function: Callable[..., Any], args: Any) -> Callable[[Any], Any]:
-        """Return a compiled form of ``function(args)``, for arguments of these shapes."""
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(args)
+    def __call__(self, function: Callable[..., Any], args: Any, given_up: Any = ()) -> Callable[[Any, Any], Any]:
+        """Return a compiled form of ``function(args, given_up)``, for arguments of these shapes.
+
+        The arrays of ``given_up`` are overwritten by results of the same shapes.
+        """
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(args, given_up)
         tree = jax.tree.structure(shape)
         consts = consts_of(closed)
         key = (str(closed), tuple(str(jax.typeof(c)) for c in consts))
         if _hides_constants(closed) or key not in self._programs:
             inner = open_jaxpr(closed)
-            run = jax.jit(lambda consts, *flat: eval_jaxpr(inner, consts, *flat))
+            run = jax.jit(lambda consts, more, *flat: eval_jaxpr(inner, consts, *flat, *more), donate_argnums=1)
             if _hides_constants(closed):
-                return lambda args: jax.tree.unflatten(tree, run(consts, *jax.tree.leaves(args)))
+                return lambda args, more: _called(run, consts, args, more, tree)
             self._programs[key] = run
         shared = self._programs[key]
-        return lambda args: jax.tree.unflatten(tree, shared(consts, *jax.tree.leaves(args)))
+        return lambda args, more: _called(shared, consts, args, more, tree)
+
+
+def _called(run: Callable[..., Any], consts: Any, args: Any, given_up: Any, tree: Any) -> Any:
+    return jax.tree.unflatten(tree, run(consts, jax.tree.leaves(given_up), *jax.tree.leaves(args)))
 
 
 def _hides_constants(jaxpr: Any, top: bool = True) -> bool:

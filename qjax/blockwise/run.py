@@ -25,7 +25,7 @@ from qjax.applying.storage import LeafPlan, reads_slice
 from qjax.blockwise.emit import Compiled, emit_block
 from qjax.blockwise.join import joined
 from qjax.blockwise.progress import Progress
-from qjax.blockwise.schedule import Block, Schedule, blocks_of
+from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
 from qjax.calibration import State
 from qjax.errors import DataError, QjaxError, RecipeError
 from qjax.lazy import Lazy
@@ -49,6 +49,7 @@ class Shaped:
     schedule: Schedule
     taps: Mapping[str, Tap]
     quantized: Rewriter
+    leaders: Mapping[str, str]
 
     @property
     def program(self) -> Program:
@@ -89,7 +90,7 @@ class BlockQuantizer:
         self.resume, self.donate = resume, donate
         self.shaped: dict[Any, Shaped] = {}
         self.compiled = Compiled()
-        self.cache: dict[Any, Callable[[Any], Any]] = {}
+        self.cache: dict[Any, Callable[[Any, Any], Any]] = {}
         self.pieces: Pieces = {}
         self.figures: Figures = {}
         self.states: dict[str, State] = {}  # of weights that a later block reads too
@@ -118,7 +119,7 @@ class BlockQuantizer:
                         f"{[b.name for b in known.blocks]} and {[b.name for b in schedule.blocks]}"
                     )
             taps = taps_of(self.recipe.decide(program.sites, strict=not self.shaped))
-            self.shaped[key] = Shaped(schedule, taps, self.make_rewriter(program))
+            self.shaped[key] = Shaped(schedule, taps, self.make_rewriter(program), sharing(program, taps))
         return self.shaped[key], arrays[signature.n_params :]
 
     @cached_property
@@ -181,7 +182,7 @@ class BlockQuantizer:
                 self.pieces |= pieces
                 for position, found in figures.items():
                     self.figures.setdefault(position, {}).update(found)
-                live = self.advance(number, live, self.observe(number, live, gather=False))
+                live = self.advance(number, live, ({}, []) if self.sequential else self.observe(number, live))
             else:
                 states, after = self.observe(number, live)
                 pieces, figures = self.round(number, states)
@@ -194,7 +195,9 @@ class BlockQuantizer:
             if self.progress is not None:
                 self.progress(number + 1, len(blocks), block.name)
         names = [block.name for block in blocks]
-        notes = [f"quantized in {len(blocks)} blocks, one after the other: {', '.join(names)}", *self.prepared[1]]
+        roundings = {s.rounding for leaf in self.plan.leaves.values() for s in leaf.slices.values() if s.rounding}
+        notes = [f"weights rounded by {rounding!r}" for rounding in sorted(roundings, key=repr)]
+        notes += [f"quantized in {len(blocks)} blocks, one after the other: {', '.join(names)}", *self.prepared[1]]
         return self.plan, self.stored(), self.figures, notes
 
     def _job(self, blocks: Sequence[Block]) -> dict[str, Any]:
@@ -257,9 +260,7 @@ class BlockQuantizer:
             return jnp.asarray(value[key[0]])[None]
         return jnp.asarray(value)[_where(plan, key, value.ndim)]
 
-    def observe(
-        self, number: int, live: list[dict[int, Any]], gather: bool = True
-    ) -> tuple[dict[str, State], list[list[Any]]]:
+    def observe(self, number: int, live: list[dict[int, Any]]) -> tuple[dict[str, State], list[list[Any]]]:
         """Run every batch through a float block: what was gathered, and what the block gives, by batch."""
         states: dict[str, State] = {}
         after: list[list[Any]] = []
@@ -268,28 +269,30 @@ class BlockQuantizer:
             shaped, arrays = self.shaped_for(batch)
             block = shaped.schedule.blocks[number]
             args = (self.reads(block, arrays, cache), [live[at][v] for v in block.takes])
-            taps = {name: shaped.taps[name] for name in block.sites if name in shaped.taps}
+            taps = {name: shaped.taps[name] for name in block.sites if shaped.leaders.get(name) == name}
             if not taps and self.sequential:
                 after.append([])
                 continue
 
-            def observed(args: Any, shaped: Shaped = shaped, block: Block = block, taps: Any = taps) -> Any:
-                collector = Collector(shaped.program, taps)
+            def observed(
+                args: Any, states: Any, shaped: Shaped = shaped, block: Block = block, taps: Mapping[str, Tap] = taps
+            ) -> Any:
+                collector = Collector(shaped.program, taps, before=states)
                 with collector.collecting() as taken:
                     outs = emit_block(collector, block, *args)
-                return outs, collector.by_site(taken)
+                found = collector.by_site(taken)
+                apart = (set(found) & set(states)) - collector.continued
+                merged = {n: taps[n].merge(states[n], s) if n in apart else s for n, s in found.items()}
+                return [] if self.sequential else outs, {**states, **merged}
 
-            outs, found = self.call("observe", number, shaped, observed, args)
-            after.append([] if self.sequential else outs)
-            if not gather:
-                continue
-            for name, state in sorted(found.items(), key=lambda pair: block.sites.index(pair[0])):
-                if float(state[NONFINITE]):
-                    raise DataError(
-                        f"batch {at}: NaN or infinity among the inputs of {name}; look at that batch, or at what comes "
-                        "before the site"
-                    )
-                states[name] = taps[name].merge(states[name], state) if name in states else state
+            outs, states = self.call("observe", number, shaped, observed, args, states)
+            after.append(outs)
+            bad = [name for name in block.sites if name in states and float(states[name][NONFINITE])]
+            if bad:
+                raise DataError(
+                    f"batch {at}: NaN or infinity among the inputs of {bad[0]}; look at that batch, or at what comes "
+                    "before the site"
+                )
         return states, after
 
     def advance(
@@ -305,7 +308,7 @@ class BlockQuantizer:
             if self.sequential:
                 args = (self.reads(block, arrays, cache, quantized=True), [live[at][v] for v in block.takes])
 
-                def quantized(args: Any, shaped: Shaped = shaped, block: Block = block) -> Any:
+                def quantized(args: Any, _: Any, shaped: Shaped = shaped, block: Block = block) -> Any:
                     return emit_block(shaped.quantized, block, *args)
 
                 gives = self.call("advance", number, shaped, quantized, args)
@@ -317,37 +320,47 @@ class BlockQuantizer:
             out.append({v: a for v, a in values.items() if v in later})
         return out
 
-    def call(self, what: str, number: int, shaped: Shaped, function: Callable[[Any], Any], args: Any) -> Any:
+    def call(
+        self, what: str, number: int, shaped: Shaped, function: Callable[..., Any], args: Any, given_up: Any = ()
+    ) -> Any:
         """Call a function of a block, compiled once for all blocks and batches that are alike."""
-        key = (what, number, id(shaped), _types(args))
+        key = (what, number, id(shaped), _types((args, given_up)))
         if key not in self.cache:
             self.cache = {k: v for k, v in self.cache.items() if k[1] == number}  # those of earlier blocks are done
-            self.cache[key] = self.compiled(function, args)
-        return self.cache[key](args)
+            self.cache[key] = self.compiled(function, args, given_up)
+        return self.cache[key](args, given_up)
 
     def round(self, number: int, states: dict[str, State]) -> tuple[Pieces, Figures]:
-        """Round the weights that are due after a block."""
-        program = self.shaped_for(self.first)[0].program
-        due = self.due[number]
-        taps = self.shaped_for(self.first)[0].taps
-        names = {name for p, key in due for name in _readers(program, self.plan, p, key)} & set(taps)
+        """Round the weights that are due after a block; statistics are given up as soon as they have served."""
+        program, plan = self.plan.program, self.plan
+        shaped, _ = self.shaped_for(self.first)
+        taps, leaders = shaped.taps, shaped.leaders
         self.states |= states
-        ready = {name: self.states[name] for name in names if name in self.states}
-        constants = constants_of({name: self.plan.decisions[name] for name in ready}, ready)
-        seen = seen_states(program, self.plan.leaves, ready)
+        states.clear()
+        left: dict[str, int] = {}  # site -> slices that its statistics are still needed for
+        for later in self.due[number:]:
+            for position, key in later:
+                for name in _readers(program, plan, position, key):
+                    leader = leaders.get(name, name)
+                    left[leader] = left.get(leader, 0) + 1
         pieces: Pieces = {}
         figures: Figures = {}
-        for position, key in due:
-            plan = self.plan.leaves[position]
-            value = self.float_slice(position, plan, key)
-            piece, wait = begin_leaf(plan, value, {}, seen.get(position, {}), [key])
-            positions = dict(zip(plan.key_axes, ([k] for k in key), strict=True))
-            pieces[position, key] = with_constants(program, plan, piece, constants, positions)
+        for position, key in self.due[number]:
+            leaf = plan.leaves[position]
+            readers = _readers(program, plan, position, key)
+            ready = {
+                name: self.states[leaders[name]] for name in readers if name in taps and leaders[name] in self.states
+            }
+            constants = constants_of({name: plan.decisions[name] for name in ready}, ready)
+            seen = seen_states(program, {position: leaf}, ready).get(position, {})
+            piece, wait = begin_leaf(leaf, self.float_slice(position, leaf, key), {}, seen, [key])
+            positions = dict(zip(leaf.key_axes, ([k] for k in key), strict=True))
+            pieces[position, key] = with_constants(program, leaf, piece, constants, positions)
             figures.setdefault(position, {}).update(wait())
-        still = {
-            name for later in self.due[number + 1 :] for p, k in later for name in _readers(program, self.plan, p, k)
-        }
-        self.states = {name: state for name, state in self.states.items() if name in still}
+            for name in readers:
+                left[leaders.get(name, name)] -= 1
+            del ready, seen
+            self.states = {name: state for name, state in self.states.items() if left.get(name)}
         return pieces, figures
 
     def stored(self) -> list[Any]:

@@ -13,6 +13,7 @@ reads, which leaves, or slices of leaves, and what it hands on.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity
+from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
 from qjax.analysis.reads import Path
 from qjax.errors import RecipeError
 from qjax.program import Program
@@ -263,12 +264,13 @@ class _Flat:
         for v in item.results:
             self.home[v] = rank
 
-    # Equations that only look at parameters (a cast, a transpose) belong where their result is used: run beforehand
-    # they would make float copies of all weights at once. Each block has its own.
+    # Equations that only look at parameters (a cast, a transpose) or at constants (a mask) belong where their result is
+    # used: run beforehand they would make float copies of all weights at once, or be kept for every batch. Each block
+    # has its own.
 
     def _is_view(self, item: Item) -> bool:
         values = [u.value for u in item.uses if u.value >= 0]
-        return bool(values) and all(v < self.program.signature.n_params or v in self.views for v in values)
+        return all(v < self.program.signature.n_params or v in self.views for v in values)
 
     def _viewed(self, use: Use, rank: int) -> Use:
         """A use of a view as a use of that view's own copy in a block."""
@@ -287,8 +289,35 @@ class _Flat:
             self.copies[key] = results[position]
         return Use(self.copies[key], None if inside is not None else use.index)
 
+    def _settle(self) -> None:
+        """Move equations without weights to the block that reads them, where less is handed on then.
+
+        The norm in front of a layer is computed from what the layer before returns, and would be handed on beside it.
+        """
+        readers: dict[Value, list[int]] = defaultdict(list)
+        for n, item in enumerate(self.items):
+            for use in item.uses:
+                readers[use.value].append(n)
+        results, copies = {use.value for use in self.outs}, set(self.copies.values())
+        size = {v: nbytes(a) for item in self.items for v, a in zip(item.results, result_avals(item), strict=True)}
+        for n in reversed(range(len(self.items))):
+            item = self.items[n]
+            users = [self.rank[m] for v in item.results for m in readers[v]]
+            if item.step is not None or item.stack or self._blocks_below(item.path) or results & set(item.results):
+                continue
+            if not users or (target := min(users)) <= self.rank[n]:
+                continue
+            more = sum(
+                size.get(v, 0)  # inputs of the program are at hand everywhere
+                for v in {use.value for use in item.uses if use.value >= 0} - copies  # these can follow
+                if max((self.rank[m] for m in readers[v] if m != n), default=-1) < target
+            )
+            if more <= sum(size[v] for v in item.results):
+                self.rank[n] = target
+
     def schedule(self) -> Schedule:
         """Put what has been numbered into blocks."""
+        self._settle()
         labels = {0: "before", **{rank: name for name, rank in self.names.items()}, len(self.names) + 1: "after"}
         groups: dict[int, list[Item]] = defaultdict(list)
         for item, rank in zip(self.items, self.rank, strict=True):
@@ -317,6 +346,50 @@ class _Flat:
         return Schedule(self.program, tuple(blocks), tuple(self.outs))
 
 
-def last_block_of(schedule: Schedule, sites: Mapping[str, Any]) -> dict[str, int]:
-    """The number of the last block that runs each of these sites."""
-    return {site: n for n, block in enumerate(schedule.blocks) for site in block.sites if site in sites}
+def sharing(program: Program, taps: Mapping[str, Any]) -> dict[str, str]:
+    """Sites that look at the same activations in the same way: each with the first of them, whose statistics serve all.
+
+    Args:
+        program: the trace.
+        taps: site -> what is gathered there.
+    """
+    first: dict[Any, str] = {}
+    out = {}
+    for site in program.sites:
+        if site.name not in taps:
+            continue
+        key: Any = site.name
+        read = program.analysis.reads[site.read]
+        if site.op == "dot" and read.side is not None:
+            eqn = _equation_at(program.jaxpr, site.path)
+            axes, batch = eqn.params["dimension_numbers"]
+            x = eqn.invars[1 - read.side]
+            steps = tuple(i for _, i in site.slice) if program.slices[site.read].loops else ()
+            sums = tuple(axes[1 - read.side]), tuple(batch[1 - read.side]), site.in_axes
+            key = (site.path[:-1], x if isinstance(x, jex.Var) else id(x), sums, steps, taps[site.name])
+        out[site.name] = first.setdefault(key, site.name)
+    return out
+
+
+def _equation_at(jaxpr: Any, path: Path) -> Any:
+    """The equation at an address."""
+    eqn = None
+    for step in path:
+        if isinstance(step, tuple):
+            assert eqn is not None
+            jaxpr = dict(sub_jaxprs(eqn.params))[step]
+        else:
+            eqn = open_jaxpr(jaxpr).eqns[step]
+    return eqn
+
+
+def result_avals(item: Item) -> list[Any]:
+    """The abstract values of an item's results."""
+    if item.stack:
+        return [v.aval for v in item.eqn.outvars[-len(item.stack) :]]
+    return [v.aval for v in (item.eqn if item.step is None else open_jaxpr(item.eqn.params["jaxpr"])).outvars]
+
+
+def nbytes(aval: Any) -> int:
+    """Bytes of an abstract array."""
+    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)

@@ -75,12 +75,13 @@ class Rows:
                 "gather them on the unsharded function, or shard another axis of the weight"
             )
 
-    def seen(self, part: Statistic) -> State:
-        """The state of one statistic."""
-        if not part.stacked:
-            return part.see(self.matrix.reshape(-1, self.matrix.shape[-1]))
-        if not self.ragged:
-            return part.see(self.matrix)
+    def seen(self, part: Statistic, before: State | None = None) -> State:
+        """The state of one statistic, with what was seen before."""
+        if not (part.stacked and self.ragged):
+            rows = self.matrix if part.stacked else self.matrix.reshape(-1, self.matrix.shape[-1])
+            return part.see(rows) if before is None else part.add(before, rows)
+        if before is not None:
+            return part.merge(before, self.seen(part))
         sizes = self.values[2]
         ends = jnp.cumsum(sizes)
         at = jnp.arange(self.matrix.shape[0])

@@ -71,16 +71,19 @@ class Tap:
             state |= part.init(shape if part.stacked else flat)
         return state
 
-    def see(self, seen: Callable[[Statistic], State], x: Any) -> State:
-        """The state of activations.
+    def see(self, seen: Callable[[Statistic, State | None], State], x: Any, before: State | None = None) -> State:
+        """The state of activations, with what was seen before.
 
         Args:
-            seen: gives the state of one statistic.
+            seen: gives the state of one statistic, given its state before.
             x: the activations, of any shape.
+            before: None for nothing.
         """
         state: State = {NONFINITE: jnp.sum(~jnp.isfinite(x)).astype(jnp.float32)}
-        for part in self.parts:
-            state |= seen(part)
+        if before is not None:
+            state[NONFINITE] = jnp.maximum(state[NONFINITE], before[NONFINITE])
+        for part, names in _fields(self):
+            state |= seen(part, None if before is None else {name: before[name] for name in names})
         return state
 
     def merge(self, a: State, b: State) -> State:
@@ -120,10 +123,16 @@ class Collector(Rewriter):
     Args:
         program: the trace.
         taps: site name -> what to observe there.
+        before: site name -> what was seen before, which is continued in place where the product runs once.
+
+    Attributes:
+        depth: how many dictionaries deep a product is that no control flow is around; 0 while nobody says so.
+        continued: the sites whose contribution holds what was seen before.
     """
 
-    def __init__(self, program: Any, taps: Mapping[str, Tap]):
+    def __init__(self, program: Any, taps: Mapping[str, Tap], before: Mapping[str, State] | None = None):
         super().__init__(program, taps, max_runs=1 << 30)
+        self.before, self.continued, self.depth = dict(before or {}), set(), 0
         self.taps = dict(taps)
         self.frames: list[Taken] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
@@ -169,11 +178,30 @@ class Collector(Rewriter):
                 self.shapes[number], seen = rows.shape, rows.seen
             else:
                 matrix = activation_matrix(eqn, x, side)
-                self.shapes[number], seen = matrix.shape, lambda part: part.see(matrix)
-            self.deposit({(number, ()): tap.see(seen, x)})
+                self.shapes[number] = matrix.shape
+                seen = lambda part, before: part.see(matrix) if before is None else part.add(before, matrix)  # noqa: E731
+            self.deposit({(number, ()): tap.see(seen, x, self._before(number, context))})
         if any(is_special(v) for v in values):
             return super().product(emit, number, [], eqn, values, context)
         return bind(eqn, values)
+
+    def _before(self, number: int, context: Any) -> State | None:
+        """What was seen before at the only site that this product is, where it runs once."""
+        if len(self.frames) != self.depth:
+            return None
+        table = self.program.slices[number]
+        names = {
+            table.name_of[key]
+            for step, key in table.by_step.items()
+            if all(context[loop].steps == (t,) for loop, t in zip(table.loops, step, strict=True))
+        }
+        if len(names) != 1:
+            return None
+        (name,) = names
+        if name not in self.before or name in self.continued:
+            return None
+        self.continued.add(name)
+        return self.before[name]
 
     # ----------------------------------------------------------------------------------------- out of control flow
     def stacked(self, taken: Taken, loop: int, steps: Sequence[int]) -> Taken:

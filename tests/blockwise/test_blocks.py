@@ -312,3 +312,39 @@ def test_bad_input():
         qjax.quantize(scanned, p, recipe=GPTQ, batches=[BATCHES[0], BATCHES[1].at[0, 0].set(jnp.nan)])
     with pytest.raises(RecipeError, match="pass calibration data"):
         qjax.quantize(scanned, p, BATCHES[0], recipe=GPTQ)
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def test_the_cost_is_stated_before_the_job():
+    p = stacked()
+    plan = qjax.plan(scanned, p, BATCHES[0], recipe=GPTQ, batches=3)
+    cost = plan.cost
+    assert cost.block.startswith("layers/") and cost.parts["parameters"] == plan.float_bytes
+    k = D * 2  # statistics of one layer: K² + 1 numbers for each of its products
+    assert cost.parts["statistics"] == 4 * (D * D + 1 + k * k + 1)
+    assert cost.parts["handed on"] == 3 * 4 * 12 * D
+    assert cost.peak_bytes == sum(cost.parts.values()) and "GFLOP" in str(plan)
+    lazy = jax.tree.map(lambda a: qjax.Lazy(a.shape, a.dtype, lambda a=a: a), p)
+    less = qjax.plan(scanned, lazy, BATCHES[0], recipe=GPTQ, batches=3).cost
+    assert less.parts["parameters"] == 0 and less.parts["parameters of the block"] == 4 * 2 * 2 * D * D
+    assert qjax.plan(scanned, p, BATCHES[0], recipe="W8A16").cost.parts["statistics"] == 0
+    whole = qjax.plan(scanned, p, BATCHES[0], recipe=STATIC, batches=2).cost
+    assert whole.block == "" and whole.flops == 2 * 2 * 12 * (LAYERS * 4 * D * D + D * 5)
+    assert whole.seconds(1e9) == pytest.approx(whole.flops / 1e9) and whole.seconds() > 0
+    assert qjax.plan(scanned, p, BATCHES[0], recipe=STATIC, resume=True).cost.block != ""
+
+
+def test_sites_that_read_the_same_activations_share_their_statistics():
+    p = {"layers": [{"q": jnp.eye(D), "k": 2 * jnp.eye(D), "o": jnp.eye(D)} for _ in range(2)]}
+
+    def fn(p, x):
+        for w in p["layers"]:
+            x = x + jnp.tanh((x @ w["q"]) * (x @ w["k"])) @ w["o"]
+        return x
+
+    shared = qjax.plan(fn, p, BATCHES[0], recipe=GPTQ).cost.parts["statistics"]
+    assert shared == 2 * 4 * (D * D + 1)
+    model = qjax.quantize(fn, p, recipe=GPTQ, batches=BATCHES)
+    assert len(model.report.quantized) == 6
