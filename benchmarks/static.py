@@ -58,8 +58,8 @@ def model_of(fn: Any, params: Any, batches: list[Any], how: qjax.Recipe | str) -
     return qjax.quantize(fn, params, *batches[0], recipe=how)
 
 
-def language(data: Path) -> dict[str, float]:
-    """KL divergence to float, in nats a token."""
+def language_model(data: Path) -> tuple[Any, Any, list[Any], Any]:
+    """The language model: function, parameters, calibration batches, and blocks of text to score."""
     folder = ROOT / "examples/assets/books-6m"
     fn, params, _ = qjax.models.load(folder)
     tokenizer = qjax.models.tokenizer(folder)
@@ -68,7 +68,12 @@ def language(data: Path) -> dict[str, float]:
     rows = np.concatenate([np.full((32, 1), tokenizer.bos_id, np.int32), ids.reshape(32, 255)], axis=1)
     batches = [(jnp.asarray(part),) for part in np.split(rows, 8)]
     text = (data / "text/books/valid.txt").read_text()[:30_000]
-    blocks = text_blocks(tokenizer, text, protocol="B", context=256)
+    return fn, params, batches, text_blocks(tokenizer, text, protocol="B", context=256)
+
+
+def language(data: Path) -> dict[str, float]:
+    """KL divergence to float, in nats a token."""
+    fn, params, batches, blocks = language_model(data)
     out = {}
     for name, how in RECIPES.items():
         model = model_of(fn, params, batches, how)
