@@ -129,6 +129,12 @@ def _has_explicit_axes(sharding: Any) -> bool:
     return any("Explicit" in str(k) for k in kinds)
 
 
+def explicit_sharding(x: Any) -> Any:
+    """Return the sharding that is part of the type of an array or abstract array, on an explicit mesh, or None."""
+    sharding = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "sharding", None)
+    return sharding if _has_explicit_axes(sharding) else None
+
+
 def is_plain(aval: Any) -> bool:
     """Return whether an abstract value knows of no mesh: neither an explicit sharding nor varying axes."""
     return aval.sharding.mesh.empty

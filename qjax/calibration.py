@@ -28,13 +28,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from qjax._compat import explicit_sharding
 from qjax.errors import FormatError
 from qjax.formats.base import Aux, Format
 from qjax.formats.blocks import grouped
@@ -148,9 +149,21 @@ class _Distribution(Observer):
 
     def update(self, state: State, x: AnyArray, fmt: Format) -> State:
         """Add x's counts."""
-        blocks, valid = _blocks(x.astype(jnp.float32), fmt)
-        sides = {"above": valid} if fmt.symmetric else {"below": valid & (blocks < 0), "above": valid & (blocks >= 0)}
-        return {name: state[name] + _histogram(jnp.abs(blocks), side) for name, side in sides.items()}
+
+        def count(x: Array) -> State:
+            blocks, valid = _blocks(x.astype(jnp.float32), fmt)
+            sides = (
+                {"above": valid} if fmt.symmetric else {"below": valid & (blocks < 0), "above": valid & (blocks >= 0)}
+            )
+            return {name: _histogram(jnp.abs(blocks), side) for name, side in sides.items()}
+
+        sharding = explicit_sharding(x)
+        if sharding is not None:  # scattered counts have no type there: the partitioner finds how to add them up
+            whole: Any = jax.sharding.auto_axes(count, out_sharding=jax.NamedSharding(sharding.mesh, jax.P()))
+            seen = whole(x)
+        else:
+            seen = count(jnp.asarray(x))
+        return {name: state[name] + a for name, a in seen.items()}
 
 
 def _blocks(x: AnyArray, fmt: Format) -> tuple[Array, Array]:

@@ -113,6 +113,21 @@ def test_steps_have_the_derivative_of_the_paper(bits, k, n, group, seed):
         np.testing.assert_allclose(got, want_s, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("start", [1e-30, 0.0, -0.05])
+def test_a_step_that_fell_to_nothing_comes_back(start):
+    """A large learning rate may take a step to 0 or below: derivatives stay finite, and a later one brings it back."""
+    p, x = {"w": jnp.linspace(0.5, 1.5, 8).reshape(4, 2)}, jnp.eye(4)
+    t = qjax.fake_quant(lambda p, x: x @ p["w"], qjax.Recipe([qjax.Rule("**", weights=qjax.learned(qjax.Int(3)))]))
+    state = {"w": {"weight.scale": jnp.array([[start], [0.5]])}}
+    loss = lambda p, s: ((t.apply(p, s, x)[0] - p["w"]) ** 2).mean()  # noqa: E731
+    first = float(loss(p, state))
+    for _ in range(60):
+        d_p, d_s = jax.grad(loss, argnums=(0, 1))(p, state)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves((d_p, d_s)))
+        state = jax.tree.map(lambda s, g: s - 0.1 * g, state, d_s)
+    assert float(state["w"]["weight.scale"][0, 0]) > 0.1 and float(loss(p, state)) < 0.1 * first
+
+
 def test_clipping_levels_have_the_derivative_of_pact():
     source = qjax.learned(qjax.Int(4, per="tensor", symmetric=False), method="pact")
     t = qjax.fake_quant(lambda p, x: x @ p["w"], qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), inputs=source)]))

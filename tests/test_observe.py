@@ -427,10 +427,13 @@ def test_a_killed_calibration_goes_on_to_the_same_state(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------- many devices
 
+LAYOUTS = [("batches", None), ("weights", None), *(("both", o) for o in (None, qjax.MinMax(), qjax.Percentile(99.0)))]
+
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("what", ["batches", "weights", "both"])
-def test_sharded_calibration_equals_that_on_one_device(kind, what):
+@pytest.mark.parametrize(("what", "observer"), LAYOUTS)
+def test_sharded_calibration_equals_that_on_one_device(kind, what, observer):
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), inputs=qjax.static(INT8, observer))])
     axis = getattr(jax.sharding.AxisType, kind)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis,) * 2)
     spec, place = jax.sharding.PartitionSpec, jax.sharding.NamedSharding
@@ -447,8 +450,8 @@ def test_sharded_calibration_equals_that_on_one_device(kind, what):
         return lax.scan(layer, x, p)[0]
 
     out = None
-    state = qjax.calibrate(fn, p, xs, recipe=EVERYWHERE)
-    model = qjax.quantize(fn, p, xs[0], recipe=EVERYWHERE, state=state)
+    state = qjax.calibrate(fn, p, xs, recipe=recipe)
+    model = qjax.quantize(fn, p, xs[0], recipe=recipe, state=state)
     want = model(model.params, xs[0])
 
     sharded, rows = p, xs
@@ -462,7 +465,7 @@ def test_sharded_calibration_equals_that_on_one_device(kind, what):
         rows = [jax.device_put(x, place(mesh, spec())) if rows is xs else x for x in rows]
         out = spec("data" if what != "weights" else None, None)
     with jax.set_mesh(mesh):
-        again = qjax.calibrate(fn, sharded, rows, recipe=EVERYWHERE)
+        again = qjax.calibrate(fn, sharded, rows, recipe=recipe)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, again)
-        spread = qjax.quantize(fn, sharded, rows[0], recipe=EVERYWHERE, state=again)
+        spread = qjax.quantize(fn, sharded, rows[0], recipe=recipe, state=again)
         np.testing.assert_allclose(spread(spread.params, rows[0]), want, rtol=1e-3, atol=2e-2)

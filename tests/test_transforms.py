@@ -190,9 +190,17 @@ def test_sharded_parameters_give_the_same_result(kind):
 
 def test_shardings_that_would_cut_a_group_are_refused():
     mesh = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
-    plan = qjax.plan(lambda p, x: x @ p["w"], params(), batch(), recipe=W4)
-    with pytest.raises(QjaxError, match="cut a byte or a group"):
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = qjax.plan(fn, params(), batch(), recipe=W4)
+    with pytest.raises(QjaxError, match=r"^w: 8 shards of the 8 numbers of a row would cut a byte.*into 2 shards"):
         plan.shardings({"w": PartitionSpec("m", None), "s": PartitionSpec()}, mesh)
+    plan = qjax.plan(fn, {"w": jnp.zeros((48, 8))}, jnp.zeros((2, 48)), recipe=W4)
+    with pytest.raises(QjaxError, match=r"cut a byte or a group of 4; axis 0 can be cut into 2, 3, 4, 6 or 12 shards"):
+        plan.shardings({"w": PartitionSpec("m", None)}, mesh)
+    heads = lambda p, x: jnp.einsum("bhd,hdo->bo", x, p["w"])  # noqa: E731
+    plan = qjax.plan(heads, {"w": jnp.zeros((4, 8, 8))}, jnp.zeros((2, 4, 8)), recipe=W4)
+    with pytest.raises(QjaxError, match=r"^w: .* can be sharded along the first, 0, and the spec .* names axis 1"):
+        plan.shardings({"w": PartitionSpec(None, "m")}, mesh)
 
 
 def test_export_round_trip(model):

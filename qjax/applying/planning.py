@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax._compat import explicit_sharding
 from qjax.applying.static import abstract_inputs
 from qjax.applying.storage import LeafPlan, Slices, alike, assignment, check_decisions, plan_leaves
 from qjax.errors import RecipeError
@@ -77,14 +78,14 @@ class Plan:
 
         Returns:
             The same tree; a quantized leaf has specs (or shardings) for each of its children. Where shards of an in
-            axis would cut a byte or a group, `LayoutError` names the shapes.
+            axis would cut a byte or a group, `LayoutError` names the leaf and into how many shards it can be cut.
         """
         is_spec = lambda x: isinstance(x, (jax.sharding.PartitionSpec, jax.sharding.NamedSharding)) or x is None  # noqa: E731
         flat = [s for s in jax.tree.leaves(specs, is_leaf=is_spec) if is_spec(s)]
         if len(flat) != len(self.arrays):
             raise RecipeError(f"specs has {len(flat)} leaves and params {len(self.arrays)}; give one spec per leaf")
         out = []
-        for array, spec in zip(self.arrays, flat, strict=True):
+        for array, spec, where in zip(self.arrays, flat, self.program.leaf_names, strict=True):
             if not is_quantized(array) or spec is None:
                 out.append(spec)
                 continue
@@ -92,7 +93,7 @@ class Plan:
             on = spec.mesh if named else mesh
             if on is None:
                 raise RecipeError("plan.shardings needs mesh= (or NamedShardings) to see how many shards an axis has")
-            made = _specs(array, spec.spec if named else spec, on)
+            made = _specs(array, spec.spec if named else spec, on, where)
             if named:
                 place = functools.partial(jax.sharding.NamedSharding, on)
                 made = jax.tree.map(place, made, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
@@ -116,6 +117,7 @@ def plan_program(program: Program, recipe: Recipe) -> Plan:
 
     Raises:
         RecipeError: the recipe does not fit.
+        LayoutError: a weight is split on an explicit mesh so that a byte or a group would be cut.
     """
     decisions = recipe.decide(program.sites)
     check_decisions(program, decisions)
@@ -126,15 +128,25 @@ def plan_program(program: Program, recipe: Recipe) -> Plan:
                 f"{leaf.name} has dtype {leaf.dtype}: only floating-point weights can be quantized; "
                 "add a rule with skip=True for it"
             )
-    return Plan(program, recipe, decisions, leaves)
+    planned = Plan(program, recipe, decisions, leaves)
+    for position, leaf in leaves.items():
+        _check_shards(planned.arrays[position], program.leaf_avals[position], leaf.name)
+    return planned
 
 
-def _specs(array: Any, spec: Any, mesh: Any) -> Any:
+def _check_shards(array: Any, aval: Any, where: str) -> None:
+    """Refuse a weight that is split on an explicit mesh so that a byte or a group would be cut."""
+    sharding = explicit_sharding(aval)
+    if sharding is not None and is_quantized(array):
+        _specs(array, sharding.spec, sharding.mesh, where)
+
+
+def _specs(array: Any, spec: Any, mesh: Any, where: str) -> Any:
     if isinstance(array, QStack):
         return dataclasses.replace(
-            array, parts=tuple(_specs(p, spec, mesh) if is_quantized(p) else spec for p in array.parts)
+            array, parts=tuple(_specs(p, spec, mesh, where) if is_quantized(p) else spec for p in array.parts)
         )
-    return quantized_specs(array, spec, mesh)
+    return quantized_specs(array, spec, mesh, where)
 
 
 def _abstract(leaf: LeafPlan) -> Any:

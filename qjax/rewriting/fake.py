@@ -86,6 +86,9 @@ class Ranges:
 
 _RANGES: Any = Ranges()
 
+_LEAST_LEARNED = np.float32(1e-15)
+"""Learned scales count as this at least: the derivative of a quotient has their square below the line."""
+
 
 class FakeRewriter(Giver, Collector):
     """Replays a program with rounded operands in the products that have a `Faked`.
@@ -317,10 +320,13 @@ def learned_weight(
 
 
 def lsq_scale(scale: Any, members: int, fmt: Any) -> Any:
-    """A learned scale, kept positive, with its derivative divided by sqrt(members * largest code) (section 2.2)."""
+    """A learned scale, kept positive, with its derivative divided by sqrt(members * largest code) (section 2.2).
+
+    A scale that a step took to 0 or below has its derivative still, so that later steps can bring it back.
+    """
     factor = np.float32(1 / math.sqrt(max(members, 1) * _code_range(fmt)[1]))
-    scale = jnp.maximum(scale, SMALLEST_SCALE)
-    return scale * factor + lax.stop_gradient(scale - scale * factor)
+    still = lax.stop_gradient(scale)
+    return jnp.maximum(still, _LEAST_LEARNED) + factor * (scale - still)
 
 
 def _lsq(x: Any, scale: Any, fmt: Any) -> Any:
@@ -376,8 +382,12 @@ def within_range(x: Any, fmt: Format, low: Any, high: Any) -> Any:
         low, high: float32 [1, 1].
     """
     aux = {k: lax.stop_gradient(a) for k, a in fmt.from_range(low, high).items()}
-    flat = lax.stop_gradient(x).astype(jnp.float32).reshape(1, -1)
-    near = fmt.decode(fmt.encode(flat, aux), aux).reshape(x.shape)
+    stop = lax.stop_gradient(x).astype(jnp.float32)
+    if fmt.elementwise:  # as it lies: where axes are split over devices they cannot be made one
+        aux = {k: a.reshape((1,) * (x.ndim + 1)) for k, a in aux.items()}
+        near = fmt.decode(fmt.encode(stop[..., None], aux), aux)[..., 0]
+    else:
+        near = fmt.decode(fmt.encode(stop.reshape(1, -1), aux), aux).reshape(x.shape)
     bound = jnp.maximum(-low, high) if getattr(fmt, "symmetric", True) else None
     ends = (low, high) if bound is None else (-bound, bound)
     inside = jnp.clip(x.astype(jnp.float32), *(lax.stop_gradient(e.reshape((1,) * x.ndim)) for e in ends))

@@ -2,8 +2,8 @@
 
 A float weight's spec names a mesh axis per dimension. Its codes and scales hold the same dimensions in stored order,
 the in axes flattened into the last one, so the spec follows: stack and out axes one to one, the first in axis to the
-last stored axis. An in axis can be sharded only where every shard starts on a byte and on a group; shape-one entries
-of the scales are replicated.
+last stored axis. An in axis can be sharded only where every shard starts on a byte and on a group (or one group is all
+of a row); shape-one entries of the scales are replicated.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from qjax.errors import LayoutError
 from qjax.formats import QArray
 
 
-def quantized_specs(q: QArray, spec: Any, mesh: Any) -> QArray:
+def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "") -> QArray:
     """The specs of a QArray's children, as a QArray of specs.
 
     Args:
         q: the quantized weight (arrays or abstract arrays).
         spec: PartitionSpec of the float weight, in the user's layout.
         mesh: the mesh, for the number of shards.
+        where: the leaf's name, for errors; "" where the caller adds it.
 
     Returns:
         A QArray whose children are PartitionSpecs.
@@ -37,17 +38,22 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any) -> QArray:
     for k, axis in enumerate((*q.stack_axes, *q.out_axes)):
         stored[k] = by_axis[axis]
     first, *inner = q.in_axes
+    where = f"{where}: " if where else ""
     if any(by_axis[a] is not None for a in inner):
-        raise LayoutError(f"only the first in axis {first} of a quantized weight {q.shape} can be sharded, not {inner}")
+        raise LayoutError(
+            f"{where}of the axes that a product sums over, a quantized weight {q.shape} can be sharded along the "
+            f"first, {first}, and the spec {spec} names axis {next(a for a in inner if by_axis[a] is not None)}"
+        )
     if by_axis[first] is not None:
         shards = _shards(by_axis[first], mesh)
-        rows = q.length // shards
-        group = q.fmt.group if q.fmt.per == "group" else None
-        aligned = q.length % shards == 0 and rows * q.fmt.code_bits % 8 == 0 and (not group or rows % group == 0)
-        if not aligned or q.layout.pad:
+        if not _aligned(q, shards):
+            allowed = [str(n) for n in range(2, q.length + 1) if _aligned(q, n)]
+            group = q.fmt.group if q.fmt.per == "group" else None
             raise LayoutError(
-                f"{shards} shards of the {q.length} numbers of a row would cut a byte or a group of {group}; "
-                "shard the out axis, or choose a group that divides the shard"
+                f"{where}{shards} shards of the {q.length} numbers of a row would cut a byte"
+                + (f" or a group of {group}" if group else "")
+                + f"; axis {first} can be cut into {_among(allowed)} shards; shard another axis, or choose a group "
+                "that divides a shard"
             )
         stored[-1] = by_axis[first]
 
@@ -55,6 +61,18 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any) -> QArray:
         return PartitionSpec(*(s if n != 1 else None for s, n in zip(stored, a.shape, strict=True)))
 
     return dataclasses.replace(q, codes=child(q.codes), aux={k: child(a) for k, a in q.aux.items()})
+
+
+def _aligned(q: QArray, shards: int) -> bool:
+    """Whether every shard of the in axis starts on a byte, and on a group where a row has several."""
+    rows = q.length // shards
+    group = q.fmt.group if q.fmt.per == "group" else None
+    whole = q.length % shards == 0 and q.shape[q.in_axes[0]] % shards == 0 and not q.layout.pad
+    return whole and rows * q.fmt.code_bits % 8 == 0 and (not group or q.length <= group or rows % group == 0)
+
+
+def _among(ways: list[str]) -> str:
+    return f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0] if ways else "no"
 
 
 def _shards(names: Any, mesh: Any) -> int:
