@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax._compat import explicit_sharding
 from qjax.applying.smoothing import smoothing
 from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment, input_prefix, reads_slice
 from qjax.calibration import State
@@ -281,6 +282,8 @@ def _codes(
         }
         if smooth is not None:  # they were gathered before the activations are divided
             found = {k: v for part in statistics for k, v in part.scaled(found, 1 / smooth).items()}
+        if explicit_sharding(matrix) is not None:  # columns are rounded one after the other, all on each device
+            matrix = jax.device_put(matrix, jax.NamedSharding(matrix.sharding.mesh, jax.P()))
         codes, aux = _rounded_by(matrix, found, fmt, rounding, stored.observer)
     else:
         codes, aux = _rounded(matrix, fmt, rounding, stored.observer)

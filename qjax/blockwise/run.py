@@ -27,12 +27,14 @@ from qjax.blockwise.join import joined
 from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
 from qjax.calibration import State
-from qjax.errors import DataError, QjaxError, RecipeError
+from qjax.errors import DataError, LayoutError, QjaxError, RecipeError
+from qjax.formats import is_quantized
 from qjax.lazy import Lazy
 from qjax.passes import run_passes
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
 from qjax.rewrite import Rewriter
+from qjax.rewriting.sharding import quantized_specs
 from qjax.rewriting.taps import NONFINITE, Collector, Tap
 
 Key = tuple[int, ...]
@@ -353,7 +355,9 @@ class BlockQuantizer:
             }
             constants = constants_of({name: plan.decisions[name] for name in ready}, ready)
             seen = seen_states(program, {position: leaf}, ready).get(position, {})
-            piece, wait = begin_leaf(leaf, self.float_slice(position, leaf, key), {}, seen, [key])
+            value = self.float_slice(position, leaf, key)
+            piece, wait = begin_leaf(leaf, value, {}, seen, [key])
+            piece = _placed(piece, value)
             positions = dict(zip(leaf.key_axes, ([k] for k in key), strict=True))
             pieces[position, key] = with_constants(program, leaf, piece, constants, positions)
             figures.setdefault(position, {}).update(wait())
@@ -383,6 +387,20 @@ class BlockQuantizer:
                 raise QjaxError(f"{plan.name}{list(missing[0])} was not reached by any block; this is a bug in qjax")
             out.append(joined(plan, parts))
         return out
+
+
+def _placed(piece: Any, value: Any) -> Any:
+    """A quantized slice on the devices as its float form is, where its groups allow it."""
+    sharding = getattr(value, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or not any(sharding.spec) or not is_quantized(piece):
+        return piece
+    try:
+        specs = quantized_specs(piece, sharding.spec, sharding.mesh)
+    except LayoutError:  # shards would cut a group: it stays as the rounding left it
+        return piece
+    is_spec = lambda s: isinstance(s, jax.sharding.PartitionSpec)  # noqa: E731
+    places = jax.tree.map(lambda s: jax.sharding.NamedSharding(sharding.mesh, s), specs, is_leaf=is_spec)
+    return jax.device_put(piece, places)
 
 
 def _readers(program: Program, plan: Plan, position: int, key: Key) -> list[str]:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._compat import bind, varying_axes
+from qjax._compat import bind, explicit_sharding, varying_axes
 from qjax.calibration import Observer, State
 from qjax.rewrite import Rewriter, is_special
 from qjax.rewriting.activations import Rows, activation_matrix
@@ -172,18 +172,32 @@ class Collector(Rewriter):
         if number is not None and taps:
             side = 1 - self.weight_side(number, eqn)
             x = lax.stop_gradient(self.dense(values[side], "observed activations"))
-            tap = self.tap_of[number] = taps[0]
-            if tap.statistics:
-                rows = Rows(eqn, [x if i == side else v for i, v in enumerate(values)], self.program, number, side)
-                self.shapes[number], seen = rows.shape, rows.seen
-            else:
-                matrix = activation_matrix(eqn, x, side)
-                self.shapes[number] = matrix.shape
-                seen = lambda part, before: part.see(matrix) if before is None else part.add(before, matrix)  # noqa: E731
-            self.deposit({(number, ()): tap.see(seen, x, self._before(number, context))})
+            self.tap_of[number] = taps[0]
+            operands = [x if i == side else v for i, v in enumerate(values)]
+            before = self._before(number, context)
+            self.deposit({(number, ()): self._seen(taps[0], number, eqn, operands, side, before)})
         if any(is_special(v) for v in values):
             return super().product(emit, number, [], eqn, values, context)
         return bind(eqn, values)
+
+    def _seen(self, tap: Tap, number: int, eqn: Any, values: list[Any], side: int, before: State | None) -> State:
+        """The state of the activations of a product, operand ``side``, with what was seen before."""
+        if not tap.statistics:
+            matrix = activation_matrix(eqn, values[side], side)
+            self.shapes[number] = matrix.shape
+            return tap.see(lambda part, state: part.see(matrix) if state is None else part.add(state, matrix),
+                           values[side], before)  # fmt: skip
+        sizes = values[2:]  # of the groups of a ragged product
+
+        def see(x: Any, sizes: list[Any], before: State | None) -> State:
+            rows = Rows(eqn, [*(x if i == side else None for i in range(2)), *sizes], self.program, number, side)
+            self.shapes[number] = rows.shape
+            return tap.see(rows.seen, x, before)
+
+        sharding = explicit_sharding(values[side])
+        if sharding is not None:  # sums over sharded rows have no type there: the partitioner finds the way
+            see = jax.sharding.auto_axes(see, out_sharding=jax.NamedSharding(sharding.mesh, jax.P()))  # type: ignore
+        return see(values[side], sizes, before)
 
     def _before(self, number: int, context: Any) -> State | None:
         """What was seen before at the only site that this product is, where it runs once."""
