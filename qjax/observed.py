@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax._compat import abstract
@@ -106,7 +107,7 @@ class Observed:
         return {name: tap.init(collector.shapes[sites[name].read]) for name, tap in collector.taps.items()}
 
     def merge(self, a: States, b: States, params: Any, *args: Any, **kwargs: Any) -> States:
-        """The state of two streams together, such as those of two hosts.
+        """The state of two streams together, such as those of two runs; `merge_processes` is for those of one job.
 
         Args:
             a, b: states of this recipe and function.
@@ -116,6 +117,34 @@ class Observed:
         for state in (a, b):
             _check_sites(state, collector)
         return {name: tap.merge(a[name], b[name]) for name, tap in collector.taps.items()}
+
+    def merge_processes(self, state: States, params: Any, *args: Any, **kwargs: Any) -> States:
+        """The state of all processes of a `jax.distributed` job, each of which has observed batches of its own.
+
+        Every process calls this, with the same recipe, function and shapes, and gets the same state. A state that was
+        observed on arrays of a mesh over all processes holds what all of them have shown and is not merged.
+
+        Args:
+            state: what this process has observed; of one that had no batch, `init`.
+            params, *args, **kwargs: as for the function; abstract arrays are enough.
+
+        Raises:
+            DataError: the state belongs to another recipe or function, or to all processes already.
+        """
+        _, collector, _ = self._traced(params, args, kwargs)
+        _check_sites(state, collector)
+        whole = [n for n, fields in state.items() if any(not _own(a) for a in fields.values())]
+        if whole:
+            raise DataError(
+                f"{whole[0]}: its state lies on a mesh over several processes, so it holds what all of them have "
+                "shown; use it as it is"
+            )
+        if jax.process_count() == 1:
+            return state
+        from jax.experimental import multihost_utils
+
+        rows = multihost_utils.process_allgather(state)
+        return {name: tap.merged(jax.tree.map(jnp.asarray, rows[name])) for name, tap in collector.taps.items()}
 
     def apply(self, params: Any, state: States, *args: Any, **kwargs: Any) -> tuple[Any, States]:
         """Call the function and observe it.
@@ -160,6 +189,10 @@ class Observed:
         extra = {name: set(fields) - set(taps[name].init((1, 1))) for name, fields in state.items() if name in taps}
         state = {n: {k: v for k, v in state[n].items() if k not in more} for n, more in extra.items()}
         return quantize(self.fn, params, *args, recipe=self.recipe, state=state, **kwargs)
+
+
+def _own(a: Any) -> bool:
+    return getattr(a, "is_fully_addressable", True)
 
 
 def _check_sites(state: States, collector: Collector) -> None:

@@ -11,7 +11,7 @@ import jax
 from qjax.checkpoint.arrays import read_arrays, write_arrays
 from qjax.checkpoint.leaves import array_key, build, describe, plain_specs, shape_and_dtype, shardings_of
 from qjax.checkpoint.metadata import load_metadata, make_metadata, refuse_newer_metadata
-from qjax.checkpoint.processes import writing_together
+from qjax.checkpoint.processes import with_copies, writing_together
 from qjax.checkpoint.store import ARRAYS, METADATA, reading, verify, write_json
 from qjax.checkpoint.tree import Leaves, contain, containers_of, nest
 from qjax.errors import CheckpointError, FormatError, LayoutError, QjaxError
@@ -24,7 +24,8 @@ def save(path: str | Path, model: Model, *, keep: int = 1, source: str | Path | 
     """Save a quantized model; what was saved at ``path`` before is replaced when the new one is complete.
 
     A kill or an error at any moment leaves the older checkpoint as it was. Saves of several threads or processes to
-    one path take turns. Where jax runs on several processes, all of them call this, with a path that all can reach.
+    one path take turns. Where jax runs on several processes, all of them call this, with a path that all can reach;
+    what is not sharded over them is the same in each.
 
     Args:
         path: a folder; made where it is missing, refused where it holds something else.
@@ -36,7 +37,8 @@ def save(path: str | Path, model: Model, *, keep: int = 1, source: str | Path | 
         The folder of the new version, inside ``path``; `load` takes either.
 
     Raises:
-        CheckpointError: the model or the folder cannot be used, or writing failed (a full disk).
+        CheckpointError: the model or the folder cannot be used, writing failed (a full disk), or the processes of one
+            job hold different numbers.
     """
     if not isinstance(model, Model):
         raise CheckpointError(f"qjax.save takes the Model that qjax.quantize returned, not {type(model).__name__}")
@@ -44,11 +46,12 @@ def save(path: str | Path, model: Model, *, keep: int = 1, source: str | Path | 
         raise CheckpointError(f"keep={keep!r}; give the number of versions to keep, 1 or more")
     path = _local(path)
     arrays: dict[str, Any] = {}
-    leaves = []
+    leaves, names = [], {}
     found = Leaves.of(model.params)
     for number, (name, leaf) in enumerate(found.arrays.items()):
         shape, dtype = shape_and_dtype(leaf)
         stored = describe(name, leaf, array_key(number, name), arrays)
+        names |= {key: name for key in arrays if key not in names}
         leaves.append({"name": name, "shape": shape, "dtype": dtype, "stored": stored})
     try:
         metadata = make_metadata(
@@ -59,6 +62,7 @@ def save(path: str | Path, model: Model, *, keep: int = 1, source: str | Path | 
             options={"max_runs": model.rewritten.max_runs, "implementation": model.rewritten.implementation},
             source=source,
         )
+        arrays = with_copies(arrays, names)
         with writing_together(path, keep) as folder:
             write_arrays(folder / ARRAYS, arrays)
             if jax.process_index() == 0:
