@@ -8,79 +8,27 @@ at a moment slows both. Absolute times are minima: the run that was disturbed le
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
-import gc
 import importlib.metadata
 import json
 import os
 import platform
-import random
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from benchmarks import rounds
+from benchmarks.rounds import Times as Times
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "qwix")
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Seconds of one case, round by round."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def least(self) -> float:
-        """The fastest round."""
-        return min(self.seconds)
-
-    @property
-    def median(self) -> float:
-        """The middle round."""
-        return statistics.median(self.seconds)
-
-    def over(self, other: Times) -> float:
-        """Median over rounds of this case's time divided by the other's in the same round."""
-        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
-
-    def least_over(self, other: Times) -> float:
-        """Ratio of the fastest rounds."""
-        return self.least / other.least
-
-
-def interleaved(
-    cases: dict[str, Callable[[], Any]],
-    *,
-    rounds: int = 1000,
-    budget: float = 5.0,
-    least_rounds: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Times]:
-    """Time every case once per round until the budget (seconds of wall time) or the number of rounds is used up.
-
-    Args:
-        cases: name -> what to run; its result is waited for.
-        rounds: most rounds. budget: seconds of wall time. least_rounds: at least so many, whatever the budget.
-        clock: which clock to read; `time.thread_time` for single-threaded Python work on a busy machine.
-    """
-    names, shuffle = list(cases), random.Random(0)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + budget
-    for done in range(rounds):
-        if done >= least_rounds and time.perf_counter() > end:
-            break
-        shuffle.shuffle(names)  # what ran just before leaves its caches: no case may always follow the same one
-        for name in names:
-            gc.collect()
-            start = clock()
-            jax.block_until_ready(cases[name]())
-            taken[name].append(clock() - start)
-    return {name: Times(tuple(taken[name])) for name in cases}
+def interleaved(cases: dict[str, Callable[[], Any]], **how: Any) -> dict[str, Times]:
+    """`rounds.interleaved` (its options) of cases whose results jax computes asynchronously."""
+    return rounds.interleaved(cases, wait=jax.block_until_ready, **how)
 
 
 def environment() -> dict[str, Any]:

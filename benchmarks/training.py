@@ -1,16 +1,24 @@
 """The step of quantization-aware training beside the float step, and beside Qwix, in one process.
 
-    python -m benchmarks.training [--width 512] [--tokens 1024]
+    python -m benchmarks.training [--width 512] [--tokens 1024] [--peers torchao=PYTHON modelopt=PYTHON]
 
 The model is that of `benchmarks.qwix`, a Linen transformer of 4 layers; the step is loss, gradient and Adam, jitted,
 for rows of 128 tokens. Weight-only: int4 in groups of 128. W4A8: with int8 activations scaled per token. Qwix trains by
 `QtProvider` with the same formats. "learned": the scales of the weights are trained as well (LSQ).
+
+Peers are measured after that, each by a Python that has torch and the tool: the same shape of model in torch, with as
+many threads, the tool's step beside its own float step in paired rounds, eager and by torch.compile
+(`benchmarks.peers`).
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +29,7 @@ import qwix
 import qjax
 from benchmarks import measure
 from benchmarks.measure import interleaved, milliseconds
-from benchmarks.qwix import GROUP, VOCAB, float_model
+from benchmarks.qwix import GROUP, HEAD, LAYERS, VOCAB, float_model
 
 ROW = 128
 BOUNDS = {"weight-only": 1.1, "W4A8": 1.3}
@@ -73,12 +81,59 @@ def steps(width: int, count: int) -> dict[str, Callable[[], Any]]:
     return cases
 
 
+def peer(tool: str, python: str, width: int, count: int, budget: float) -> dict[str, Any]:
+    """What `benchmarks.peers.<tool>` measures under that Python: versions and rows; or why there are none."""
+    shape = {
+        "width": width,
+        "tokens": count,
+        "row": ROW,
+        "layers": LAYERS,
+        "head": HEAD,
+        "vocab": VOCAB,
+        "group": GROUP,
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "budget": budget,
+    }
+    command = [python, "-m", f"benchmarks.peers.{tool}", json.dumps(shape)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        last = done.stderr.splitlines()[-1:]
+        return {"versions": {}, "measured": [{"case": "", "failed": "".join(last) or f"status {done.returncode}"}]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(row: dict[str, Any]) -> list[str]:
+    """Two cells: the median within a round and the ratio of minima; empty where the float step did not run."""
+    return [f"{row[key]:.2f}" if key in row else "" for key in ("over_float", "least_over_float")]
+
+
+def peer_table(peers: dict[str, Any]) -> str:
+    """Ratios to the tool's own float step."""
+    rows = []
+    for tool, found in peers.items():
+        for r in found["measured"]:
+            name = f"{tool} {r['case']}"
+            if "failed" in r:
+                rows.append([f"{name}: {r['failed']}".replace("|", "/"), "", "", "", ""])
+            else:
+                rows.append([name, milliseconds(r["seconds"]), *ratios(r), milliseconds(r["first"])])
+    versions = {name: v for found in peers.values() for name, v in found["versions"].items()}
+    return (
+        "Peers, in torch; ratios are to the tool's own float step of the same kind.\n\n"
+        + measure.table(["case", "ms", "over its float", "minima", "first step ms"], rows)
+        + "\n\n"
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + "."
+    )
+
+
 def main() -> None:
     """Run, print, save."""
     options = measure.parser(__doc__)
     options.add_argument("--width", type=int, default=512)
     options.add_argument("--tokens", type=int, default=1024, help="of a step")
     options.add_argument("--budget", type=float, default=60.0, help="seconds")
+    options.add_argument("--peers", nargs="*", default=[], metavar="TOOL=PYTHON", help="torchao, modelopt")
     given = options.parse_args()
     cases = steps(given.width, given.tokens)
     for case in cases.values():
@@ -86,15 +141,27 @@ def main() -> None:
     times = interleaved(cases, budget=given.budget)
     base = times["float"]
     rows = [
-        {"case": name, "seconds": t.least, "over_float": t.over(base), "bound": BOUNDS.get(name.removeprefix("qjax "))}
+        {
+            "case": name,
+            "seconds": t.least,
+            "over_float": t.over(base),
+            "least_over_float": t.least_over(base),
+            "bound": BOUNDS.get(name.removeprefix("qjax ")),
+        }
         for name, t in times.items()
     ]
-    text = f"One training step, width {given.width}, {given.tokens} tokens; ratios are medians within a round.\n\n"
+    text = f"One training step, width {given.width}, {given.tokens} tokens; "
+    text += "ratios are medians within a round, beside them those of minima.\n\n"
     text += measure.table(
-        ["case", "ms", "over float", "at most"],
-        [[r["case"], milliseconds(r["seconds"]), f"{r['over_float']:.2f}", r["bound"] or ""] for r in rows],
+        ["case", "ms", "over float", "minima", "at most"],
+        [[r["case"], milliseconds(r["seconds"]), *ratios(r), r["bound"] or ""] for r in rows],
     )
-    measure.save("training", {"width": given.width, "tokens": given.tokens, "measured": rows}, text, given.out)
+    pairs = [pair.split("=", 1) for pair in given.peers]
+    peers = {tool: peer(tool, python, given.width, given.tokens, given.budget / 2) for tool, python in pairs}
+    if peers:
+        text += "\n\n" + peer_table(peers)
+    record = {"width": given.width, "tokens": given.tokens, "measured": rows, "peers": peers}
+    measure.save("training", record, text, given.out)
 
 
 if __name__ == "__main__":
