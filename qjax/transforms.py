@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.applying.leaves import given_scales, quantize_leaves, seen_states
+from qjax.applying.leaves import quantize_leaves
 from qjax.applying.planning import Plan, plan_program
+from qjax.applying.readers import given_scales, seen_states
 from qjax.applying.reporting import build_report, explain_row
 from qjax.applying.static import constants_of, with_constants
 from qjax.applying.storage import WEIGHT_OPS, input_prefix

@@ -13,7 +13,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +23,12 @@ from jax import lax
 
 from qjax._compat import explicit_sharding
 from qjax.applying.smoothing import smoothing
-from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment, input_prefix, reads_slice
+from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment
 from qjax.calibration import State
 from qjax.errors import DataError, QjaxError
 from qjax.formats import SMOOTH, Aux, Format, QStack, assemble, canonical_matrix
 from qjax.formats.numerics import finite_part
 from qjax.passes import RTN, rounding_statistics
-from qjax.program import Program
 from qjax.statistics import Statistic, merge_statistics
 
 Figures = dict[tuple[int, ...], float]
@@ -99,51 +98,6 @@ def quantize_leaves(
         begun.append((position, value, figures))
         finish(0 if donate else IN_FLIGHT)
     return stored, finish
-
-
-def given_scales(
-    program: Program, plans: Mapping[int, LeafPlan], scales: Mapping[str, Aux]
-) -> dict[int, dict[tuple[int, ...], Aux]]:
-    """Known scales by leaf and slice.
-
-    Args:
-        program: the trace.
-        plans: position -> how that leaf is stored.
-        scales: site -> aux of the weight that it reads.
-    """
-    out: dict[int, dict[tuple[int, ...], Aux]] = {}
-    for site, position, key in _slices_read(program, plans, scales):
-        out.setdefault(position, {})[key] = scales[site]
-    return out
-
-
-def seen_states(
-    program: Program, plans: Mapping[int, LeafPlan], state: Mapping[str, Any]
-) -> dict[int, dict[tuple[int, ...], dict[str, Any]]]:
-    """Observed states by leaf and slice, then by the prefix of the reader.
-
-    Args:
-        program: the trace.
-        plans: position -> how that leaf is stored.
-        state: site -> what was observed there.
-    """
-    out: dict[int, dict[tuple[int, ...], dict[str, State]]] = {}
-    for site, position, key in _slices_read(program, plans, state):
-        out.setdefault(position, {}).setdefault(key, {})[input_prefix(site)] = state[site]
-    return out
-
-
-def _slices_read(
-    program: Program, plans: Mapping[int, LeafPlan], sites: Collection[str]
-) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Each of these sites with the leaf and the slices that it reads."""
-    by_leaf = {plan.name: (position, plan) for position, plan in plans.items()}
-    for site in program.sites:
-        if site.name in sites and site.leaf in by_leaf:
-            position, plan = by_leaf[site.leaf]
-            for key in plan.slices:
-                if reads_slice(site.slice, dict(zip(plan.key_axes, key, strict=True))):
-                    yield site.name, position, key
 
 
 def begin_leaf(

@@ -18,23 +18,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.applying.leaves import begin_leaf, seen_states
+from qjax.applying.leaves import begin_leaf
 from qjax.applying.planning import Plan, plan_program
+from qjax.applying.readers import readers_of, seen_states
 from qjax.applying.static import constants_of, taps_of, with_constants
-from qjax.applying.storage import LeafPlan, reads_slice
+from qjax.applying.storage import LeafPlan
 from qjax.blockwise.emit import Compiled, emit_block
 from qjax.blockwise.join import joined
+from qjax.blockwise.placing import placed, where
 from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
 from qjax.calibration import State
-from qjax.errors import DataError, LayoutError, QjaxError, RecipeError
-from qjax.formats import is_quantized
+from qjax.errors import DataError, QjaxError, RecipeError
 from qjax.lazy import Lazy
 from qjax.passes import run_passes
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
 from qjax.rewrite import Rewriter
-from qjax.rewriting.sharding import quantized_specs
 from qjax.rewriting.taps import NONFINITE, Collector, Tap
 
 Key = tuple[int, ...]
@@ -250,7 +250,7 @@ class BlockQuantizer:
             if packed:  # some layers of a stack that is read whole: the rest is still to come
                 value = jnp.asarray(self.leaves[position])
                 for key, piece in packed.items():
-                    value = value.at[_where(plan, key, value.ndim)].set(piece.dequantize())
+                    value = value.at[where(plan, key, value.ndim)].set(piece.dequantize())
                 return value if index is None else value[index]
         value = self.leaves[position]
         return jnp.asarray(value if index is None else value[index])
@@ -260,7 +260,7 @@ class BlockQuantizer:
         value = self.leaves[position]
         if plan.key_axes == (0,):  # what `Lazy` can read by itself
             return jnp.asarray(value[key[0]])[None]
-        return jnp.asarray(value)[_where(plan, key, value.ndim)]
+        return jnp.asarray(value)[where(plan, key, value.ndim)]
 
     def observe(self, number: int, live: list[dict[int, Any]]) -> tuple[dict[str, State], list[list[Any]]]:
         """Run every batch through a float block: what was gathered, and what the block gives, by batch."""
@@ -342,14 +342,14 @@ class BlockQuantizer:
         left: dict[str, int] = {}  # site -> slices that its statistics are still needed for
         for later in self.due[number:]:
             for position, key in later:
-                for name in _readers(program, plan, position, key):
+                for name in readers_of(program, plan.leaves[position], key):
                     leader = leaders.get(name, name)
                     left[leader] = left.get(leader, 0) + 1
         pieces: Pieces = {}
         figures: Figures = {}
         for position, key in self.due[number]:
             leaf = plan.leaves[position]
-            readers = _readers(program, plan, position, key)
+            readers = readers_of(program, plan.leaves[position], key)
             ready = {
                 name: self.states[leaders[name]] for name in readers if name in taps and leaders[name] in self.states
             }
@@ -357,7 +357,7 @@ class BlockQuantizer:
             seen = seen_states(program, {position: leaf}, ready).get(position, {})
             value = self.float_slice(position, leaf, key)
             piece, wait = begin_leaf(leaf, value, {}, seen, [key])
-            piece = _placed(piece, value)
+            piece = placed(piece, value)
             positions = dict(zip(leaf.key_axes, ([k] for k in key), strict=True))
             pieces[position, key] = with_constants(program, leaf, piece, constants, positions)
             figures.setdefault(position, {}).update(wait())
@@ -387,33 +387,6 @@ class BlockQuantizer:
                 raise QjaxError(f"{plan.name}{list(missing[0])} was not reached by any block; this is a bug in qjax")
             out.append(joined(plan, parts))
         return out
-
-
-def _placed(piece: Any, value: Any) -> Any:
-    """A quantized slice on the devices as its float form is, where its groups allow it."""
-    sharding = getattr(value, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding) or not any(sharding.spec) or not is_quantized(piece):
-        return piece
-    try:
-        specs = quantized_specs(piece, sharding.spec, sharding.mesh)
-    except LayoutError:  # shards would cut a group: it stays as the rounding left it
-        return piece
-    is_spec = lambda s: isinstance(s, jax.sharding.PartitionSpec)  # noqa: E731
-    places = jax.tree.map(lambda s: jax.sharding.NamedSharding(sharding.mesh, s), specs, is_leaf=is_spec)
-    return jax.device_put(piece, places)
-
-
-def _readers(program: Program, plan: Plan, position: int, key: Key) -> list[str]:
-    """Names of the sites that read a slice."""
-    leaf = plan.leaves[position]
-    at = dict(zip(leaf.key_axes, key, strict=True))
-    return [site.name for site in program.sites if site.leaf == leaf.name and reads_slice(site.slice, at)]
-
-
-def _where(plan: LeafPlan, key: Key, ndim: int) -> tuple[Any, ...]:
-    """An index that takes a slice of a leaf and keeps its key axes."""
-    at = dict(zip(plan.key_axes, key, strict=True))
-    return tuple(slice(at[a], at[a] + 1) if a in at else slice(None) for a in range(ndim))
 
 
 def _types(args: Any) -> Any:
