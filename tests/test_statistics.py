@@ -18,7 +18,7 @@ from qjax.statistics import ChannelRange, Samples, SecondMoment
 ALL = (ChannelRange(), SecondMoment(), Samples(count=5, seed=3))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 99))
 def test_cutting_and_order_do_not_matter(cuts, k, seed):
     rng = np.random.default_rng(seed)
