@@ -47,6 +47,8 @@ RECIPES: dict[str, qjax.Recipe | str] = {
     ),
     "float8 dynamic per token (FP8_DYNAMIC)": "FP8_DYNAMIC",
     "float8 static (FP8)": "FP8",
+    "float4 weights, float activations (NVFP4A16)": "NVFP4A16",
+    "float4 weights and activations, static constant (NVFP4)": "NVFP4",
 }
 
 

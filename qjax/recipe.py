@@ -268,8 +268,13 @@ class Decision:
 
 
 def _for_op(decision: Decision, op: str) -> Decision:
-    """The decision at a site of this op: one constant per channel has no place among the pixels of a convolution."""
-    if op != "conv" or not isinstance(decision.inputs, Static) or decision.inputs.smooth is None:
+    """The decision at a site of this op: what belongs to channels has no place among the pixels of a convolution."""
+    if op != "conv" or decision.inputs is None:
+        return decision
+    if decision.inputs.fmt.per == "group" and decision.clamp_group:  # presets are written without a model in view
+        why = f"its inputs stay float: the windows of a convolution read across groups ({decision.inputs.fmt.name})"
+        return replace(decision, inputs=None, note=why)
+    if not isinstance(decision.inputs, Static) or decision.inputs.smooth is None:
         return decision
     plain = replace(decision.inputs, smooth=None)
     return replace(decision, inputs=plain, note="its inputs are not smoothed, since it is a convolution")

@@ -62,6 +62,21 @@ def test_every_construct(name):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+def test_the_preset_leaves_the_inputs_of_convolutions_and_says_so():
+    rng = np.random.default_rng(0)
+    p = {"conv": jnp.asarray(rng.standard_normal((3, 3, 16, 8)), jnp.float32), "w": jnp.ones((8, 4))}
+    image = jnp.asarray(rng.standard_normal((2, 6, 6, 16)), jnp.float32)
+
+    def fn(p, x):
+        y = jax.lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.tanh(y) @ p["w"]
+
+    model = qjax.quantize(fn, p, recipe="NVFP4", batches=[image])
+    assert "windows of a convolution" in model.explain("conv") and "static" in model.explain("w")
+    want = fn(p, image)
+    assert float(jnp.linalg.norm(model(model.params, image) - want)) < 0.3 * float(jnp.linalg.norm(want))
+
+
 def test_what_is_refused():
     with pytest.raises(RecipeError, match="does not train"):
         recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.NVFP4(), inputs=qjax.static(qjax.NVFP4()))])
