@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe, compile_pattern, resolve_recipe
 from qjax.rewriting.taps import NONFINITE, Collector, Tap
 from qjax.statistics import Statistic
+from qjax.trees import is_array
 
 if TYPE_CHECKING:
     from qjax.transforms import Model
@@ -229,13 +231,17 @@ def observe(
     return Observed(fn, None if recipe is None else resolve_recipe(recipe), wanted)
 
 
-def _kept(path: str | Path, observed: Observed) -> Any:
+def _kept(path: str | Path, observed: Observed, params: Any) -> Any:
     """Where the state of a calibration is kept."""
-    from qjax.checkpoint.folded import Folded
+    from qjax.checkpoint.folded import Folded, update_with_sample
 
+    weights = hashlib.sha256()
+    for leaf in filter(is_array, jax.tree.leaves(params)):
+        update_with_sample(weights, leaf)
     recipe = observed.recipe
     said = {pattern: [repr(s) for s in parts] for pattern, parts in observed.statistics.items()}
-    return Folded(path, {"recipe": recipe.hash if recipe is not None else "", "statistics": said})
+    job = {"recipe": recipe.hash if recipe is not None else "", "statistics": said}
+    return Folded(path, {**job, "parameters": weights.hexdigest()})
 
 
 def calibrate(
@@ -273,7 +279,7 @@ def calibrate(
     apply = jax.jit(lambda signature, arrays, state: observed._apply(signature, arrays, state)[1], static_argnums=0)
     state: States = {}
     first: Any = None
-    kept = None if resume is None else _kept(resume, observed)
+    kept = None if resume is None else _kept(resume, observed, params)
     done = 0
     for number, args in enumerate(track(argument_tuples(batches), "calibrating", show=show)):
         structure = _structure(args)

@@ -329,6 +329,16 @@ class Recipe:
         return None
 
     @cached_property
+    def rounds_with_data(self) -> bool:
+        """Whether some rounding looks at activations."""
+        return any(getattr(rule.rounding, "needs_batches", False) for rule in self.rules)
+
+    @cached_property
+    def sequential(self) -> bool:
+        """Whether some rounding wants later blocks to see what earlier ones became."""
+        return any(getattr(rule.rounding, "sequential", False) for rule in self.rules)
+
+    @cached_property
     def hash(self) -> str:
         """A digest of what the recipe says, its name aside: equal for recipes that decide alike by the same rules."""
         said = {key: value for key, value in self.to_dict().items() if key != "name"}

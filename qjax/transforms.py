@@ -293,9 +293,8 @@ def quantize(
 
 def _by_blocks(recipe: Recipe, params: Any, blocks: Any, resume: Any) -> bool:
     """Whether a job goes block by block."""
-    looks = any(getattr(rule.rounding, "needs_batches", False) for rule in recipe.rules)
     lazy = any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(params))
-    return looks or lazy or blocks is not None or resume is not None
+    return recipe.rounds_with_data or lazy or blocks is not None or resume is not None
 
 
 def _quantize_by_blocks(

@@ -421,6 +421,8 @@ def test_a_killed_calibration_goes_on_to_the_same_state(tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, run(xs, folder), want)  # once more: nothing is left to do
     with pytest.raises(CheckpointError, match="begun with other batches"):
         run(xs[1:] + xs[:1], tmp_path / "2")
+    with pytest.raises(CheckpointError, match="parameters differ"):
+        qjax.calibrate(layered, {**p, "s": 2 * p["s"]}, xs, recipe=recipe, statistics=more, resume=tmp_path / "2")
     with pytest.raises(CheckpointError, match="recipe, statistics differ"):
         qjax.calibrate(layered, p, xs, recipe=EVERYWHERE, resume=tmp_path / "2")
 

@@ -87,7 +87,7 @@ def job_cost(plan: Plan, schedule: Schedule, batches: int, lazy: Sequence[bool],
     Args:
         plan: what becomes of each leaf.
         schedule: the program of the example batch, in blocks.
-        batches: how many batches there are, taken to be of the example's shape.
+        batches: how many batches there are, taken to be of the example's shape; 0 for a job without data.
         lazy: for each leaf, whether it is read when it is needed.
         by_blocks: whether the job goes block by block.
     """
@@ -102,9 +102,8 @@ def job_cost(plan: Plan, schedule: Schedule, batches: int, lazy: Sequence[bool],
         nbytes(a) for a, later, stored in zip(avals, lazy, plan.arrays, strict=True)
         if later and not is_quantized(stored)
     )  # fmt: skip
-    sequential = any(getattr(rule.rounding, "sequential", False) for rule in plan.recipe.rules)
     rounded = _rounding_bytes(plan)
-    passes = 2 if by_blocks and sequential else 1
+    passes = 2 if by_blocks and plan.recipe.sequential else 1
     flops = batches * passes * sum(site.flops for site in program.sites if site.op in _PRODUCTS)
     flops += sum(_gathering_flops(plan, name, batches) for name in taps) + _rounding_flops(plan)
     sizes = _sizes(schedule)
@@ -114,7 +113,7 @@ def job_cost(plan: Plan, schedule: Schedule, batches: int, lazy: Sequence[bool],
             "parameters": held,
             "packed": packed,
             "statistics": states,
-            "values of a batch": max(_peak(program.jaxpr), rounded),
+            "values of a batch, or a weight being rounded": max(_peak(program.jaxpr) if batches else 0, rounded),
         }
         return Cost(parts, "", flops)
     worst: tuple[dict[str, int], str] = ({}, "")
@@ -132,7 +131,7 @@ def job_cost(plan: Plan, schedule: Schedule, batches: int, lazy: Sequence[bool],
             ),
             "handed on": batches * handed,
             "statistics": sum(_state_bytes(plan, name) for name in block.sites if name in taps),
-            "values of a batch": max(_block_peak(block, sizes), rounded),
+            "values of a batch, or a weight being rounded": max(_block_peak(block, sizes), rounded),
         }
         if sum(parts.values()) > sum(worst[0].values()):
             worst = (parts, block.name)

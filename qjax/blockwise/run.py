@@ -165,11 +165,6 @@ class BlockQuantizer:
                 out[block].append((position, key))
         return out
 
-    @cached_property
-    def sequential(self) -> bool:
-        """Whether later blocks see what earlier ones became."""
-        return any(getattr(rule.rounding, "sequential", False) for rule in self.recipe.rules)
-
     # -------------------------------------------------------------------------------------------------- the job
     def run(self) -> tuple[Plan, list[Any], Figures, list[str]]:
         """Quantize all blocks: the plan, the stored leaves, their SQNR, and notes for the report."""
@@ -184,7 +179,7 @@ class BlockQuantizer:
                 self.pieces |= pieces
                 for position, found in figures.items():
                     self.figures.setdefault(position, {}).update(found)
-                live = self.advance(number, live, ({}, []) if self.sequential else self.observe(number, live))
+                live = self.advance(number, live, ({}, []) if self.recipe.sequential else self.observe(number, live))
             else:
                 states, after = self.observe(number, live)
                 pieces, figures = self.round(number, states)
@@ -194,6 +189,8 @@ class BlockQuantizer:
                 if done is not None:
                     done.save(number, block.name, pieces, figures)
                 live = self.advance(number, live, (states, after))
+            if self.donate:
+                self.free(number)
             if self.progress is not None:
                 self.progress(number + 1, len(blocks), block.name)
         names = [block.name for block in blocks]
@@ -204,18 +201,32 @@ class BlockQuantizer:
 
     def _job(self, blocks: Sequence[Block]) -> dict[str, Any]:
         """What a folder of finished blocks belongs to."""
-        from qjax.checkpoint.folded import update_digest
+        from qjax.checkpoint.folded import update_digest, update_with_sample
 
         program = self.shaped_for(self.first)[0].program
-        digest = hashlib.sha256()
+        digest, weights = hashlib.sha256(), hashlib.sha256()
         for batch in self.batches():
             update_digest(digest, batch)
+        for leaf in self.leaves:
+            update_with_sample(weights, leaf)
         return {
+            "parameters": weights.hexdigest(),
             "recipe": self.recipe.hash,
             "program": hashlib.sha256(str(program.jaxpr).encode()).hexdigest(),
             "batches": digest.hexdigest(),
             "blocks": [block.name for block in blocks],
         }
+
+    def free(self, number: int) -> None:
+        """Give up the float leaves that are packed and that no later block reads."""
+        blocks = [b for shaped in self.shaped.values() for b in shaped.schedule.blocks[number + 1 :]]
+        later = {use.value for block in blocks for use in block.reads}
+        for position, plan in self.plan.leaves.items():
+            leaf = self.leaves[position]
+            packed = all((position, key) in self.pieces for key in plan.slices)  # a float slice is still to be copied
+            if packed and position not in later and isinstance(leaf, jax.Array) and not leaf.is_deleted():
+                jax.block_until_ready([self.pieces[position, key] for key in plan.slices])
+                leaf.delete()
 
     def reads(self, block: Block, arrays: Sequence[Any], cache: dict[Any, Any], quantized: bool = False) -> list[Any]:
         """The inputs of a block: parameters (read once for all batches) and arguments of a batch."""
@@ -272,7 +283,7 @@ class BlockQuantizer:
             block = shaped.schedule.blocks[number]
             args = (self.reads(block, arrays, cache), [live[at][v] for v in block.takes])
             taps = {name: shaped.taps[name] for name in block.sites if shaped.leaders.get(name) == name}
-            if not taps and self.sequential:
+            if not taps and self.recipe.sequential:
                 after.append([])
                 continue
 
@@ -285,7 +296,7 @@ class BlockQuantizer:
                 found = collector.by_site(taken)
                 apart = (set(found) & set(states)) - collector.continued
                 merged = {n: taps[n].merge(states[n], s) if n in apart else s for n, s in found.items()}
-                return [] if self.sequential else outs, {**states, **merged}
+                return [] if self.recipe.sequential else outs, {**states, **merged}
 
             outs, states = self.call("observe", number, shaped, observed, args, states)
             after.append(outs)
@@ -307,7 +318,7 @@ class BlockQuantizer:
             shaped, arrays = self.shaped_for(batch)
             blocks = shaped.schedule.blocks
             block = blocks[number]
-            if self.sequential:
+            if self.recipe.sequential:
                 args = (self.reads(block, arrays, cache, quantized=True), [live[at][v] for v in block.takes])
 
                 def quantized(args: Any, _: Any, shaped: Shaped = shaped, block: Block = block) -> Any:

@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _quantized(loaded: Loaded, recipe: qjax.Recipe, batches: Any, name: str, args: argparse.Namespace) -> qjax.Model:
     """Quantize the whole model, or block by block where a rounding, the memory or a resumable job asks for it."""
-    looks = any(getattr(rule.rounding, "needs_batches", False) for rule in recipe.rules)
-    by_blocks = batches is not None and (looks or args.low_memory or args.resume is not None)
+    by_blocks = batches is not None and (recipe.rounds_with_data or args.low_memory or args.resume is not None)
     if args.resume is not None and not by_blocks:
         say(f"{args.recipe} needs no calibration data and is done in one pass: --resume is not looked at")
     state = None

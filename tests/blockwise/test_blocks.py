@@ -251,6 +251,18 @@ def test_lazy_leaves_without_data():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("form", ["scan", "unrolled"])
+@pytest.mark.parametrize("recipe", [GPTQ, STATIC], ids=["gptq", "static"])
+def test_donated_leaves_are_freed_and_nothing_else_changes(form, recipe):
+    fn, make = FORMS[form]
+    want = qjax.quantize(fn, make(stacked()), recipe=recipe, batches=BATCHES, blocks="layers/*")
+    given = jax.tree.map(jnp.copy, make(stacked()))
+    model = qjax.quantize(fn, given, recipe=recipe, batches=BATCHES, blocks="layers/*", donate=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    for a, b in zip(jax.tree.leaves(want.params), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 class Killed(Exception):
     pass
 
@@ -283,6 +295,9 @@ def test_a_folder_of_another_job_is_refused_and_a_damaged_one_reported(tmp_path)
     qjax.quantize(scanned, p, recipe=GPTQ, batches=BATCHES, resume=tmp_path / "job")
     with pytest.raises(CheckpointError, match="recipe differ"):
         qjax.quantize(scanned, p, recipe=STATIC, batches=BATCHES, resume=tmp_path / "job")
+    other = {**p, "head": p["head"] + 1}
+    with pytest.raises(CheckpointError, match="parameters differ"):
+        qjax.quantize(scanned, other, recipe=GPTQ, batches=BATCHES, resume=tmp_path / "job")
     with pytest.raises(CheckpointError, match="batches differ"):
         qjax.quantize(scanned, p, recipe=GPTQ, batches=BATCHES[:2], resume=tmp_path / "job")
     (tmp_path / "other").mkdir()
@@ -329,7 +344,9 @@ def test_the_cost_is_stated_before_the_job():
     lazy = jax.tree.map(lambda a: qjax.Lazy(a.shape, a.dtype, lambda a=a: a), p)
     less = qjax.plan(scanned, lazy, BATCHES[0], recipe=GPTQ, batches=3).cost
     assert less.parts["parameters"] == 0 and less.parts["parameters of the block"] == 4 * 2 * 2 * D * D
-    assert qjax.plan(scanned, p, BATCHES[0], recipe="W8A16").cost.parts["statistics"] == 0
+    nothing_runs = qjax.plan(scanned, p, BATCHES[0], recipe="W8A16").cost
+    assert nothing_runs.parts["statistics"] == nothing_runs.flops == 0
+    assert nothing_runs.parts["values of a batch, or a weight being rounded"] == 4 * 4 * 2 * D * D
     whole = qjax.plan(scanned, p, BATCHES[0], recipe=STATIC, batches=2).cost
     assert whole.block == "" and whole.flops == 2 * 2 * 12 * (LAYERS * 4 * D * D + D * 5)
     assert whole.seconds(1e9) == pytest.approx(whole.flops / 1e9) and whole.seconds() > 0
