@@ -25,6 +25,7 @@ from jax import Array
 from qjax.errors import FormatError, near
 from qjax.formats.blocks import GRANULARITIES, group_count, reduce_blocks, spread
 from qjax.formats.numerics import AnyArray, finite_part
+from qjax.formats.packing import BitStream, Bytes, Packing
 
 Aux = dict[str, AnyArray]
 
@@ -39,7 +40,8 @@ class Format:
     Attributes:
         key: the name under which the class is registered.
         code_bits: stored bits of one code, 1 to 8; below 8 the codes are packed into a bit stream, at 8 they are
-            stored as ``code_dtype``.
+            stored as ``code_dtype``. A format whose rows lie otherwise defines `packing`, and says here how many
+            bits hold one unpacked code.
         code_dtype: dtype of the codes that `encode` returns and `decode` takes: int8, uint8 or an 8-bit float.
         per: what shares a scale: "tensor", "channel", "token" (the same as channel, said of activations) or "group".
         group: length of a group along K, or None.
@@ -76,6 +78,11 @@ class Format:
     def code_dtype(self) -> np.dtype:
         """Dtype of one unpacked code."""
         raise NotImplementedError(f"{type(self).__name__} has to define code_dtype")
+
+    @property
+    def packing(self) -> Packing:
+        """How the codes of a row lie in its bytes: a stream of ``code_bits`` bits each, unless a format says otherwise."""
+        return Bytes() if self.code_bits == 8 else BitStream(self.code_bits, self.signed)
 
     def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
         """Return aux for blocks whose elements lie in [low, high].

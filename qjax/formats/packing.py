@@ -20,7 +20,9 @@ below is a handful of shifts and ors on uint8 arrays that XLA fuses into one loo
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +32,90 @@ from jax.typing import ArrayLike
 from qjax.errors import FormatError
 
 
+class Packing(Protocol):
+    """How the codes of one row lie in its bytes. A format's `packing`; most have a `BitStream`.
+
+    Formats with a layout of their own (five trits in a byte, words that mix widths) give an object with these methods,
+    hashable and comparable, since it is looked at while functions are traced.
+    """
+
+    def row_bytes(self, length: int) -> int:
+        """Return the bytes that a row of ``length`` codes takes."""
+        ...
+
+    def capacity(self, nbytes: int) -> int:
+        """Return the codes that fit in a row of ``nbytes`` bytes, places of padding included."""
+        ...
+
+    def offset(self, element: int) -> int | None:
+        """Return the byte at which this element of a row begins, or None if a row cannot be cut there."""
+        ...
+
+    def pack(self, codes: ArrayLike) -> Array:
+        """Return uint8 [..., row_bytes(K)] from codes [..., K]."""
+        ...
+
+    def unpack(self, packed: ArrayLike, length: int) -> Array:
+        """Return the codes [..., length] from uint8 [..., row_bytes(length)]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BitStream:
+    """Codes of equal width, one after the other: see the top of this module.
+
+    Args:
+        bits: 1 to 7.
+        signed: whether codes are two's complement.
+    """
+
+    bits: int
+    signed: bool
+
+    def row_bytes(self, length: int) -> int:
+        return packed_bytes(length, self.bits)
+
+    def capacity(self, nbytes: int) -> int:
+        return unpacked_length(nbytes, self.bits)
+
+    def offset(self, element: int) -> int | None:
+        return None if element * self.bits % 8 else element * self.bits // 8
+
+    def pack(self, codes: ArrayLike) -> Array:
+        return pack_bits(codes, self.bits)
+
+    def unpack(self, packed: ArrayLike, length: int) -> Array:
+        return unpack_bits(packed, self.bits, length, self.signed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Codes of eight bits, which are stored as they are, in their own dtype."""
+
+    def row_bytes(self, length: int) -> int:
+        return length
+
+    def capacity(self, nbytes: int) -> int:
+        return nbytes
+
+    def offset(self, element: int) -> int | None:
+        return element
+
+    def pack(self, codes: ArrayLike) -> Array:
+        return jnp.asarray(codes)
+
+    def unpack(self, packed: ArrayLike, length: int) -> Array:
+        return jnp.asarray(packed)
+
+
+def row_pad(packing: Packing, length: int) -> int:
+    """Return how many codes more than ``length`` would fit in the bytes of its row."""
+    return packing.capacity(packing.row_bytes(length)) - length
+
+
 def packed_bytes(length: int, bits: int) -> int:
     """Return the bytes that a row of ``length`` codes of ``bits`` bits takes."""
     return -(-length * bits // 8)
-
-
-def row_padding(length: int, bits: int) -> int:
-    """Return how many whole codes fit in the padding of a row: what `unpacked_length` has to subtract."""
-    return packed_bytes(length, bits) * 8 // bits - length
 
 
 def unpacked_length(nbytes: int, bits: int, pad: int = 0) -> int:

@@ -18,7 +18,7 @@ from qjax.errors import FormatError, LayoutError
 from qjax.formats.base import Aux, Format
 from qjax.formats.layout import Layout, in_sizes, weight_layout
 from qjax.formats.numerics import AnyArray
-from qjax.formats.packing import pack_bits, row_padding, unpack_bits, unpacked_length
+from qjax.formats.packing import row_pad
 from qjax.formats.registry import format_from_dict
 
 SMOOTH = "input.smooth"
@@ -62,8 +62,7 @@ class QArray:
     @property
     def length(self) -> int:
         """K, the elements of one row: the product of the in axes."""
-        bits = self.fmt.code_bits
-        return self.codes.shape[-1] if bits == 8 else unpacked_length(self.codes.shape[-1], bits, self.layout.pad)
+        return self.fmt.packing.capacity(self.codes.shape[-1]) - self.layout.pad
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,9 +131,7 @@ class QArray:
 
     def unpacked(self) -> Array:
         """Return the codes of the canonical view: ``fmt.code_dtype`` [*stack, N, K]."""
-        q = self.canonical()
-        bits = self.fmt.code_bits
-        return jnp.asarray(q.codes) if bits == 8 else unpack_bits(q.codes, bits, self.length, self.fmt.signed)
+        return self.fmt.packing.unpack(self.canonical().codes, self.length)
 
     def decode_canonical(self) -> Array:
         """Return the numbers of the canonical view: float32 [*stack, N, K]."""
@@ -287,8 +284,7 @@ def assemble(
         raise LayoutError(
             f"codes of shape {codes.shape} do not fit a weight of shape {tuple(shape)}: {(*stacks, rows, length)}"
         )
-    bits = fmt.code_bits
-    stored = codes if bits == 8 else pack_bits(codes, bits)
+    stored = fmt.packing.pack(codes)
 
     def place(name: str, a: AnyArray) -> AnyArray:
         if a.ndim != codes.ndim or a.shape[: len(stacks)] != stacks or a.shape[-2] not in (1, rows):
@@ -298,7 +294,7 @@ def assemble(
         own = outs if a.shape[-2] == rows else (1,) * len(outs)
         return a.reshape(*stacks, *own, *(1,) * (len(ins) - 1), a.shape[-1])
 
-    layout = dataclasses.replace(layout, in_tail=ins[1:], pad=row_padding(length, bits))
+    layout = dataclasses.replace(layout, in_tail=ins[1:], pad=row_pad(fmt.packing, length))
     stored = stored.reshape(*stacks, *outs, *(1,) * (len(ins) - 1), stored.shape[-1])
     return QArray(stored, {k: place(k, a) for k, a in aux.items()}, fmt, layout, jnp.dtype(dtype))
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from qjax.errors import LayoutError
 from qjax.formats.layout import Layout, axis_index, in_sizes, pair_dimensions, resolve_shape
-from qjax.formats.packing import packed_bytes, row_padding
+from qjax.formats.packing import row_pad
 from qjax.formats.qarray import SMOOTH, QArray
 
 
@@ -124,15 +124,16 @@ def slice_axis(q: QArray, axis: int, start: int, limit: int) -> QArray:
 def _slice_in(q: QArray, axis: int, start: int, limit: int) -> QArray:
     if q.view.order[axis] != ("i", 0):
         raise _refuse(q, axis, "i", f"slice {start}:{limit}")
-    tail, bits, fmt = math.prod(q.view.in_tail), q.fmt.code_bits, q.fmt
+    tail, fmt, packing = math.prod(q.view.in_tail), q.fmt, q.fmt.packing
     first, last = start * tail, limit * tail
     group = fmt.group if fmt.per == "group" else None
-    if first * bits % 8 or (group and first % group):
+    begin = packing.offset(first)
+    if begin is None or (group and first % group):
         raise LayoutError(
-            f"slice {start}:{limit} of in axis {axis}: element {first} of a row starts inside a byte "
-            f"({bits} bits a code) or a group ({group}); slice at multiples of both, or dequantize first"
+            f"slice {start}:{limit} of in axis {axis}: element {first} of a row starts inside a byte or word of codes "
+            f"({fmt.name}) or a group ({group}); slice at multiples of both, or dequantize first"
         )
-    begin, width = first * bits // 8, packed_bytes(last - first, bits)
+    width = packing.row_bytes(last - first)
     codes = lax.slice_in_dim(jnp.asarray(q.codes), begin, begin + width, axis=-1)
 
     def on_aux(name: str, a: Array) -> Array:
@@ -143,7 +144,7 @@ def _slice_in(q: QArray, axis: int, start: int, limit: int) -> QArray:
         return lax.slice_in_dim(jnp.asarray(a), first // group, -(-last // group), axis=-1)
 
     aux = {k: on_aux(k, a) for k, a in q.aux.items()}
-    layout = dataclasses.replace(q.view, pad=row_padding(last - first, bits))
+    layout = dataclasses.replace(q.view, pad=row_pad(packing, last - first))
     return dataclasses.replace(q, codes=codes, aux=aux, layout=layout)
 
 

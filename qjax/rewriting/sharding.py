@@ -68,7 +68,7 @@ def _aligned(q: QArray, shards: int) -> bool:
     rows = q.length // shards
     group = q.fmt.group if q.fmt.per == "group" else None
     whole = q.length % shards == 0 and q.shape[q.in_axes[0]] % shards == 0 and not q.layout.pad
-    return whole and rows * q.fmt.code_bits % 8 == 0 and (not group or q.length <= group or rows % group == 0)
+    return whole and q.fmt.packing.offset(rows) is not None and (not group or q.length <= group or rows % group == 0)
 
 
 def _among(ways: list[str]) -> str:

@@ -23,8 +23,7 @@ import numpy as np
 from jax import Array
 
 from qjax.errors import QjaxError
-from qjax.formats import Format, format_from_dict, pack_bits, quantize_array, unpack_bits
-from qjax.formats.packing import packed_bytes
+from qjax.formats import Format, format_from_dict, quantize_array
 
 KINDS = ("normal", "heavy", "constant", "zero", "spike", "huge", "tiny", "subnormal", "rows", "positive", "bad")
 """The kinds of matrix that `matrix` makes."""
@@ -137,8 +136,7 @@ def _compiled(fmt: Format) -> Callable[..., dict[str, Any]]:
         again = fmt.decode(fmt.encode(decoded, aux), aux)
         out = {"aux": aux, "codes": codes, "decoded": decoded, "again": again}
         if fmt.code_bits < 8:
-            packed = pack_bits(codes, fmt.code_bits)
-            out["unpacked"] = unpack_bits(packed, fmt.code_bits, x.shape[-1], fmt.signed)
+            out["unpacked"] = fmt.packing.unpack(fmt.packing.pack(codes), x.shape[-1])
         each = jnp.asarray(_all_codes(fmt))
         # The nearest number that any code stands for, element by element.
         distances = jax.vmap(lambda code: jnp.abs(fmt.decode(jnp.full(x.shape, code), aux) - x))(each)
@@ -249,7 +247,7 @@ def _check_storage(fmt: Format, weight: _Weight, kind: str, seed: int) -> None:
     back = np.asarray(q.dequantize()).transpose(order).reshape(x.shape)
     np.testing.assert_array_equal(back, out["decoded"], _say(fmt, f"storage changes the numbers{here}"))
     aux = sum(a.size * a.dtype.itemsize for a in out["aux"].values())
-    stored = math.prod(x.shape[:-1]) * packed_bytes(length, fmt.code_bits)
+    stored = math.prod(x.shape[:-1]) * fmt.packing.row_bytes(length)
     assert q.nbytes == stored + aux, _say(fmt, f"{q.nbytes} bytes are stored, not {stored} and {aux} of aux{here}")
     leaves, tree = jax.tree.flatten(q)
     assert jax.tree.unflatten(tree, leaves).shape == shape, _say(fmt, f"flattening loses the shape{here}")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qjax.errors import FormatError
-from qjax.formats.packing import pack_bits, packed_bytes, row_padding, unpack_bits, unpacked_length
+from qjax.formats.packing import BitStream, pack_bits, packed_bytes, row_pad, unpack_bits, unpacked_length
 
 LENGTHS = (0, 13, 24)
 
@@ -62,7 +62,7 @@ def test_worked_example_of_the_docs():
 
 @given(bits=st.integers(1, 8), length=st.integers(0, 200))
 def test_lengths_follow_from_bytes(bits, length):
-    nbytes, pad = packed_bytes(length, bits), row_padding(length, bits)
+    nbytes, pad = packed_bytes(length, bits), row_pad(BitStream(bits, False), length)
     assert pad >= 0
     assert unpacked_length(nbytes, bits, pad) == length
 
