@@ -81,7 +81,7 @@ class Format:
 
     @property
     def packing(self) -> Packing:
-        """How the codes of a row lie in its bytes: a stream of ``code_bits`` bits each, unless a format says otherwise."""
+        """How the codes of a row lie in its bytes: a stream of ``code_bits`` bits each, unless a format has its own."""
         return Bytes() if self.code_bits == 8 else BitStream(self.code_bits, self.signed)
 
     def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
