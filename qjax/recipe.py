@@ -330,8 +330,9 @@ class Recipe:
 
     @cached_property
     def rounds_with_data(self) -> bool:
-        """Whether some rounding looks at activations."""
-        return any(getattr(rule.rounding, "needs_batches", False) for rule in self.rules)
+        """Whether some rounding or prepare pass looks at activations: such jobs go block by block."""
+        steps = (*(rule.rounding for rule in self.rules), *self.prepare)
+        return any(getattr(step, "needs_batches", False) for step in steps)
 
     @cached_property
     def sequential(self) -> bool:

@@ -25,7 +25,7 @@ from qjax._compat import explicit_sharding
 from qjax.applying.smoothing import smoothing
 from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment
 from qjax.calibration import State
-from qjax.errors import DataError, QjaxError
+from qjax.errors import DataError, QjaxError, RecipeError
 from qjax.formats import SMOOTH, Aux, Format, QStack, assemble, canonical_matrix
 from qjax.formats.numerics import finite_part
 from qjax.passes import RTN, rounding_statistics
@@ -101,7 +101,12 @@ def quantize_leaves(
 
 
 def begin_leaf(
-    plan: LeafPlan, leaf: Any, given: Given, seen: Seen, keys: Sequence[tuple[int, ...]] | None = None
+    plan: LeafPlan,
+    leaf: Any,
+    given: Given,
+    seen: Seen,
+    keys: Sequence[tuple[int, ...]] | None = None,
+    smooth: Mapping[tuple[int, ...], Any] | None = None,
 ) -> tuple[Any, Callable[[], Figures]]:
     """Begin to store one float leaf, or some of its slices, as planned.
 
@@ -111,6 +116,8 @@ def begin_leaf(
         given: aux of the slices whose scales are known.
         seen: what was observed of the activations that the slices meet.
         keys: the slices that are there, of one format: a product of positions along the key axes. None: all.
+        smooth: factors [K] of the input channels of slices, found by a prepare pass: the slice is multiplied by them
+            and they are kept beside it. Statistics are those of the activations as they are, not yet divided.
 
     Returns:
         The stored leaf, and a function that waits for it: it returns the SQNR of each quantized slice, or raises
@@ -118,7 +125,7 @@ def begin_leaf(
     """
     slices = plan.slices if keys is None else {key: plan.slices[key] for key in keys}
     positions = {axis: sorted({key[n] for key in slices}) for n, axis in enumerate(plan.key_axes)}
-    stored, begun = _part(plan, leaf, slices, plan.key_axes, positions, given, seen)
+    stored, begun = _part(plan, leaf, slices, plan.key_axes, positions, given, seen, smooth or {})
 
     def figures() -> Figures:
         found: Figures = {}
@@ -160,6 +167,7 @@ def _part(
     positions: dict[int, list[int]],
     given: Given,
     seen: Seen,
+    smooth: Mapping[tuple[int, ...], Any],
 ) -> tuple[Any, _Begun]:
     """Quantize the part of a leaf whose slices along ``key_axes`` are stored as ``slices`` says.
 
@@ -171,6 +179,7 @@ def _part(
         positions: key axis -> the positions of the whole leaf that the part holds.
         given: aux of the slices whose scales are known: all of those that are stored alike, or none.
         seen: what was observed of the activations that the slices meet.
+        smooth: factors of input channels by slice.
     """
     distinct = list(dict.fromkeys(slices.values()))
     if len(distinct) == 1:
@@ -179,7 +188,7 @@ def _part(
             return jnp.asarray(leaf), []
         along = tuple(plan.stack_axes.index(a) for a in plan.key_axes)
         keys = list(itertools.product(*(positions[a] for a in plan.key_axes)))
-        codes, aux, sums = _codes(plan, leaf, stored, along, keys, positions, given, seen)
+        codes, aux, sums = _codes(plan, leaf, stored, along, keys, positions, given, seen, smooth)
         # Codes of eight bits are stored as they are: a program would only copy them.
         pack = assemble if stored.fmt.code_bits == 8 else _packed
         where = dict(shape=leaf.shape, in_axes=plan.in_axes, stack_axes=plan.stack_axes, dtype=leaf.dtype)
@@ -188,9 +197,8 @@ def _part(
     parts, begun = [], []
     for inner, where in groups:
         rows = jnp.take(jnp.asarray(leaf), jnp.asarray(where), axis=axis)
-        part, found = _part(
-            plan, rows, inner, key_axes[1:], {**positions, axis: [positions[axis][i] for i in where]}, given, seen
-        )
+        at = {**positions, axis: [positions[axis][i] for i in where]}
+        part, found = _part(plan, rows, inner, key_axes[1:], at, given, seen, smooth)
         parts.append(part)
         begun += found
     return QStack(tuple(parts), axis=axis, assign=assignment(groups)), begun
@@ -205,6 +213,7 @@ def _codes(
     positions: dict[int, list[int]],
     given: Given,
     seen: Seen,
+    factors: Mapping[tuple[int, ...], Any],
 ) -> tuple[Any, Aux, tuple[Any, Any]]:
     """Codes and aux of slices that are stored alike, and the sums that their SQNR is made of."""
     fmt, rounding = stored.fmt, stored.rounding or RTN()
@@ -217,14 +226,24 @@ def _codes(
         return codes, aux, _sums(matrix, codes, aux, fmt, along)
     statistics = rounding_statistics(rounding)
     smoothed = [(prefix, source) for prefix, source in stored.inputs if source.smooth is not None]
-    if not statistics and not smoothed and _as_it_lies(plan, stored):
+    if not statistics and not smoothed and not factors and _as_it_lies(plan, stored):
         codes, aux, sums = _rounded_as_it_lies(leaf, fmt, len(plan.stack_axes), len(plan.in_axes), along)
         return _exchanged(codes), aux, sums
     matrix = _canonical(leaf, plan.in_axes, plan.stack_axes)
     lead = (*sizes, *(1,) * (matrix.ndim - 2 - len(sizes)))
     smooth, constants = None, {}
     if smoothed:
+        if factors:
+            raise RecipeError(
+                f"{plan.name}: a prepare pass smooths its input channels, and so does static(..., smooth=...) of rule "
+                f"inputs {smoothed[0][1]!r}; leave one of them out"
+            )
         smooth, constants = smoothing(matrix, smoothed, [seen[key] for key in keys], lead)
+    elif factors:
+        ones = np.ones(matrix.shape[-1], np.float32)
+        rows = jnp.stack([jnp.asarray(factors.get(key, ones), jnp.float32) for key in keys])
+        smooth = jnp.broadcast_to(rows.reshape(*lead, 1, -1), (*matrix.shape[:-2], 1, matrix.shape[-1]))
+    if smooth is not None:
         matrix = _scaled(matrix, smooth)
     if statistics:
         states = [_merged_readers(rounding, seen.get(key, {}), f"{plan.name}{list(key) or ''}") for key in keys]
@@ -241,6 +260,9 @@ def _codes(
         codes, aux = _rounded_by(matrix, found, fmt, rounding, stored.observer)
     else:
         codes, aux = _rounded(matrix, fmt, rounding, stored.observer)
+    if SMOOTH in aux:  # factors that the rounding found
+        found = aux.pop(SMOOTH)
+        matrix, smooth = _scaled(matrix, found), found if smooth is None else smooth * found
     if smooth is None:
         return codes, aux, _sums(matrix, codes, aux, fmt, along)
     sums = _smoothed_sums(matrix, smooth, codes, aux, fmt, along)

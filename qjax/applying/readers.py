@@ -22,7 +22,7 @@ def given_scales(
         scales: site -> aux of the weight that it reads.
     """
     out: dict[int, dict[tuple[int, ...], Aux]] = {}
-    for site, position, key in _slices_read(program, plans, scales):
+    for site, position, key in slices_read(program, plans, scales):
         out.setdefault(position, {})[key] = scales[site]
     return out
 
@@ -38,12 +38,12 @@ def seen_states(
         state: site -> what was observed there.
     """
     out: dict[int, dict[tuple[int, ...], dict[str, State]]] = {}
-    for site, position, key in _slices_read(program, plans, state):
+    for site, position, key in slices_read(program, plans, state):
         out.setdefault(position, {}).setdefault(key, {})[input_prefix(site)] = state[site]
     return out
 
 
-def _slices_read(
+def slices_read(
     program: Program, plans: Mapping[int, LeafPlan], sites: Collection[str]
 ) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Each of these sites with the leaf and the slices that it reads."""

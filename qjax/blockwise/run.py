@@ -1,9 +1,10 @@
 """Quantizing a model block by block: gather, round, run on.
 
-For each block in turn: its parameters are read, every batch runs through it and what the recipe asks for is gathered,
-its weights are rounded, and every batch moves on to the next block, through the rounded weights where a rounding wants
-later blocks to see them. Parameters, statistics and activations of one block are alive at a time, besides what is
-already packed. Every block is kept on disk where ``resume`` names a folder.
+For each block in turn: its parameters are read, prepare passes that look at activations edit them, every batch runs
+through it and what the recipe asks for is gathered, its weights are rounded, and every batch moves on to the next
+block, through the rounded weights where a rounding wants later blocks to see them. Parameters, statistics and
+activations of one block are alive at a time, besides what is already packed. Every block is kept on disk where
+``resume`` names a folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.analysis.naming import LINEAR
 from qjax.applying.leaves import begin_leaf
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.readers import readers_of, seen_states
@@ -26,12 +28,14 @@ from qjax.applying.storage import LeafPlan
 from qjax.blockwise.emit import Compiled, emit_block
 from qjax.blockwise.join import joined
 from qjax.blockwise.placing import placed, where
+from qjax.blockwise.preparing import Smooth, own_slices, pass_taps, prepare_block
 from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
 from qjax.calibration import State
-from qjax.errors import DataError, QjaxError, RecipeError
+from qjax.errors import DataError, QjaxError
 from qjax.lazy import Lazy
-from qjax.passes import run_passes
+from qjax.passes import run_passes, split_passes
+from qjax.passes.leaves import Leaves
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
 from qjax.rewrite import Rewriter
@@ -42,6 +46,12 @@ Pieces = dict[tuple[int, Key], Any]
 """(position of the leaf, positions along its key axes) -> that slice as stored."""
 
 Figures = dict[int, dict[Key, float]]
+
+Wanted = tuple[str, Mapping[str, Tap], Mapping[str, str]]
+"""What a run through a block gathers: a word for it, taps by site, and for each site the one that gathers for it."""
+
+HAND_ON: Wanted = ("hand on", {}, {})
+"""Nothing: only what the block gives is needed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +106,8 @@ class BlockQuantizer:
         self.pieces: Pieces = {}
         self.figures: Figures = {}
         self.states: dict[str, State] = {}  # of weights that a later block reads too
+        self.smooth: Smooth = {}
+        self.notes: list[str] = []
 
     # ------------------------------------------------------------------------------------------------ the program
     @cached_property
@@ -130,24 +142,22 @@ class BlockQuantizer:
         return plan_program(self.shaped_for(self.first)[0].program, self.recipe)
 
     @cached_property
-    def prepared(self) -> tuple[list[Any], list[str]]:
-        """The parameter leaves after the recipe's prepare passes, in program order, and what these say."""
-        signature, arrays = Signature.of(self.params, (), {})
-        leaves = arrays[: signature.n_params]
-        if not self.recipe.prepare:
-            return leaves, []
-        if any(isinstance(leaf, Lazy) for leaf in leaves):
-            raise RecipeError(
-                f"the prepare pass {self.recipe.prepare[0]!r} changes leaves together, and these are read one block at "
-                "a time; run it on parameters in memory, or leave it out"
-            )
-        chosen = [name for name, d in self.plan.decisions.items() if d.weights is not None and not d.skip]
-        return run_passes(self.recipe.prepare, self.plan.program, leaves, chosen)
+    def passes(self) -> tuple[list[Any], list[Any]]:
+        """The recipe's prepare passes: those that look at no activations, and those that do."""
+        return split_passes(self.recipe.prepare)
 
-    @property
-    def leaves(self) -> list[Any]:
-        """The parameter leaves, in program order."""
-        return self.prepared[0]
+    @cached_property
+    def chosen(self) -> list[str]:
+        """Names of the sites whose weights are quantized."""
+        return [name for name, d in self.plan.decisions.items() if d.weights is not None and not d.skip]
+
+    @cached_property
+    def leaves(self) -> Leaves:
+        """The parameter leaves in program order, after the passes that look at no activations."""
+        signature, arrays = Signature.of(self.params, (), {})
+        program = self.plan.program
+        values, self.notes = run_passes(self.passes[0], program, arrays[: signature.n_params], self.chosen)
+        return Leaves(program.leaf_names, values)
 
     @cached_property
     def due(self) -> list[list[tuple[int, Key]]]:
@@ -174,21 +184,25 @@ class BlockQuantizer:
         live: list[dict[int, Any]] = [{} for _ in self.batches()]
         for number, block in enumerate(blocks):
             kept = done.load(number, block.name) if done is not None else None
+            # What is handed on in float is computed before passes edit the block, and so alike when a job goes on.
+            floats = not self.recipe.sequential and (kept is not None or bool(self.passes[1]))
+            after = self.observe(number, live, HAND_ON if self.passes[1] else None, True)[1] if floats else []
             if kept is not None:
-                pieces, figures = kept
-                self.pieces |= pieces
-                for position, found in figures.items():
-                    self.figures.setdefault(position, {}).update(found)
-                live = self.advance(number, live, ({}, []) if self.recipe.sequential else self.observe(number, live))
+                pieces, figures, edited, notes = kept
+                for (position, key), value in edited.items():
+                    self.leaves.put(position, key, value)
             else:
-                states, after = self.observe(number, live)
+                edited, notes = self.prepare(number, live)
+                states, outs = self.observe(number, live, hands_on=not self.recipe.sequential and not floats)
+                after = after if floats else outs
                 pieces, figures = self.round(number, states)
-                self.pieces |= pieces
-                for position, found in figures.items():
-                    self.figures.setdefault(position, {}).update(found)
                 if done is not None:
-                    done.save(number, block.name, pieces, figures)
-                live = self.advance(number, live, (states, after))
+                    done.save(number, block.name, pieces, figures, edited, notes)
+            self.pieces |= pieces
+            self.notes += notes
+            for position, found in figures.items():
+                self.figures.setdefault(position, {}).update(found)
+            live = self.advance(number, live, after)
             if self.donate:
                 self.free(number)
             if self.progress is not None:
@@ -196,7 +210,7 @@ class BlockQuantizer:
         names = [block.name for block in blocks]
         roundings = {s.rounding for leaf in self.plan.leaves.values() for s in leaf.slices.values() if s.rounding}
         notes = [f"weights rounded by {rounding!r}" for rounding in sorted(roundings, key=repr)]
-        notes += [f"quantized in {len(blocks)} blocks, one after the other: {', '.join(names)}", *self.prepared[1]]
+        notes += [f"quantized in {len(blocks)} blocks, one after the other: {', '.join(names)}", *self.notes]
         return self.plan, self.stored(), self.figures, notes
 
     def _job(self, blocks: Sequence[Block]) -> dict[str, Any]:
@@ -207,7 +221,7 @@ class BlockQuantizer:
         digest, weights = hashlib.sha256(), hashlib.sha256()
         for batch in self.batches():
             update_digest(digest, batch)
-        for leaf in self.leaves:
+        for leaf in self.leaves.values:
             update_with_sample(weights, leaf)
         return {
             "parameters": weights.hexdigest(),
@@ -222,7 +236,7 @@ class BlockQuantizer:
         blocks = [b for shaped in self.shaped.values() for b in shaped.schedule.blocks[number + 1 :]]
         later = {use.value for block in blocks for use in block.reads}
         for position, plan in self.plan.leaves.items():
-            leaf = self.leaves[position]
+            leaf = self.leaves.values[position]
             packed = all((position, key) in self.pieces for key in plan.slices)  # a float slice is still to be copied
             if packed and position not in later and isinstance(leaf, jax.Array) and not leaf.is_deleted():
                 jax.block_until_ready([self.pieces[position, key] for key in plan.slices])
@@ -259,22 +273,53 @@ class BlockQuantizer:
                 whole = joined(plan, packed)
                 return whole if index is None or plan.key_axes[:1] != (0,) else whole.index_stack(0, 0)
             if packed:  # some layers of a stack that is read whole: the rest is still to come
-                value = jnp.asarray(self.leaves[position])
+                value = jnp.asarray(self.leaves.at(position))
                 for key, piece in packed.items():
                     value = value.at[where(plan, key, value.ndim)].set(piece.dequantize())
                 return value if index is None else value[index]
-        value = self.leaves[position]
-        return jnp.asarray(value if index is None else value[index])
+        return jnp.asarray(self.leaves.at(position) if index is None else self.leaves.part(position, ((0, index),)))
 
     def float_slice(self, position: int, plan: LeafPlan, key: Key) -> Any:
         """A slice of a float leaf, its key axes kept with size 1."""
-        value = self.leaves[position]
-        if plan.key_axes == (0,):  # what `Lazy` can read by itself
-            return jnp.asarray(value[key[0]])[None]
-        return jnp.asarray(value)[where(plan, key, value.ndim)]
+        at = tuple(zip(plan.key_axes, key, strict=True))
+        return jnp.expand_dims(jnp.asarray(self.leaves.part(position, at)), plan.key_axes)
 
-    def observe(self, number: int, live: list[dict[int, Any]]) -> tuple[dict[str, State], list[list[Any]]]:
-        """Run every batch through a float block: what was gathered, and what the block gives, by batch."""
+    def prepare(self, number: int, live: list[dict[int, Any]]) -> tuple[dict[tuple[int, Any], Any], list[str]]:
+        """Run the passes that look at activations on a block: what they changed that is not packed, and their notes."""
+        notes: list[str] = []
+        if not self.passes[1]:
+            return {}, notes
+        program, inside = self.plan.program, set(self.shaped_for(self.first)[0].schedule.blocks[number].sites)
+        schedules = [shaped.schedule for shaped in self.shaped.values()]
+        leaves = self.leaves.only(own_slices(program, schedules, number))
+        before = _flat(leaves.edits)
+        chosen = [name for name in self.chosen if name in inside and program.by_name[name].op in LINEAR]
+        for at, step in enumerate(self.passes[1]):
+            taps = pass_taps(step, chosen)
+            leaders = sharing(program, taps)
+            states = self.observe(number, live, (f"prepare {at}", taps, leaders))[0]
+            seen = {name: states[leaders[name]] for name in chosen if leaders[name] in states}
+            reached = [name for name in chosen if name in seen]
+            notes += prepare_block(step, program, leaves, reached, seen, self.plan, self.due[number], self.smooth)
+        packed = {(p, tuple(zip(self.plan.leaves[p].key_axes, key, strict=True))) for p, key in self.due[number]}
+        changed = {at: value for at, value in _flat(leaves.edits).items() if before.get(at) is not value}
+        return {at: value for at, value in changed.items() if at not in packed}, notes
+
+    def observe(
+        self,
+        number: int,
+        live: list[dict[int, Any]],
+        wanted: Wanted | None = None,
+        hands_on: bool = False,
+    ) -> tuple[dict[str, State], list[list[Any]]]:
+        """Run every batch through a float block: what was gathered, and what the block gives, by batch.
+
+        Args:
+            number: of the block.
+            live: what it takes, by batch.
+            wanted: what is gathered; None for what the recipe asks for.
+            hands_on: whether what the block gives is needed.
+        """
         states: dict[str, State] = {}
         after: list[list[Any]] = []
         cache: dict[Any, Any] = {}
@@ -282,13 +327,18 @@ class BlockQuantizer:
             shaped, arrays = self.shaped_for(batch)
             block = shaped.schedule.blocks[number]
             args = (self.reads(block, arrays, cache), [live[at][v] for v in block.takes])
-            taps = {name: shaped.taps[name] for name in block.sites if shaped.leaders.get(name) == name}
-            if not taps and self.recipe.sequential:
+            what, all_taps, leaders = wanted or ("observe", shaped.taps, shaped.leaders)
+            taps = {name: all_taps[name] for name in block.sites if leaders.get(name) == name}
+            if not taps and not hands_on:
                 after.append([])
                 continue
 
             def observed(
-                args: Any, states: Any, shaped: Shaped = shaped, block: Block = block, taps: Mapping[str, Tap] = taps
+                args: Any,
+                states: Any,
+                shaped: Shaped = shaped,
+                block: Block = block,
+                taps: Mapping[str, Tap] = taps,
             ) -> Any:
                 collector = Collector(shaped.program, taps, before=states)
                 with collector.collecting() as taken:
@@ -296,9 +346,9 @@ class BlockQuantizer:
                 found = collector.by_site(taken)
                 apart = (set(found) & set(states)) - collector.continued
                 merged = {n: taps[n].merge(states[n], s) if n in apart else s for n, s in found.items()}
-                return [] if self.recipe.sequential else outs, {**states, **merged}
+                return outs if hands_on else [], {**states, **merged}
 
-            outs, states = self.call("observe", number, shaped, observed, args, states)
+            outs, states = self.call(f"{what} {hands_on}", number, shaped, observed, args, states)
             after.append(outs)
             bad = [name for name in block.sites if name in states and float(states[name][NONFINITE])]
             if bad:
@@ -308,11 +358,9 @@ class BlockQuantizer:
                 )
         return states, after
 
-    def advance(
-        self, number: int, live: list[dict[int, Any]], observed: tuple[Any, list[list[Any]]]
-    ) -> list[dict[int, Any]]:
-        """What later blocks take, after this one."""
-        after, cache = observed[1], {}
+    def advance(self, number: int, live: list[dict[int, Any]], after: list[list[Any]]) -> list[dict[int, Any]]:
+        """What later blocks take, after this one; ``after`` is what it gives in float, by batch."""
+        cache: dict[Any, Any] = {}
         out = []
         for at, batch in enumerate(self.batches()):
             shaped, arrays = self.shaped_for(batch)
@@ -367,7 +415,9 @@ class BlockQuantizer:
             constants = constants_of({name: plan.decisions[name] for name in ready}, ready)
             seen = seen_states(program, {position: leaf}, ready).get(position, {})
             value = self.float_slice(position, leaf, key)
-            piece, wait = begin_leaf(leaf, value, {}, seen, [key])
+            factors = {key: self.smooth.pop((position, key))} if (position, key) in self.smooth else None
+            piece, wait = begin_leaf(leaf, value, {}, seen, [key], factors)
+            self.leaves.forget(position, tuple(zip(leaf.key_axes, key, strict=True)))
             piece = placed(piece, value)
             positions = dict(zip(leaf.key_axes, ([k] for k in key), strict=True))
             pieces[position, key] = with_constants(program, leaf, piece, constants, positions)
@@ -381,9 +431,10 @@ class BlockQuantizer:
     def stored(self) -> list[Any]:
         """All leaves as stored; what the job held of them is given up."""
         out: list[Any] = []
-        for position, leaf in enumerate(self.leaves):
+        for position in range(len(self.leaves)):
             plan = self.plan.leaves.get(position)
             if plan is None:
+                leaf = self.leaves.at(position)
                 out.append(jnp.asarray(leaf) if isinstance(leaf, Lazy) else leaf)
                 continue
             keys = list(plan.slices)
@@ -398,6 +449,10 @@ class BlockQuantizer:
                 raise QjaxError(f"{plan.name}{list(missing[0])} was not reached by any block; this is a bug in qjax")
             out.append(joined(plan, parts))
         return out
+
+
+def _flat(edits: Mapping[int, Mapping[Any, Any]]) -> dict[tuple[int, Any], Any]:
+    return {(position, key): value for position, found in edits.items() for key, value in found.items()}
 
 
 def _types(args: Any) -> Any:

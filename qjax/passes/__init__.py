@@ -5,7 +5,18 @@ from qjax._guard import only_inside_qjax
 only_inside_qjax(__name__)
 
 from qjax.passes.gptq import GPTQ
-from qjax.passes.prepare import Edits, PreparePass, run_passes
+from qjax.passes.leaves import Leaves
+from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 
-__all__ = ["GPTQ", "RTN", "Edits", "PreparePass", "Rounding", "rounding_statistics", "run_passes"]
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "Edits",
+    "Leaves",
+    "PreparePass",
+    "Rounding",
+    "rounding_statistics",
+    "run_passes",
+    "split_passes",
+]
