@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qjax import errors as errors
     from qjax import evaluate as evaluate
     from qjax import formats as formats
+    from qjax import hardware as hardware
     from qjax import models as models
     from qjax import passes as passes
     from qjax import testing as testing
@@ -100,7 +101,7 @@ _HOME = {
     "Percentile": "qjax.calibration",
     "MSE": "qjax.calibration",
 }
-_SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "models", "passes", "testing")
+_SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "models", "passes", "testing")
 
 __all__ = [
     "GPTQ",
@@ -136,6 +137,7 @@ __all__ = [
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "hardware",
     "learned",
     "load",
     "lora",

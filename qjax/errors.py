@@ -42,6 +42,10 @@ class ModelError(QjaxError):
     """A model folder that is incomplete, damaged, or of an unsupported architecture."""
 
 
+class DeviceError(QjaxError):
+    """A device that is not known, or whose description contradicts itself."""
+
+
 class DataError(QjaxError):
     """Text or images that cannot be used as evaluation or calibration data."""
 

@@ -20,6 +20,7 @@ _COMMANDS = {
     "eval": "qjax.cli.evaluating",
     "generate": "qjax.cli.generating",
     "recipes": "qjax.cli.recipes",
+    "advise": "qjax.cli.advising",
 }
 
 

@@ -18,6 +18,7 @@ examples:
   qjax eval stories260k-W8A16 --text stories.txt        perplexity, KL to the float model, agreement
   qjax eval vit-tiny-W8A8 --images imagenet-sample      top-1 and top-5
   qjax generate stories260k-W8A16 --prompt "Once upon a time"
+  qjax advise models/llama --device h200 --workload chat  which format to deploy
 
 Each command has its own examples: qjax quantize --help. With --json, stdout is one JSON object. QJAX_DEBUG=1 shows
 tracebacks."""
@@ -28,7 +29,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("qjax", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_Raw)
     parser.add_argument("--version", action="version", version=f"qjax {version}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for add in (_inspect, _quantize, _eval, _generate, _recipes):
+    for add in (_inspect, _quantize, _eval, _generate, _recipes, _advise):
         add(commands)
     return parser
 
@@ -164,6 +165,70 @@ def _generate(commands: argparse._SubParsersAction) -> None:
 
 def _recipes(commands: argparse._SubParsersAction) -> None:
     _command(commands, "recipes", "list the presets", "", "  qjax recipes\n  qjax recipes --json")
+
+
+def _advise(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "advise",
+        "say which format to deploy a decoder in, on a device and for a workload",
+        "\nA roofline with memory, the number of devices and published recoveries: nothing is run. Weights need not be"
+        "\nthere, config.json suffices; or give sizes as numbers. Figures are those of a model of servers: where the"
+        "\nmargin is below 10 % the answer is to measure.",
+        "  qjax advise models/llama-8b --device h200 --workload chat\n"
+        "  qjax advise models/llama-70b --device a100 --workload rag --mode async --recovery 99\n"
+        "  qjax advise models/llama-70b --device h100 --price 2.5 --mode rate --rate 20 --latency 10\n"
+        "  qjax advise --parameters 70.6e9 --layers 80 --kv-heads 8 --head-dim 128 --device mine.toml\n"
+        "  qjax advise models/llama-8b --device l40s --measured-recovery W4A16-INT=98.7 --json\n"
+        "  qjax advise --device list                              the devices that there are",
+    )
+    parser.add_argument("folder", type=Path, metavar="MODEL", nargs="?", help="Hugging Face folder of a decoder")
+    parser.add_argument("--device", required=True, help="name of a device, a .toml file, or 'list'")
+    parser.add_argument(
+        "--workload", default="chat", help="name, or tokens as PROMPT/OUTPUT (default: chat, which is 512/256)"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("sync", "async", "rate"),
+        default="sync",
+        help="one query at a time; as many as fit; or a given --rate (default: sync)",
+    )
+    parser.add_argument("--rate", type=float, metavar="Q", help="queries a second that have to be served")
+    parser.add_argument("--latency", type=float, metavar="S", help="most seconds of a query")
+    parser.add_argument(
+        "--recovery", type=float, default=0.0, metavar="R", help="least percent of the float model's scores"
+    )
+    parser.add_argument("--price", type=float, metavar="P", help="of a device per hour, in any currency")
+    parser.add_argument("--devices", type=_positive, metavar="N", help="run each copy on so many (default: the best)")
+    parser.add_argument(
+        "--concurrency", type=_positive, default=1, metavar="N", help="sequences that have to fit at a time"
+    )
+    parser.add_argument(
+        "--max-batch", type=_positive, default=256, metavar="N", help="most sequences at a time (default: 256)"
+    )
+    parser.add_argument("--formats", metavar="F,F", help="choose among these only (default: those of the format study)")
+    parser.add_argument(
+        "--measured-recovery",
+        action="append",
+        default=[],
+        metavar="F=R",
+        help="recovery of a format in percent, measured on this model; may be repeated",
+    )
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        action="append",
+        metavar="FILE|DIR",
+        help="JSON with measured query times, to calibrate on (default: benchmarks/results of a checkout)",
+    )
+    sizes = parser.add_argument_group("sizes, where there is no folder")
+    sizes.add_argument("--parameters", type=float, metavar="P", help="all parameters, such as 70.6e9")
+    sizes.add_argument("--layers", type=_positive, metavar="N")
+    sizes.add_argument("--kv-heads", type=_positive, metavar="N")
+    sizes.add_argument("--head-dim", type=_positive, metavar="N")
+    sizes.add_argument(
+        "--kept", type=float, default=0.0, metavar="P", help="parameters of embeddings and head, which stay 16-bit"
+    )
 
 
 def _data(parser: argparse.ArgumentParser, text: str, images: str) -> None:
