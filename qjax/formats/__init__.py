@@ -2,6 +2,7 @@
 
 from qjax.formats import export as _export  # noqa: F401 (registers the serialization of quantized arrays)
 from qjax.formats.base import Aux, Format
+from qjax.formats.dual_grained import DualGrained
 from qjax.formats.float8 import Float8
 from qjax.formats.integer import Int
 from qjax.formats.layout import Layout
@@ -9,6 +10,7 @@ from qjax.formats.mx import MXFP4, MXFP8
 from qjax.formats.nf4 import NF4
 from qjax.formats.nvfp4 import NVFP4
 from qjax.formats.packing import pack_bits, unpack_bits
+from qjax.formats.progressive import Progressive
 from qjax.formats.qarray import SMOOTH, QArray, assemble, canonical_matrix, quantize_array
 from qjax.formats.qstack import QStack, is_quantized, stack_slices
 from qjax.formats.registry import format_from_dict, formats, get, register_format
@@ -21,10 +23,12 @@ __all__ = [
     "NVFP4",
     "SMOOTH",
     "Aux",
+    "DualGrained",
     "Float8",
     "Format",
     "Int",
     "Layout",
+    "Progressive",
     "QArray",
     "QStack",
     "assemble",

@@ -52,6 +52,8 @@ class Format:
         symmetric: whether only the magnitude of a range counts, so that an observer may look at magnitudes alone.
         shares_constant: whether one number serves the whole tensor beside the scales of blocks (NVFP4): static
             activations keep that number and take the rest from the values as they pass.
+        int8_rows: whether the codes of a row stand for int8 numbers under one float scale, which `as_int8` gives: a
+            product with integer activations is then one of int8 over the whole row, whatever groups the format has.
         weights_only: whether a recipe refuses the format for activations: encoding them as they pass would cost more
             than the product gains.
         row_aux: names in aux whose last axis does not run along K (a codebook per row, say).
@@ -60,6 +62,7 @@ class Format:
     key: ClassVar[str] = ""
     affine: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
+    int8_rows: ClassVar[bool] = False
     weights_only: ClassVar[bool] = False
     shares_constant: ClassVar[bool] = False
     symmetric: bool = True
@@ -129,6 +132,13 @@ class Format:
     def zero_of(self, aux: Aux) -> Array | None:
         """Return the integer zero point as a blocked array, or None."""
         return jnp.asarray(aux["zero"]) if "zero" in aux else None
+
+    def as_int8(self, codes: AnyArray, aux: Aux) -> tuple[Array, Array]:
+        """Return int8 numbers of the shape of ``codes`` and the float32 scale of each row; for ``int8_rows``.
+
+        ``numbers * scale`` is what `decode` returns, exactly.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define as_int8")
 
     # Helpers for subclasses and for code that works on any format.
 

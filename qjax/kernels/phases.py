@@ -16,10 +16,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from qjax.formats import MXFP4, NF4, NVFP4, Aux, Format, Int, QArray
+from qjax.formats import MXFP4, NF4, NVFP4, Aux, DualGrained, Format, Int, Progressive, QArray
 from qjax.kernels.unpack import widened
 
-ELEMENTWISE = (Int, NF4, MXFP4, NVFP4)
+ELEMENTWISE = (Int, NF4, MXFP4, NVFP4, DualGrained, Progressive)
 """Formats whose decode treats every element by itself, given the numbers of its block."""
 
 
@@ -54,15 +54,27 @@ def decoded_phases(w: QArray) -> list[Array]:
     format need not know that its groups have been thinned out.
     """
     n, nbytes = w.codes.shape
-    groups = w.fmt.groups(w.length)
-    aux: Aux = {
-        name: a.reshape(a.shape[0], 1, a.shape[1]) if name in w.fmt.row_aux else a.reshape(*a.shape, 1)
-        for name, a in ((name, widened(a)) for name, a in w.aux.items())
-    }
+    groups, aux = w.fmt.groups(w.length), _thinned(w)
     return [
         w.fmt.decode(code.reshape(n, groups, nbytes // groups), aux).reshape(n, nbytes)
         for code in code_phases(w.codes, w.fmt)
     ]
+
+
+def int8_phases(w: QArray) -> tuple[list[Array], Array]:
+    """Return the phases of `Format.as_int8` as int8 [N, K / P], likewise, and the scales of rows, [N]."""
+    n, nbytes = w.codes.shape
+    groups, aux = w.fmt.groups(w.length), _thinned(w)
+    parts = [w.fmt.as_int8(code.reshape(n, groups, nbytes // groups), aux) for code in code_phases(w.codes, w.fmt)]
+    return [numbers.reshape(n, nbytes) for numbers, _ in parts], parts[0][1].reshape(n)
+
+
+def _thinned(w: QArray) -> Aux:
+    """The aux of a canonical matrix for groups that are rows of their own: [N or 1, groups or 1, 1]."""
+    return {
+        name: a.reshape(a.shape[0], 1, a.shape[1]) if name in w.fmt.row_aux else a.reshape(*a.shape, 1)
+        for name, a in ((name, widened(a)) for name, a in w.aux.items())
+    }
 
 
 def split_phases(x: Array, count: int) -> list[Array]:

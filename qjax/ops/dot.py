@@ -193,7 +193,7 @@ def _check_choice(problem: Problem, implementation: str | None, at: str) -> None
     if implementation is not None or problem.act is None:
         return
     kinds = [jnp.issubdtype(f.code_dtype, jnp.integer) for f in (problem.act, problem.weight)]
-    same = kinds[0] == kinds[1] and problem.act.affine and problem.weight.affine
+    same = kinds[0] == kinds[1] and problem.act.affine and (problem.weight.affine or problem.weight.int8_rows)
     if same and lowering.name in ("dequantize", "dequantize_blocks", "reference"):
         wanted = "int_dot" if kinds[0] else "float8_dot"
         reasons = [e.refuses(problem) for e in _entries(wanted)]

@@ -9,15 +9,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.calibration import MSE
-from qjax.formats import NF4, Int, quantize_array
+from qjax.formats import NF4, DualGrained, Int, quantize_array
 
 W = np.random.default_rng(0).standard_normal((128, 32)).astype(np.float32)  # [K, N]
-FORMATS = [Int(4, group=16, symmetric=False), NF4(16)]
+FORMATS = [Int(4, group=16, symmetric=False), NF4(16), DualGrained(16)]
 
 
 def specs(q, axis):
     """Shard the codes' rows ("out") or columns ("in"), and aux with them."""
-    return jax.tree.map(lambda a: P("x", None) if axis == "out" else P(None, "x"), q)
+    along = lambda a: P(None, "x") if a.shape[-1] > 1 else P()  # noqa: E731 (rows that share a scale keep it)
+    return jax.tree.map(lambda a: P("x", None) if axis == "out" else along(a), q)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

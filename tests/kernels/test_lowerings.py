@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from qjax import ops
-from qjax.formats import MXFP4, MXFP8, NF4, NVFP4, Float8, Int
+from qjax.formats import MXFP4, MXFP8, NF4, NVFP4, DualGrained, Float8, Int, Progressive
 from qjax.testing import check_lowering
 
 WEIGHTS = [
@@ -19,8 +19,10 @@ WEIGHTS = [
     NVFP4(),
     MXFP8(),
     Float8("e5m2"),
+    DualGrained(32),
 ]
-INTEGERS = [Int(8), Int(8, symmetric=False), Int(4, group=32), Int(4), Int(3, group=32, symmetric=False)]
+GRAINED = [DualGrained(32), Progressive(32)]
+INTEGERS = [Int(8), Int(8, symmetric=False), Int(4, group=32), Int(4), Int(3, group=32, symmetric=False), *GRAINED]
 TOKEN = Int(8, per="token")
 TOKENS = [TOKEN, Int(8, per="tensor"), Int(8, per="token", symmetric=False), Int(6, group=32)]
 EIGHTS = [Float8(per="token"), Float8("e5m2", per="tensor")]
@@ -32,9 +34,9 @@ SUITES = {
     ("dot", "float8_dot"): {"weights": [Float8(), Float8("e5m2", per="tensor")], "acts": EIGHTS},
     ("dot_transposed", "dequantize"): {"weights": WEIGHTS[:5]},
     ("dot_transposed", "dequantize_blocks"): {"weights": WEIGHTS[:5]},
-    ("conv", "dequantize"): {"weights": [Int(8), Int(4, group=8), NF4(group=8)], "acts": [None, TOKEN]},
+    ("conv", "dequantize"): {"weights": [Int(8), Int(4, group=8), NF4(group=8), DualGrained(8)], "acts": [None, TOKEN]},
     ("conv", "int_conv"): {"weights": [Int(8), Int(4)], "acts": [Int(8, per="tensor"), TOKEN]},
-    ("ragged_dot", "experts"): {"weights": [Int(8), Int(4, group=32), NF4(group=32)], "acts": [None, TOKEN]},
+    ("ragged_dot", "experts"): {"weights": [Int(8), Int(4, group=32), NF4(group=32), *GRAINED], "acts": [None, TOKEN]},
     ("ragged_dot", "dequantize"): {"weights": [Int(8)]},
 }
 

@@ -13,6 +13,9 @@ XLA on CPU computes rank-2 int8 dots of two rows or more with a fast library and
 weight to float first, so one row is padded to four. Groups are summed in a loop over groups, each a dot of its own:
 one batched dot over all groups is three times slower, and holds [groups, M, N] int32. Codes of 2 and 4 bits are
 unpacked phase by phase (`qjax.kernels.phases`).
+
+Formats with ``int8_rows`` (`DualGrained`, `Progressive`) have integer scales in their groups: codes are first made the
+int8 numbers that they stand for, and the whole row is one such dot with one scale, groups or not.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from qjax.formats import Aux, Format, QArray
 from qjax.formats.numerics import AnyArray
 from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, once_there, over_stack, zeros_like_varying
 from qjax.kernels.order import SMALL_ELEMENTS
-from qjax.kernels.phases import code_phases, phase_count, split_phases
+from qjax.kernels.phases import code_phases, int8_phases, phase_count, split_phases
 from qjax.kernels.registry import Act, Problem, register_lowering
 from qjax.kernels.unpack import unpacked
 
@@ -37,16 +40,16 @@ PADDED_ROWS = 4
 
 
 def group_of(fmt: Format) -> int | None:
-    """Return the length of a format's groups, or None."""
-    return fmt.group if fmt.per == "group" else None
+    """Return the length of the runs whose sums have a scale of their own, or None for whole rows."""
+    return fmt.group if fmt.per == "group" and not fmt.int8_rows else None
 
 
 def _integer_pair(problem: Problem) -> bool | str:
     act, weight = problem.act, problem.weight
     if act is None:
         return "the activations are not quantized"
-    for fmt in (act, weight):
-        if not fmt.is_integer:
+    for fmt, able in ((act, act.is_integer), (weight, weight.is_integer or weight.int8_rows)):
+        if not able:
             return f"{fmt.name} codes are no integers with one factor"
     gx, gw = group_of(act), group_of(weight)
     if gx and gx != gw:
@@ -142,6 +145,8 @@ def _scaled_sums(what: tuple[Problem, int], q: Array, scale_x: Array, zero_x: Ar
         w: canonical [N, K].
     """
     problem, rows = what
+    if w.fmt.int8_rows:
+        return _of_int8_rows(problem, rows, q, scale_x, zero_x, w)
     _, zero_w = _signed(jnp.zeros((), w.fmt.code_dtype), w.fmt.zero_of(w.aux), w.fmt.code_bits)
     count = phase_count(w.fmt, w.length)
     group = group_of(w.fmt) or problem.k
@@ -174,6 +179,19 @@ def _scaled_sums(what: tuple[Problem, int], q: Array, scale_x: Array, zero_x: Ar
     return lax.fori_loop(0, problem.k // group, add, zeros_like_varying((rows, problem.n), scale_x, w))
 
 
+def _of_int8_rows(problem: Problem, rows: int, q: Array, scale_x: Array, zero_x: Array | None, w: QArray) -> Array:
+    """`_scaled_sums` of a weight whose rows are int8 numbers under one scale."""
+    count = phase_count(w.fmt, w.length)
+    if count > 1:
+        numbers, scale_w = int8_phases(w)
+    else:
+        whole, scale_w = w.fmt.as_int8(unpacked(w), w.aux)
+        numbers, scale_w = [whole], scale_w[:, 0]
+    terms = [_dot(qp, wp) for qp, wp in zip(split_phases(q, count), numbers, strict=True)]
+    acc = _centred(sum(terms[1:], terms[0]), [], rows, zero_x, None, problem.k)
+    return acc.astype(jnp.float32) * scale_x * scale_w[None]
+
+
 def _centred(acc: Array, qs: list[Array], rows: int, zero_x: Array | None, zero_w: Array | None, group: int) -> Array:
     """Return the int32 sums with the zero points taken into account: [rows, N].
 
@@ -201,7 +219,11 @@ def _whole(problem: Problem, x: Array, w: QArray, act: Act) -> Array:
     """Return the product as whole-array operations: stacks and groups are batch axes of one dot."""
     side = _activations(x, act)
     stacks, rows = len(problem.stack), x.ndim - 1 - len(problem.stack)
-    codes, zero_w = _signed(w.unpacked(), w.fmt.zero_of(w.aux), w.fmt.code_bits)
+    if w.fmt.int8_rows:
+        (codes, scale_w), zero_w = w.fmt.as_int8(w.unpacked(), w.aux), None
+    else:
+        codes, zero_w = _signed(w.unpacked(), w.fmt.zero_of(w.aux), w.fmt.code_bits)
+        scale_w = w.fmt.scale_of(w.aux)
     group = group_of(w.fmt)
     sharding = problem.settings.out_sharding if problem.settings else None
     if group is None:
@@ -240,5 +262,5 @@ def _whole(problem: Problem, x: Array, w: QArray, act: Act) -> Array:
         acc = acc - zero_x * of_w(sum_w)
         if zero_w is not None:
             acc = acc + length * zero_x * zero_w
-    y = acc.astype(jnp.float32) * of_x(side.scale) * of_w(w.fmt.scale_of(w.aux))
+    y = acc.astype(jnp.float32) * of_x(side.scale) * of_w(scale_w)
     return (jnp.sum(y, axis=stacks) if blocks else y).astype(problem.out_dtype)
