@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from qjax.passes import RTN as RTN
     from qjax.program import Program as Program
     from qjax.program import trace as trace
+    from qjax.studies import study as study
     from qjax.training import fake_quant as fake_quant
     from qjax.transforms import Model as Model
     from qjax.transforms import plan as plan
@@ -72,6 +73,7 @@ _HOME = {
     "Model": "qjax.transforms",
     "fake_quant": "qjax.training",
     "lora": "qjax.low_rank",
+    "study": "qjax.studies",
     "observe": "qjax.observed",
     "calibrate": "qjax.observed",
     "from_nnx": "qjax.adapters",
@@ -153,6 +155,7 @@ __all__ = [
     "register_lowering",
     "save",
     "static",
+    "study",
     "testing",
     "trace",
 ]

@@ -59,7 +59,6 @@ _KEPT_IN_FLOAT = (
     Rule("**/router/**", skip=True, optional=True),
     Rule("**/shared_gate/**", skip=True, optional=True),
 )
-# Presets of compressed-tensors that are not there yet, and what comes nearest.
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -141,9 +140,11 @@ def load_preset(name: str) -> Recipe:
     if preset is None:
         hint = near(name, presets()) or f"; there are {', '.join(presets())}."
         raise RecipeError(f"no preset is named {name!r}{hint} A recipe of your own is a file ending in .toml.")
-    settings = {key: value for key, value in preset.items() if key != "description"}
+    preset = presets()[preset.get("alias", key)]
+    settings = {key: value for key, value in preset.items() if key not in ("description", "prepare")}
     rule = _rule_from_dict({"match": "**", "clamp_group": True, **settings}, f"preset {key}")
-    return Recipe([*_KEPT_IN_FLOAT, rule], name=key)
+    steps = [_object_from_dict(step, "pass", f"preset {key}: prepare") for step in preset.get("prepare", ())]
+    return Recipe([*_KEPT_IN_FLOAT, rule], steps, name=key)
 
 
 def _rule_to_dict(rule: Rule) -> dict[str, Any]:

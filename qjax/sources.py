@@ -133,9 +133,7 @@ def _check_smooth(source: Static, setting: str, refuse: Any) -> None:
     if isinstance(smooth, bool) or not isinstance(smooth, int | float) or not 0 <= smooth <= 1:
         raise refuse(f"static(smooth={smooth!r}): the strength is from 0 to 1, such as 0.5")
     if type(source) is not Static:
-        raise refuse(
-            f"smooth is for static inputs, not for {type(source).__name__.lower()} ones"
-        )
+        raise refuse(f"smooth is for static inputs, not for {type(source).__name__.lower()} ones")
     if setting != "inputs":
         raise refuse(f"smooth is for the inputs of a product, whose weight takes the other half; not for {setting}")
     if source.observer is not None:

@@ -124,7 +124,7 @@ def fails(capsys, *argv, code=2):
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["inspect", "quantize", "eval", "generate", "recipes"])
+@pytest.mark.parametrize("command", ["inspect", "quantize", "eval", "study", "generate", "recipes"])
 def test_every_command_shows_examples(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0 and f"examples:\n  qjax {command}" in out
@@ -312,6 +312,50 @@ def test_calibration_that_cannot_be(capsys, folder, text, tmp_path):
     assert code == 0 and "W8A16 needs no calibration data" in err
     every = ("--calibration", text, "--samples", "3", "--text", text)
     assert "every block of" in fails(*quantize, *every, "--out", tmp_path / "q")
+
+
+# -- study -------------------------------------------------------------------------------------------------------------
+
+
+def test_study_of_a_language_model(capsys, folder, text, tmp_path):
+    out_dir, other = tmp_path / "s", tmp_path / "other.txt"
+    other.write_text("so long\n\na dog ran far away\n\nthe end of it\n")  # one block is in the other file too
+    recipes = ("--presets", "W8A16,FP8", "w4a16-int")
+    data = ("--text", text, other, "--calibration", text, "--samples", "1", "--seed", "1")  # the dog
+    code, out, err = run(capsys, "study", folder, *recipes, *data, "--out", out_dir, "--json")
+    assert code == 0 and "1 rows that the model was calibrated on are left out" in err
+    assert [o["name"] for o in out["outcomes"]] == ["W8A16", "FP8", "W4A16_INT"] and not out["outcomes"][2]["refused"]
+    units = {name: count for name, (count, _) in out["counts"].items()}
+    whole = {path.name: evaluated_tokens(folder, path) for path in (text, other)}
+    dog = len("a dog ran far away")
+    assert units == {name: count - dog for name, count in whole.items()} and "1 further rows of" in err
+    assert {"study.html", "study.md", "study.json"} <= {p.name for p in out_dir.iterdir()}
+    code, again, _ = run(capsys, "study", folder, *recipes, *data, "--out", out_dir)
+    assert code == 0 and "W4A16_INT" in again and "study.html" in again
+    code, out, err = run(capsys, "study", folder, *recipes, *data, "--samples", "2", "--out", out_dir)
+    assert code == 2 and out == "" and "begun study of something else: calibration, tasks differ" in err
+
+
+def evaluated_tokens(folder, path):
+    tokenizer = qjax.models.tokenizer(folder)
+    return qjax.evaluate.text_blocks(tokenizer, path.read_text(), "A", context=32).tokens
+
+
+def test_study_of_images(capsys, vit_folder, pictures, tmp_path):
+    data = ("--images", pictures, "--calibration", pictures, "--samples", "3")
+    code, out, err = run(
+        capsys, "study", vit_folder, "--presets", "W8A8_INT,FP8", *data, "--out", tmp_path / "s", "--json"
+    )
+    assert code == 0 and "3 rows" in err and out["counts"] == {"set.npz": [6, 6]}
+    assert set(out["outcomes"][0]["scores"]["set.npz"]) == {"kl", "agreement", "top1", "nll"}
+
+
+def test_studies_that_cannot_be(capsys, folder, text, pictures, tmp_path):
+    assert "did you mean 'W4A16'" in fails(capsys, "study", folder, "--presets", "W4A61", "--text", text)
+    assert "--text FILE" in fails(capsys, "study", folder, "--presets", "W4A16")
+    assert "scored on --text" in fails(capsys, "study", folder, "--presets", "W4A16", "--images", pictures)
+    said = fails(capsys, "study", folder, "--presets", "W4A16,FP8", "--text", text, "--out", tmp_path / "s")
+    assert "give --calibration FILE" in said and not (tmp_path / "s").exists()
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

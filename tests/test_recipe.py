@@ -337,11 +337,14 @@ def test_every_preset_can_be_made_in_any_case():
     assert names == [
         *("W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W8A8_STATIC"),
         *("W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4", "NVFP4A16"),
+        *("W8A8_FP", "W8A8_INT", "W4A16_INT"),
     ]
+    with_data = {"FP8", "W8A8_STATIC", "NVFP4", "W8A8_INT", "W4A16_INT"}
     for name in names:
         recipe = qjax.recipe(name.lower())
         assert recipe.name == name and recipe == qjax.recipe(name)
-        assert (recipe.needs_batches is not None) == (name in ("FP8", "W8A8_STATIC", "NVFP4"))
+        assert (recipe.needs_batches is not None) == (name in with_data)
+        assert ("needs calibration data" in qjax.recipes()[name]) == (name in with_data)
         assert qjax.Recipe.from_toml(recipe.to_toml()) == recipe
 
 
@@ -361,6 +364,35 @@ def test_preset_settings():
     assert last("W8A8").weights == qjax.Int(8) and last("W8A8").inputs == Dynamic(TOKEN)
     assert last("FP8_DYNAMIC").inputs == Dynamic(qjax.Float8("e4m3fn", per="token"))
     assert last("NVFP4A16").weights == qjax.NVFP4() and last("MXFP4A16").weights == qjax.MXFP4()
+
+
+def test_the_presets_of_the_study_of_formats():
+    """Section "Algorithm" of arXiv 2411.02355 and the published cards, setting by setting."""
+    assert qjax.recipe("W8A8-FP").rules == qjax.recipe("FP8_DYNAMIC").rules
+    int8, int4 = (qjax.recipe(name).rules[-1] for name in ("W8A8-INT", "W4A16-INT"))
+    assert int8.weights == qjax.Int(8, per="channel", scale="qmax") and int8.weights.code_range == (-127, 127)
+    assert int8.inputs == Dynamic(qjax.Int(8, per="token", scale="qmax"))
+    assert int8.rounding == qjax.GPTQ(dampening_frac=0.1, block_size=128)
+    assert int4.weights == qjax.Int(4, group=128) and int4.weights.code_range == (-8, 7) and int4.inputs is None
+    assert int4.rounding == qjax.GPTQ(dampening_frac=0.1, block_size=128, actorder="static", observer=qjax.MSE())
+    assert (qjax.MSE().grid, qjax.MSE().maxshrink, qjax.MSE().norm) == (100, 0.2, 2.4)
+
+
+def test_a_preset_may_have_prepare_passes(monkeypatch):
+    from qjax import recipe_toml
+
+    step = {"pass": f"{__name__}:Doubled", "by": 3.0}
+    table = {"MINE": {"description": "", "weights": {"format": "int", "bits": 8}, "prepare": [step]}}
+    monkeypatch.setattr(recipe_toml, "presets", lambda: table)
+    recipe = qjax.recipe("mine")
+    assert recipe.prepare == (Doubled(3.0),) and qjax.Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    """A pass of another package."""
+
+    by: float = 2.0
 
 
 def test_unknown_presets_and_those_that_need_calibration():

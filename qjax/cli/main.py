@@ -19,6 +19,7 @@ _COMMANDS = {
     "quantize": "qjax.cli.quantizing",
     "eval": "qjax.cli.evaluating",
     "generate": "qjax.cli.generating",
+    "study": "qjax.cli.studying",
     "recipes": "qjax.cli.recipes",
     "advise": "qjax.cli.advising",
 }

@@ -17,6 +17,8 @@ examples:
   qjax quantize models/stories260k --recipe W8A16       writes ./stories260k-W8A16
   qjax eval stories260k-W8A16 --text stories.txt        perplexity, KL to the float model, agreement
   qjax eval vit-tiny-W8A8 --images imagenet-sample      top-1 and top-5
+  qjax study models/stories260k --presets W8A16,W4A16 --text stories.txt
+                                                        recipes side by side
   qjax generate stories260k-W8A16 --prompt "Once upon a time"
   qjax advise models/llama --device h200 --workload chat  which format to deploy
 
@@ -29,7 +31,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("qjax", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_Raw)
     parser.add_argument("--version", action="version", version=f"qjax {version}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for add in (_inspect, _quantize, _eval, _generate, _recipes, _advise):
+    for add in (_inspect, _quantize, _eval, _study, _generate, _recipes, _advise):
         add(commands)
     return parser
 
@@ -91,16 +93,7 @@ def _quantize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder to write (default: ./NAME-RECIPE); an older qjax folder is replaced"
     )
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE|DIR",
-        help="text or images on which constant activation scales are calibrated (recipes such as FP8)",
-    )
-    parser.add_argument(
-        "--samples", type=_positive, default=32, metavar="N", help="blocks or images to calibrate on (default: 32)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
+    _calibrating(parser, "text or images on which constant activation scales are calibrated (recipes such as FP8)")
     parser.add_argument(
         "--resume",
         type=Path,
@@ -138,6 +131,34 @@ def _eval(commands: argparse._SubParsersAction) -> None:
         "labelled images: a folder with labels.csv, or an .npz file with images and labels",
     )
     parser.add_argument("--no-float", action="store_true", help="do not compare with the float model")
+
+
+def _study(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "study",
+        "compare recipes on a model: what each keeps of the scores, and what it stores",
+        "\nEach recipe is applied and scored beside the float model; tables, plots, paired tests are written. A study"
+        "\nthat was killed goes on where it was, and a finished one takes more recipes. Rows drawn for calibration are"
+        "\nnever scored.",
+        "  qjax study models/llama --text stories.txt --calibration book.txt\n"
+        "                                                 the three formats of arXiv 2411.02355\n"
+        "  qjax study models/llama --presets W8A16,W4A16,NF4,mine.toml --text stories.txt book.txt --out study\n"
+        "  qjax study models/vit-tiny --images imagenet-sample --calibration imagenet-sample --samples 32",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        default=["W8A8_FP,W8A8_INT,W4A16_INT"],
+        metavar="A,B,C",
+        help="presets or .toml files (default: W8A8_FP,W8A8_INT,W4A16_INT)",
+    )
+    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts to score on, each a task")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to score on")
+    _calibrating(parser, "text or images for recipes that need calibration data")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: ./NAME-study)")
+    _cut(parser)
 
 
 def _generate(commands: argparse._SubParsersAction) -> None:
@@ -234,6 +255,18 @@ def _advise(commands: argparse._SubParsersAction) -> None:
 def _data(parser: argparse.ArgumentParser, text: str, images: str) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help=text)
     parser.add_argument("--images", type=Path, metavar="DIR", help=images)
+    _cut(parser)
+
+
+def _calibrating(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--calibration", type=Path, metavar="FILE|DIR", help=what)
+    parser.add_argument(
+        "--samples", type=_positive, default=32, metavar="N", help="blocks or images to calibrate on (default: 32)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
+
+
+def _cut(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         type=str.upper,

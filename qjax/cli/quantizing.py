@@ -67,9 +67,7 @@ def _quantized(loaded: Loaded, recipe: qjax.Recipe, batches: Any, name: str, arg
     with counting("quantizing") as progress:
         settings: dict[str, Any] = {"batches": batches, "resume": args.resume} if by_blocks else {"state": state}
         example = example_input(loaded.config)
-        return qjax.quantize(
-            loaded.fn, loaded.params, example, recipe=recipe, name=name, progress=progress, **settings
-        )
+        return qjax.quantize(loaded.fn, loaded.params, example, recipe=recipe, name=name, progress=progress, **settings)
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from qjax.report import page, plots
 from qjax.report.data import Report, SiteRow
 from qjax.report.groups import Group, group_rows
 from qjax.report.scores import score_lines, score_pairs, score_title, score_value
+from qjax.report.svg import SERIES
 from qjax.report.text import decibel, said_of_inputs, shape_text, size, span, why
 
 _HEADS = (
@@ -138,7 +139,7 @@ def _table(report: Report) -> str:
         return ""
     index = {id(r): i for i, r in enumerate(report.rows)}
     formats = plots.formats_of(plots.measured(report))
-    colours = {f: f"var(--c{min(k, plots.SERIES - 1)})" for k, f in enumerate(formats)}
+    colours = {f: f"var(--c{min(k, SERIES - 1)})" for k, f in enumerate(formats)}
     groups = group_rows(report.rows, most=120)
     # A column that says the same of every site is in the line under the title instead.
     dropped = frozenset({"Inputs"}) if {r.inputs for r in report.rows} <= {"float", ""} else frozenset()

@@ -1,59 +1,19 @@
-"""The figures of a report, as SVG text that takes its colours from the page.
-
-matplotlib draws with marker colours that stand for roles (ink, grid, series 0..7); the SVG text is then rewritten to
-``var(--ink)`` and so on, so that one drawing serves the light and the dark page. Text stays text: it is searchable, it
-scales, and it uses the page's font. Namespaces, metadata and dates are dropped: inline SVG needs none of them, the file
-holds no address of any other place, and equal reports give equal bytes.
-"""
+"""The figures of a report, as SVG text that takes its colours from the page (`qjax.report.svg`)."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Iterable, Sequence
-from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qjax.report import svg
 from qjax.report.data import Report, SiteRow
 from qjax.report.scores import score_pairs, score_title, score_value
 from qjax.report.text import decibel, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-SERIES = 8
-"""Formats that get a colour of their own; further ones share the last."""
-
-_ROLES = {
-    "ink": "#0a0a01",
-    "muted": "#0a0a02",
-    "grid": "#0a0a03",
-    "paper": "#0a0a04",
-    **{f"c{i}": f"#0a0a1{i}" for i in range(SERIES)},
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _ROLES["ink"],
-    "axes.edgecolor": _ROLES["grid"],
-    "axes.labelcolor": _ROLES["muted"],
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _ROLES["grid"],
-    "grid.linewidth": 0.6,
-    "xtick.color": _ROLES["muted"],
-    "ytick.color": _ROLES["muted"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-}
 _SPREAD = 0.025  # part of the axis, to either side, over which points with equal bits are spread
 
 
@@ -72,8 +32,8 @@ def bits_against_error(report: Report) -> str:
         return ""
     from matplotlib.ticker import MaxNLocator
 
-    with _style():
-        figure, axes = _figure(5.4, 3.5)
+    with svg.style():
+        figure, axes = svg.figure(5.4, 3.5)
         # Whole bits with room on both sides: one format alone then stands as a column, not as a cloud.
         low = math.floor(min(r.bits_per_element for r in rows)) - 1
         high = math.ceil(max(r.bits_per_element for r in rows)) + 1
@@ -81,7 +41,7 @@ def bits_against_error(report: Report) -> str:
         axes.set_xlim(low, high)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("stored bits per weight, scales included")
-        return _svg(figure, "bits", _tips(rows))
+        return svg.render(figure, "bits", _tips(rows))
 
 
 def error_by_site(report: Report) -> str:
@@ -91,13 +51,13 @@ def error_by_site(report: Report) -> str:
         return ""
     from matplotlib.ticker import MaxNLocator
 
-    with _style():
-        figure, axes = _figure(5.4, 3.5)
+    with svg.style():
+        figure, axes = svg.figure(5.4, 3.5)
         _scatter(axes, rows, [i + 1.0 for i in range(len(rows))], "order")
         axes.set_xlabel("site, in program order")
         axes.margins(x=0.03)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-        return _svg(figure, "order", _tips(rows))
+        return svg.render(figure, "order", _tips(rows))
 
 
 def sizes(report: Report, wide: bool = False) -> str:
@@ -114,8 +74,8 @@ def sizes(report: Report, wide: bool = False) -> str:
         ("left in float", *_bytes(report.left), "c2"),
         ("norms, biases, …", report.other_bytes, report.other_bytes, "c7"),
     )
-    with _style():
-        figure, axes = _figure(9.0 if wide else 5.4, 1.6 if wide else 2.1)
+    with svg.style():
+        figure, axes = svg.figure(9.0 if wide else 5.4, 1.6 if wide else 2.1)
         ends = [0.0, 0.0]
         for label, before, after, role in parts:
             if before or after:
@@ -124,19 +84,19 @@ def sizes(report: Report, wide: bool = False) -> str:
                     [before, after],
                     left=ends,
                     height=0.62,
-                    color=_ROLES[role],
+                    color=svg.ROLES[role],
                     label=label,
-                    edgecolor=_ROLES["paper"],
+                    edgecolor=svg.ROLES["paper"],
                     linewidth=0.8,
                 )
                 ends = [ends[0] + before, ends[1] + after]
         longest = max(ends) or 1.0
         for y, end in ((1, ends[0]), (0, ends[1])):
             axes.text(
-                end + (0.007 if wide else 0.015) * longest, y, size(end), va="center", ha="left", color=_ROLES["ink"]
+                end + (0.007 if wide else 0.015) * longest, y, size(end), va="center", ha="left", color=svg.ROLES["ink"]
             )
         axes.set_yticks([1, 0])
-        axes.set_yticklabels(["float", report.recipe or "quantized"], color=_ROLES["ink"])
+        axes.set_yticklabels(["float", report.recipe or "quantized"], color=svg.ROLES["ink"])
         axes.set_xlim(0, (1.09 if wide else 1.18) * longest)
         axes.grid(False)
         axes.set_xticks([])
@@ -150,7 +110,7 @@ def sizes(report: Report, wide: bool = False) -> str:
             handleheight=0.8,
             columnspacing=1.4,
         )
-        return _svg(figure, "sizes")
+        return svg.render(figure, "sizes")
 
 
 def scores(report: Report) -> str:
@@ -159,15 +119,15 @@ def scores(report: Report) -> str:
     pairs = tuple(p for p in pairs if all(map(math.isfinite, p[1:])))[:4]
     if not pairs:
         return ""
-    with _style():
+    with svg.style():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5.4, 2.1), layout="constrained")
         panels = figure.subplots(1, len(pairs), squeeze=False)[0]
         for axes, (name, before, after, kept) in zip(panels, pairs, strict=True):
-            axes.bar([0, 1], [before, after], width=0.6, color=[_ROLES["c7"], _ROLES["c0"]])
+            axes.bar([0, 1], [before, after], width=0.6, color=[svg.ROLES["c7"], svg.ROLES["c0"]])
             for x, v in ((0, before), (1, after)):
-                axes.text(x, v, score_value(name, v), ha="center", va="bottom", color=_ROLES["ink"])
+                axes.text(x, v, score_value(name, v), ha="center", va="bottom", color=svg.ROLES["ink"])
             axes.set_title(f"{score_title(name)}, {kept:.1f} % kept", fontsize=11)
             axes.set_xticks([0, 1])
             axes.set_xticklabels(["float", "quantized"])
@@ -176,7 +136,7 @@ def scores(report: Report) -> str:
             axes.set_ylim(0, 1.2 * max(before, after, 1e-12))
             axes.grid(False)
             axes.spines["left"].set_visible(False)
-        return _svg(figure, "scores")
+        return svg.render(figure, "scores")
 
 
 def _bytes(rows: Sequence[SiteRow]) -> tuple[int, int]:
@@ -196,14 +156,14 @@ def _heights(axes: Axes, rows: Sequence[SiteRow]) -> list[float]:
     gap = max(3.0, 0.15 * (high - low))
     ends = {math.inf: (high + gap, "exact"), -math.inf: (low - gap, "all error")}
     for y, label in (ends[v] for v in ends if v in values):
-        axes.axhline(y, color=_ROLES["muted"], linewidth=0.8, linestyle=":", zorder=0)
+        axes.axhline(y, color=svg.ROLES["muted"], linewidth=0.8, linestyle=":", zorder=0)
         axes.annotate(
             label,
             (0, y),
             xycoords=("axes fraction", "data"),
             xytext=(4, 3),
             textcoords="offset points",
-            color=_ROLES["muted"],
+            color=svg.ROLES["muted"],
         )
     return [ends[v][0] if v in ends else v for v in values]
 
@@ -230,7 +190,7 @@ def _scatter(axes: Axes, rows: Sequence[SiteRow], x: Sequence[float], name: str)
             [x[i] for i in members],
             [y[i] for i in members],
             s=18 if crowd else 34,
-            color=_ROLES[f"c{min(k, SERIES - 1)}"],
+            color=svg.ROLES[f"c{min(k, svg.SERIES - 1)}"],
             alpha=0.75,
             linewidths=0,
             label=fmt,
@@ -257,53 +217,3 @@ def _tips(rows: Sequence[SiteRow]) -> list[list[str]]:
         return f"{r.name}\n{r.format}, {r.bits_per_element:.2f} bits, {decibel(float(r.sqnr_db or 0.0))} dB"
 
     return [[tip(r) for r in rows if r.format == fmt] for fmt in formats_of(rows)]
-
-
-def _style() -> Any:
-    import matplotlib
-
-    return matplotlib.rc_context(_STYLE)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _svg(figure: Figure, name: str, tips: list[list[str]] | None = None) -> str:
-    """Render and rewrite as the module's docstring says. `tips[k]` names the points of the group ``<name>-k``."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": f"qjax-{name}"}):  # unique ids per figure of a page, equal in every run
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    # The page decides the width; the height follows from the view box.
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
-    svg = re.sub(r"""font:\s*([\d.]+px)\s*'[^;"]*""", r"font: \1 var(--font)", svg)
-    svg = re.sub(r"""font-family:\s*[^;"]*""", "font-family: var(--font)", svg)
-    for role, colour in _ROLES.items():
-        svg = svg.replace(colour, f"var(--{role})")
-    for k, group in enumerate(tips or ()):
-        svg = _with_titles(svg, f"{name}-{k}", group)
-    # Element ids are global to a page: every figure's get its name in front.
-    svg = re.sub(r'\bid="', f'id="{name}.', svg)
-    svg = re.sub(r'href="#', f'href="#{name}.', svg)
-    return re.sub(r"url\(#", f"url(#{name}.", svg).strip()
-
-
-def _with_titles(svg: str, gid: str, titles: Sequence[str]) -> str:
-    """Give the points drawn by one scatter their tooltips."""
-    start = svg.index(f'<g id="{gid}">')
-    remaining = iter(titles)
-
-    def titled(match: re.Match[str]) -> str:
-        return f"<use {match[1].rstrip()}><title>{escape(next(remaining))}</title></use>"
-
-    return svg[:start] + re.sub(r"<use ([^>]*)/>", titled, svg[start:], count=len(titles))
