@@ -25,6 +25,7 @@ ROUNDINGS: dict[str, Any] = {
     "GPTQ": qjax.GPTQ(),
     "GPTQ, static order": qjax.GPTQ(actorder="static"),
     "GPTQ, static order, MSE range": qjax.GPTQ(actorder="static", observer=qjax.MSE()),
+    "AutoRound": qjax.AutoRound(),
 }
 FORMATS = {
     "int4 g128": qjax.Int(4, group=128),

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qjax.ops import register_lowering as register_lowering
     from qjax.passes import GPTQ as GPTQ
     from qjax.passes import RTN as RTN
+    from qjax.passes import AutoRound as AutoRound
     from qjax.program import Program as Program
     from qjax.program import trace as trace
     from qjax.studies import study as study
@@ -96,6 +97,7 @@ _HOME = {
     "register_format": "qjax.formats",
     "register_lowering": "qjax.ops",
     "RTN": "qjax.passes",
+    "AutoRound": "qjax.passes",
     "GPTQ": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
@@ -106,6 +108,7 @@ _HOME = {
 _SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "models", "passes", "testing")
 
 __all__ = [
+    "AutoRound",
     "GPTQ",
     "MSE",
     "MXFP4",

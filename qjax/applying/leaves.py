@@ -107,6 +107,7 @@ def begin_leaf(
     seen: Seen,
     keys: Sequence[tuple[int, ...]] | None = None,
     smooth: Mapping[tuple[int, ...], Any] | None = None,
+    tuned: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Callable[[], Figures]]:
     """Begin to store one float leaf, or some of its slices, as planned.
 
@@ -118,6 +119,7 @@ def begin_leaf(
         keys: the slices that are there, of one format: a product of positions along the key axes. None: all.
         smooth: factors [K] of the input channels of slices, found by a prepare pass: the slice is multiplied by them
             and they are kept beside it. Statistics are those of the activations as they are, not yet divided.
+        tuned: of one slice: what its rounding found when it was trained, canonical; handed to it as statistics.
 
     Returns:
         The stored leaf, and a function that waits for it: it returns the SQNR of each quantized slice, or raises
@@ -125,7 +127,7 @@ def begin_leaf(
     """
     slices = plan.slices if keys is None else {key: plan.slices[key] for key in keys}
     positions = {axis: sorted({key[n] for key in slices}) for n, axis in enumerate(plan.key_axes)}
-    stored, begun = _part(plan, leaf, slices, plan.key_axes, positions, given, seen, smooth or {})
+    stored, begun = _part(plan, leaf, slices, plan.key_axes, positions, given, seen, smooth or {}, tuned)
 
     def figures() -> Figures:
         found: Figures = {}
@@ -168,6 +170,7 @@ def _part(
     given: Given,
     seen: Seen,
     smooth: Mapping[tuple[int, ...], Any],
+    tuned: Mapping[str, Any] | None,
 ) -> tuple[Any, _Begun]:
     """Quantize the part of a leaf whose slices along ``key_axes`` are stored as ``slices`` says.
 
@@ -180,6 +183,7 @@ def _part(
         given: aux of the slices whose scales are known: all of those that are stored alike, or none.
         seen: what was observed of the activations that the slices meet.
         smooth: factors of input channels by slice.
+        tuned: what training found, where the part is one slice.
     """
     distinct = list(dict.fromkeys(slices.values()))
     if len(distinct) == 1:
@@ -188,7 +192,7 @@ def _part(
             return jnp.asarray(leaf), []
         along = tuple(plan.stack_axes.index(a) for a in plan.key_axes)
         keys = list(itertools.product(*(positions[a] for a in plan.key_axes)))
-        codes, aux, sums = _codes(plan, leaf, stored, along, keys, positions, given, seen, smooth)
+        codes, aux, sums = _codes(plan, leaf, stored, along, keys, positions, given, seen, smooth, tuned)
         # Codes of eight bits are stored as they are: a program would only copy them.
         pack = assemble if stored.fmt.code_bits == 8 else _packed
         where = dict(shape=leaf.shape, in_axes=plan.in_axes, stack_axes=plan.stack_axes, dtype=leaf.dtype)
@@ -198,7 +202,7 @@ def _part(
     for inner, where in groups:
         rows = jnp.take(jnp.asarray(leaf), jnp.asarray(where), axis=axis)
         at = {**positions, axis: [positions[axis][i] for i in where]}
-        part, found = _part(plan, rows, inner, key_axes[1:], at, given, seen, smooth)
+        part, found = _part(plan, rows, inner, key_axes[1:], at, given, seen, smooth, tuned)
         parts.append(part)
         begun += found
     return QStack(tuple(parts), axis=axis, assign=assignment(groups)), begun
@@ -214,6 +218,7 @@ def _codes(
     given: Given,
     seen: Seen,
     factors: Mapping[tuple[int, ...], Any],
+    tuned: Mapping[str, Any] | None,
 ) -> tuple[Any, Aux, tuple[Any, Any]]:
     """Codes and aux of slices that are stored alike, and the sums that their SQNR is made of."""
     fmt, rounding = stored.fmt, stored.rounding or RTN()
@@ -245,7 +250,9 @@ def _codes(
         smooth = jnp.broadcast_to(rows.reshape(*lead, 1, -1), (*matrix.shape[:-2], 1, matrix.shape[-1]))
     if smooth is not None:
         matrix = _scaled(matrix, smooth)
-    if statistics:
+    if tuned is not None:
+        codes, aux = _rounded_by(matrix, dict(tuned), fmt, rounding, stored.observer)
+    elif statistics:
         states = [_merged_readers(rounding, seen.get(key, {}), f"{plan.name}{list(key) or ''}") for key in keys]
         found = {
             name: jnp.stack([state[name] for state in states]).reshape(

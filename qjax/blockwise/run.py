@@ -31,6 +31,7 @@ from qjax.blockwise.placing import placed, where
 from qjax.blockwise.preparing import Smooth, own_slices, pass_taps, prepare_block
 from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
+from qjax.blockwise.tuning import block_outputs, canonical_slice, tuned_slices
 from qjax.calibration import State
 from qjax.errors import DataError, QjaxError
 from qjax.lazy import Lazy
@@ -182,11 +183,13 @@ class BlockQuantizer:
         blocks = example.schedule.blocks
         done = Progress.open(self.resume, self._job(blocks)) if self.resume is not None else None
         live: list[dict[int, Any]] = [{} for _ in self.batches()]
+        exact = [dict(values) for values in live]  # in float throughout, where roundings are trained towards it
         for number, block in enumerate(blocks):
             kept = done.load(number, block.name) if done is not None else None
             # What is handed on in float is computed before passes edit the block, and so alike when a job goes on.
             floats = not self.recipe.sequential and (kept is not None or bool(self.passes[1]))
             after = self.observe(number, live, HAND_ON if self.passes[1] else None, True)[1] if floats else []
+            targets = self.observe(number, exact, HAND_ON, True)[1] if self.tunes else []
             if kept is not None:
                 pieces, figures, edited, notes = kept
                 for (position, key), value in edited.items():
@@ -195,7 +198,7 @@ class BlockQuantizer:
                 edited, notes = self.prepare(number, live)
                 states, outs = self.observe(number, live, hands_on=not self.recipe.sequential and not floats)
                 after = after if floats else outs
-                pieces, figures = self.round(number, states)
+                pieces, figures = self.round(number, states, self.tune(number, live, targets))
                 if done is not None:
                     done.save(number, block.name, pieces, figures, edited, notes)
             self.pieces |= pieces
@@ -203,6 +206,7 @@ class BlockQuantizer:
             for position, found in figures.items():
                 self.figures.setdefault(position, {}).update(found)
             live = self.advance(number, live, after)
+            exact = self.handed(number, exact, targets) if self.tunes else exact
             if self.donate:
                 self.free(number)
             if self.progress is not None:
@@ -360,21 +364,27 @@ class BlockQuantizer:
 
     def advance(self, number: int, live: list[dict[int, Any]], after: list[list[Any]]) -> list[dict[int, Any]]:
         """What later blocks take, after this one; ``after`` is what it gives in float, by batch."""
+        if not self.recipe.sequential:
+            return self.handed(number, live, after)
         cache: dict[Any, Any] = {}
-        out = []
+        gives = []
         for at, batch in enumerate(self.batches()):
             shaped, arrays = self.shaped_for(batch)
-            blocks = shaped.schedule.blocks
-            block = blocks[number]
-            if self.recipe.sequential:
-                args = (self.reads(block, arrays, cache, quantized=True), [live[at][v] for v in block.takes])
+            block = shaped.schedule.blocks[number]
+            args = (self.reads(block, arrays, cache, quantized=True), [live[at][v] for v in block.takes])
 
-                def quantized(args: Any, _: Any, shaped: Shaped = shaped, block: Block = block) -> Any:
-                    return emit_block(shaped.quantized, block, *args)
+            def quantized(args: Any, _: Any, shaped: Shaped = shaped, block: Block = block) -> Any:
+                return emit_block(shaped.quantized, block, *args)
 
-                gives = self.call("advance", number, shaped, quantized, args)
-            else:
-                gives = after[at]
+            gives.append(self.call("advance", number, shaped, quantized, args))
+        return self.handed(number, live, gives)
+
+    def handed(self, number: int, live: list[dict[int, Any]], after: list[list[Any]]) -> list[dict[int, Any]]:
+        """The values that later blocks take, by batch, once a block has given its own."""
+        out = []
+        for at, batch in enumerate(self.batches()):
+            blocks = self.shaped_for(batch)[0].schedule.blocks
+            block, gives = blocks[number], after[at]
             later = {v for b in blocks[number + 1 :] for v in b.takes}
             values = {**live[at], **dict(zip(block.gives, gives, strict=True))}
             live[at] = {}
@@ -391,7 +401,49 @@ class BlockQuantizer:
             self.cache[key] = self.compiled(function, args, given_up)
         return self.cache[key](args, given_up)
 
-    def round(self, number: int, states: dict[str, State]) -> tuple[Pieces, Figures]:
+    @cached_property
+    def tunes(self) -> bool:
+        """Whether some rounding is trained on the outputs of blocks."""
+        return any(getattr(rule.rounding, "tunes", False) for rule in self.recipe.rules)
+
+    def tune(
+        self, number: int, live: list[dict[int, Any]], targets: Sequence[Sequence[Any]]
+    ) -> dict[tuple[int, Key], Any]:
+        """Train the roundings of a block that are trained: what each found for its weights."""
+        plans, found = self.plan.leaves, {}
+        for rounding, names in tuned_slices(plans, self.due[number]).items():
+            slices = {(p, key): self.float_slice(p, plans[p], key) for p, key in names}
+            weights = {(p, key): canonical_slice(plans[p], value) for (p, key), value in slices.items()}
+            shapes = {name: value.shape for name, value in slices.items()}
+            formats = {(p, key): plans[p].slices[key].fmt for p, key in names}
+            smooth = {name: jnp.asarray(self.smooth[name]) for name in names if name in self.smooth}
+            weights |= {name: weights[name] * factors for name, factors in smooth.items()}
+            shaped, _ = self.shaped_for(self.first)
+            if len(self.shaped) > 1:
+                raise DataError(f"{rounding!r} trains on batches of one shape, and these have {len(self.shaped)}")
+            reads = shaped.schedule.blocks[number].reads
+            cache: dict[Any, Any] = {}
+
+            def inputs_of(at: int, batch: Any, cache: dict[Any, Any] = cache) -> Callable[[], Any]:
+                def inputs() -> Any:
+                    other, arrays = self.shaped_for(batch)
+                    block = other.schedule.blocks[number]
+                    return self.reads(block, arrays, cache), [live[at][v] for v in block.takes]
+
+                return inputs
+
+            def emit(values: Sequence[Any], takes: Sequence[Any], shaped: Shaped = shaped) -> Sequence[Any]:
+                block = shaped.schedule.blocks[number]
+                return emit_block(Rewriter(shaped.program, {}, max_runs=1 << 30), block, values, takes)
+
+            batches = [inputs_of(at, batch) for at, batch in enumerate(self.batches())]
+            outputs = block_outputs(emit, reads, plans, shapes, smooth)
+            found |= rounding.tune(outputs, weights, formats, batches, targets)
+        return found
+
+    def round(
+        self, number: int, states: dict[str, State], tuned: Mapping[tuple[int, Key], Any]
+    ) -> tuple[Pieces, Figures]:
         """Round the weights that are due after a block; statistics are given up as soon as they have served."""
         program, plan = self.plan.program, self.plan
         shaped, _ = self.shaped_for(self.first)
@@ -416,7 +468,7 @@ class BlockQuantizer:
             seen = seen_states(program, {position: leaf}, ready).get(position, {})
             value = self.float_slice(position, leaf, key)
             factors = {key: self.smooth.pop((position, key))} if (position, key) in self.smooth else None
-            piece, wait = begin_leaf(leaf, value, {}, seen, [key], factors)
+            piece, wait = begin_leaf(leaf, value, {}, seen, [key], factors, tuned.get((position, key)))
             self.leaves.forget(position, tuple(zip(leaf.key_axes, key, strict=True)))
             piece = placed(piece, value)
             positions = dict(zip(leaf.key_axes, ([k] for k in key), strict=True))

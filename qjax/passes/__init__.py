@@ -4,12 +4,14 @@ from qjax._guard import only_inside_qjax
 
 only_inside_qjax(__name__)
 
+from qjax.passes.autoround import AutoRound
 from qjax.passes.gptq import GPTQ
 from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 
 __all__ = [
+    "AutoRound",
     "GPTQ",
     "RTN",
     "Edits",

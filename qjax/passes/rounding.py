@@ -25,7 +25,8 @@ class Rounding(Protocol):
 
     Those that look at activations also have ``statistics``, what they need of them (`qjax.statistics`), and may have
     ``sequential``, that later blocks are to see what earlier ones became; ``round`` then takes ``statistics=``, the
-    fields of their states for this matrix.
+    fields of their states for this matrix. Those that are trained on the outputs of a block say ``tunes = True``, have
+    ``tune`` (see `qjax.passes.AutoRound`), and get as statistics what that returned.
     """
 
     needs_batches: ClassVar[bool]
@@ -79,7 +80,7 @@ def rounding_statistics(rounding: Any) -> tuple[Statistic, ...]:
     Raises:
         RecipeError: it says that it needs batches, and not what of them.
     """
-    if not getattr(rounding, "needs_batches", False):
+    if not getattr(rounding, "needs_batches", False) or getattr(rounding, "tunes", False):
         return ()
     found: tuple[Any, ...] = tuple(getattr(rounding, "statistics", None) or ())
     if not found or not all(isinstance(s, Statistic) for s in found):

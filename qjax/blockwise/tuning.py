@@ -1,0 +1,110 @@
+"""Roundings that are trained on the outputs of a block: the block as a function of its weights.
+
+A rounding with ``tunes = True`` has ``tune(outputs, weights, formats, inputs, targets)``; see `qjax.passes.AutoRound`.
+What it returns for each weight is handed to its ``round`` as statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.applying.storage import LeafPlan
+from qjax.blockwise.placing import where
+from qjax.formats import canonical_matrix
+from qjax.formats.layout import weight_layout
+
+Key = tuple[int, ...]
+Name = tuple[int, Key]
+"""(position of a leaf, positions along its key axes)."""
+
+
+def tuned_slices(plans: Mapping[int, LeafPlan], due: Sequence[Name]) -> dict[Any, list[Name]]:
+    """The slices whose rounding is trained, by that rounding."""
+    out: dict[Any, list[Name]] = {}
+    for position, key in due:
+        rounding = plans[position].slices[key].rounding
+        if getattr(rounding, "tunes", False):
+            out.setdefault(rounding, []).append((position, key))
+    return out
+
+
+def canonical_slice(plan: LeafPlan, value: Any) -> Any:
+    """A slice of a leaf, its key axes kept with size 1, as [*stack, N, K]."""
+    return canonical_matrix(jnp.asarray(value), plan.in_axes, plan.stack_axes)
+
+
+def from_canonical(matrix: Any, plan: LeafPlan, shape: Sequence[int]) -> Any:
+    """The inverse of `canonical_slice`, for a slice of this shape."""
+    layout = weight_layout(len(shape), plan.in_axes, plan.stack_axes)
+    order = [axis for kind in "soi" for axis in layout.axes(kind)]
+    stored = matrix.reshape([shape[axis] for axis in order])
+    return jnp.transpose(stored, [order.index(axis) for axis in range(len(shape))])
+
+
+def with_weights(
+    plan: LeafPlan, value: Any, index: int | None, weights: Mapping[Key, Any], shapes: Mapping[Key, Sequence[int]]
+) -> Any:
+    """A parameter as a block reads it, with other weights in the place of some of its slices.
+
+    Args:
+        plan: of the leaf.
+        value: the leaf, or slice ``index`` of its leading axis.
+        index: which slice, or None.
+        weights: canonical matrices by key.
+        shapes: of the slices, key axes kept with size 1.
+    """
+    for key, matrix in weights.items():
+        slice_ = from_canonical(matrix, plan, shapes[key]).astype(value.dtype)
+        if index is None:
+            value = value.at[where(plan, key, value.ndim)].set(slice_) if key else slice_
+            continue
+        at = dict(zip(plan.key_axes, key, strict=True))
+        if at.get(0, index) != index:
+            continue
+        part = slice_[0] if 0 in at else slice_[index]
+        if set(at) <= {0}:
+            value = part
+        else:
+            place = tuple(slice(at[a], at[a] + 1) if a in at else slice(None) for a in range(1, len(slice_.shape)))
+            value = value.at[place].set(part)
+    return value
+
+
+def block_outputs(
+    emit: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]],
+    reads: Sequence[Any],
+    plans: Mapping[int, LeafPlan],
+    shapes: Mapping[Name, Sequence[int]],
+    smooth: Mapping[Name, Any],
+) -> Callable[[Mapping[Name, Any], Any], Sequence[Any]]:
+    """The outputs of a block as a function of its weights and of the inputs of one batch.
+
+    Args:
+        emit: runs the block on what it reads and takes.
+        reads: what it reads, as `Use`.
+        plans: position -> plan.
+        shapes: of the slices that are trained.
+        smooth: factors [K] that slices were multiplied with, beside which they are stored.
+    """
+
+    def outputs(weights: Mapping[Name, Any], batch: tuple[Sequence[Any], Sequence[Any]]) -> Sequence[Any]:
+        values, takes = batch
+        own = []
+        for use, value in zip(reads, values, strict=True):
+            here = {
+                name[1]: w / smooth[name] if name in smooth else w
+                for name, w in weights.items()
+                if name[0] == use.value
+            }
+            if here:
+                sizes = {key: shapes[use.value, key] for key in here}
+                value = with_weights(plans[use.value], value, use.index, here, sizes)
+            own.append(value)
+        return emit(own, takes)
+
+    return outputs
+
+
