@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from qjax.passes import GPTQ as GPTQ
     from qjax.passes import RTN as RTN
     from qjax.passes import AutoRound as AutoRound
+    from qjax.passes import Rotated as Rotated
     from qjax.program import Program as Program
     from qjax.program import trace as trace
     from qjax.studies import study as study
@@ -99,6 +100,7 @@ _HOME = {
     "RTN": "qjax.passes",
     "AutoRound": "qjax.passes",
     "GPTQ": "qjax.passes",
+    "Rotated": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
     "MinMax": "qjax.calibration",
@@ -127,6 +129,7 @@ __all__ = [
     "QArray",
     "QStack",
     "Recipe",
+    "Rotated",
     "Rule",
     "astype",
     "calibrate",

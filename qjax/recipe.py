@@ -164,6 +164,11 @@ def _check_rule(rule: Rule) -> None:
         raise refuse(f"skip leaves the sites in float, so {' and '.join(given)} cannot be set too; drop one of them")
     if not rule.skip and not set(given) - {"rounding"}:
         raise refuse("it neither skips nor quantizes anything; set skip=True, or weights, inputs, outputs or operands")
+    if hasattr(rule.rounding, "seen_by") and isinstance(rule.inputs, Static) and rule.inputs.smooth is not None:
+        raise refuse(
+            "its inputs are smoothed by ranges of channels, and its rounding rotates them, after which there are no "
+            "such channels; leave out smooth=, which a rotation does the work of, or the rotation"
+        )
     if rule.rounding is not None and rule.weights is None:
         raise refuse("rounding says how weights are rounded, and the rule has no weights")
     for op in rule.ops:
@@ -265,6 +270,17 @@ class Decision:
     def quantizes(self) -> bool:
         """Whether anything at the site is quantized."""
         return self.rule is not None and not self.skip
+
+
+def _at_site(decision: Decision, site: Any) -> Decision:
+    """The decision at a site, by its op and its shapes."""
+    decision = _for_op(decision, site.op)
+    if decision.skip or not hasattr(decision.rounding, "for_site"):  # what a rounding does may depend on the shapes
+        return decision
+    rounding, said = decision.rounding.for_site(site)
+    if rounding == decision.rounding and not said:
+        return decision
+    return replace(decision, rounding=rounding, note="; ".join(filter(None, (decision.note, said))))
 
 
 def _for_op(decision: Decision, op: str) -> Decision:
@@ -391,7 +407,7 @@ class Recipe:
             found[site.name] = UNREACHED
             for index, (matches, wanted) in enumerate(matchers):
                 if not wanted.isdisjoint(ops) and matches(name):
-                    found[site.name] = _for_op(decisions[index], site.op)
+                    found[site.name] = _at_site(decisions[index], site)
                     break
         if strict:
             used = {decision.rule for decision in found.values()}

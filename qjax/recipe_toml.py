@@ -47,6 +47,9 @@ _SOURCES = {source.__name__.lower(): source for source in SOURCES}
 # Where the classes named under each key live.
 _HOMES = {"rounding": "qjax.passes", "pass": "qjax.passes", "observer": "qjax.calibration"}
 
+# Settings that hold an object, and the key of its class.
+_HOLD = {"observer": "observer", "inner": "rounding"}
+
 _FLAGS = ("skip", "optional", "clamp_group")
 _RULE_KEYS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "_")
 
@@ -229,7 +232,8 @@ def _object_to_dict(value: Any, kind: str) -> dict[str, Any]:
         setting = getattr(value, item.name)
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
         if item.init and setting != default:
-            data[item.name] = _object_to_dict(setting, item.name) if item.name in _HOMES else setting
+            kind_of = _HOLD.get(item.name)
+            data[item.name] = _object_to_dict(setting, kind_of) if kind_of and setting is not None else setting
     return data
 
 
@@ -238,8 +242,8 @@ def _object_from_dict(data: Any, kind: str, where: str) -> Any:
     cls = _class_named(data.pop(kind, None), kind, where)
     known = [item.name for item in dataclasses.fields(cls) if item.init]
     _known_keys(data, known, f"{where} ({cls.__name__})")
-    for key in _HOMES.keys() & data.keys():
-        data[key] = _object_from_dict(data[key], key, f"{where}: {key}")
+    for key in _HOLD.keys() & data.keys():
+        data[key] = _object_from_dict(data[key], _HOLD[key], f"{where}: {key}")
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
     except (TypeError, QjaxError) as error:

@@ -27,6 +27,7 @@ from jax import Array, lax
 from qjax._compat import varying_axes
 from qjax.calibration import Observer, State
 from qjax.errors import FormatError
+from qjax.formats.rotation import rotate
 
 __all__ = ["ChannelRange", "Range", "Samples", "SecondMoment", "Statistic", "merge_statistics"]
 
@@ -80,6 +81,10 @@ class Statistic:
     def scaled(self, state: State, factor: Any) -> State:
         """Return its fields of a state as if channel k had been multiplied by factor [.., 1, K], which is positive."""
         raise NotImplementedError(f"{type(self).__name__} has to define scaled to be used with smoothed inputs")
+
+    def rotated(self, state: State, signs: Any) -> State:
+        """Return its fields of a state as if each row had been rotated (`qjax.formats.rotation`) with these signs."""
+        raise NotImplementedError(f"{type(self).__name__} has to define rotated to be used by Rotated(...)")
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Return the bytes of a state for activations of this shape."""
@@ -180,6 +185,10 @@ class SecondMoment(Statistic):
         moment = state["second_moment"] * factor * jnp.swapaxes(factor, -1, -2)
         return {"second_moment": moment, "rows": state["rows"]}
 
+    def rotated(self, state: State, signs: Any) -> State:
+        half = rotate(state["second_moment"], signs)  # H R, and Rᵀ H R as the rotated rows of its transpose
+        return {"second_moment": rotate(jnp.swapaxes(half, -1, -2), signs), "rows": state["rows"]}
+
 
 _EMPTY = np.uint32(0xFFFFFFFF)
 
@@ -234,6 +243,9 @@ class Samples(Statistic):
 
     def scaled(self, state: State, factor: Any) -> State:
         return {"sample": state["sample"] * factor, "sample_key": state["sample_key"]}
+
+    def rotated(self, state: State, signs: Any) -> State:
+        return {"sample": rotate(state["sample"], signs), "sample_key": state["sample_key"]}
 
     def _smallest(self, state: State) -> State:
         order = jnp.argsort(state["sample_key"], stable=True)[: self.count]

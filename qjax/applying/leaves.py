@@ -28,6 +28,7 @@ from qjax.calibration import State
 from qjax.errors import DataError, QjaxError, RecipeError
 from qjax.formats import SMOOTH, Aux, Format, QStack, assemble, canonical_matrix
 from qjax.formats.numerics import finite_part
+from qjax.formats.rotation import SIGNS, unrotate
 from qjax.passes import RTN, rounding_statistics
 from qjax.statistics import Statistic, merge_statistics
 
@@ -318,7 +319,7 @@ def _scaled(matrix: Any, smooth: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _smoothed_sums(matrix: Any, smooth: Any, codes: Any, aux: Aux, fmt: Format, along: tuple[int, ...]) -> Any:
     """`_sums` of a smoothed weight, as what it stands for."""
-    return _squares(matrix / smooth, fmt.decode(codes, aux) / smooth, along)
+    return _squares(matrix / smooth, _decoded(codes, aux, fmt) / smooth, along)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -349,7 +350,13 @@ def _rounded(matrix: Any, fmt: Format, rounding: Any, observer: Any) -> tuple[An
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _sums(matrix: Any, codes: Any, aux: Aux, fmt: Format, along: tuple[int, ...]) -> tuple[Any, Any]:
     """Σw² and Σ(w − q)² over all axes of a canonical weight but the stack axes ``along``, in that order."""
-    return _squares(matrix.astype(jnp.float32), fmt.decode(codes, aux), along)
+    return _squares(matrix.astype(jnp.float32), _decoded(codes, aux, fmt), along)
+
+
+def _decoded(codes: Any, aux: Aux, fmt: Format) -> Any:
+    """What codes stand for, rotated back where a rounding has rotated the weight."""
+    near = fmt.decode(codes, aux)
+    return unrotate(near, aux[SIGNS]) if SIGNS in aux else near
 
 
 def _squares(w: Any, near: Any, along: tuple[int, ...]) -> tuple[Any, Any]:

@@ -17,7 +17,8 @@ from qjax._compat import open_jaxpr, sub_jaxprs
 from qjax.analysis.naming import Site
 from qjax.analysis.provenance import DYNAMIC, GATHERED
 from qjax.errors import RecipeError
-from qjax.formats import QArray, QStack, canonical_matrix, quantize_array
+from qjax.formats import QArray, QStack, assemble, canonical_matrix
+from qjax.formats.rotation import kept_as
 from qjax.program import Program
 from qjax.recipe import compile_pattern, nearest
 from qjax.rewriting.low_rank import Adapter
@@ -282,7 +283,9 @@ def merged_leaf(leaf: Any, delta: Any) -> Any:
         leaf = jnp.asarray(leaf)
         return (leaf.astype(jnp.float32) + delta).astype(leaf.dtype)
     where: dict[str, Any] = dict(in_axes=leaf.in_axes, stack_axes=leaf.stack_axes)
-    new = quantize_array(leaf.dequantize(jnp.float32) + delta, leaf.fmt, **where)
+    w = kept_as(canonical_matrix(leaf.dequantize(jnp.float32) + delta, **where), leaf.canonical().aux)
+    scales = leaf.fmt.fit(w)
+    new = assemble(leaf.fmt.encode(w, scales), scales, leaf.fmt, shape=leaf.shape, dtype=leaf.dtype, **where)
     changed = jnp.any(canonical_matrix(delta, **where) != 0, axis=(-1, -2))
     changed = changed.reshape(*changed.shape, *(1,) * (leaf.codes.ndim - leaf.stack_ndim))
     codes = jnp.where(changed, new.codes, leaf.codes)

@@ -161,7 +161,7 @@ def _abstract_part(aval: Any, leaf: LeafPlan, slices: Slices, key_axes: tuple[in
         if fmt is None:
             return aval
         q = jax.eval_shape(lambda w: quantize_array(w, fmt, in_axes=leaf.in_axes, stack_axes=leaf.stack_axes), aval)
-        return abstract_inputs(q, distinct[0].inputs)
+        return abstract_inputs(q, distinct[0].inputs, distinct[0].rounding)
     axis, groups = key_axes[0], alike(slices)
     parts = []
     for inner, where in groups:

@@ -20,7 +20,7 @@ from qjax.applying.storage import LeafPlan, input_prefix, reads_slice
 from qjax.calibration import AbsMax, MinMax, Observer, State
 from qjax.errors import DataError
 from qjax.formats import SMOOTH, Int, QArray, QStack
-from qjax.passes import rounding_statistics
+from qjax.passes import Rotated, rounding_statistics
 from qjax.program import Program
 from qjax.recipe import Decision
 from qjax.rewriting.taps import NONFINITE, Tap
@@ -51,8 +51,9 @@ def taps_of(decisions: Mapping[str, Decision]) -> dict[str, Tap]:
         if isinstance(d.inputs, Static) and d.inputs.smooth is not None:
             taps[name] = Tap(statistics=(ChannelRange(), *statistics))
         elif isinstance(d.inputs, Static):
-            fmt = _TENSOR if d.inputs.fmt.shares_constant else d.inputs.fmt
-            taps[name] = Tap(fmt, observer_of(d.inputs), statistics)
+            fmt, observer = _TENSOR if d.inputs.fmt.shares_constant else d.inputs.fmt, observer_of(d.inputs)
+            rotated = isinstance(d.rounding, Rotated) and d.weights is not None
+            taps[name] = Tap(fmt, d.rounding.seen_by(observer) if rotated else observer, statistics, ordered=rotated)
         elif statistics:
             taps[name] = Tap(statistics=statistics)
     return taps
@@ -178,12 +179,15 @@ def with_arrays(q: QArray, arrays: Mapping[str, Any], sizes: list[int]) -> QArra
     return dataclasses.replace(q, aux=aux)
 
 
-def abstract_inputs(q: QArray, inputs: tuple[tuple[str, Static], ...]) -> QArray:
-    """An abstract weight with the activation scales that it will be kept with."""
+def abstract_inputs(q: QArray, inputs: tuple[tuple[str, Static], ...], rounding: Any = None) -> QArray:
+    """An abstract weight with the activation scales that it will be kept with, and the signs of its rotation."""
     stack, rank = q.codes.shape[: q.stack_ndim], q.codes.ndim
     aux = dict(q.aux)
     if any(source.smooth is not None for _, source in inputs):
         aux[SMOOTH] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack) - 1), q.length), jnp.dtype("float32"))
+    if isinstance(rounding, Rotated):
+        for name, a in jax.eval_shape(lambda: rounding.kept(q.length)).items():
+            aux[name] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack) - 1), a.shape[-1]), a.dtype)
     for prefix, source in inputs:
         arrays = jax.eval_shape(lambda fmt=source.fmt: fmt.constant_aux(jnp.zeros((1, 1)), jnp.ones((1, 1))))
         for field, a in arrays.items():

@@ -11,9 +11,10 @@ from qjax.formats.nf4 import NF4
 from qjax.formats.nvfp4 import NVFP4
 from qjax.formats.packing import pack_bits, unpack_bits
 from qjax.formats.progressive import Progressive
-from qjax.formats.qarray import SMOOTH, QArray, assemble, canonical_matrix, quantize_array
+from qjax.formats.qarray import QArray, assemble, canonical_matrix, quantize_array
 from qjax.formats.qstack import QStack, is_quantized, stack_slices
 from qjax.formats.registry import format_from_dict, formats, get, register_format
+from qjax.formats.rotation import SIGNS, SMOOTH
 from qjax.formats.views import concatenate, stack
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MXFP8",
     "NF4",
     "NVFP4",
+    "SIGNS",
     "SMOOTH",
     "Aux",
     "DualGrained",

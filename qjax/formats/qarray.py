@@ -20,10 +20,7 @@ from qjax.formats.layout import Layout, in_sizes, weight_layout
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
 from qjax.formats.registry import format_from_dict
-
-SMOOTH = "input.smooth"
-"""Name in aux of constants per element of a row, [*stack, 1.., K], with which the weight was multiplied before it was
-quantized: a product divides its activations by them, anything else the numbers that the codes stand for."""
+from qjax.formats.rotation import restored
 
 
 @functools.partial(
@@ -224,8 +221,7 @@ from qjax.formats import views  # noqa: E402 (its functions take QArrays, and ar
 @jax.jit
 def _decode_canonical(q: QArray) -> Array:
     c = q.canonical()
-    x = q.fmt.decode(c.unpacked(), c.aux).astype(jnp.float32)
-    return x / c.aux[SMOOTH] if SMOOTH in c.aux else x
+    return restored(q.fmt.decode(c.unpacked(), c.aux).astype(jnp.float32), c.aux)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -16,7 +16,8 @@ from jax import Array, lax
 from qjax.errors import LayoutError
 from qjax.formats.layout import Layout, axis_index, in_sizes, pair_dimensions, resolve_shape
 from qjax.formats.packing import row_pad
-from qjax.formats.qarray import SMOOTH, QArray
+from qjax.formats.qarray import QArray
+from qjax.formats.rotation import SIGNS, SMOOTH
 
 
 def _label(q: QArray, axis: int) -> tuple[int, str, int]:
@@ -127,6 +128,11 @@ def _slice_in(q: QArray, axis: int, start: int, limit: int) -> QArray:
     tail, fmt, packing = math.prod(q.view.in_tail), q.fmt, q.fmt.packing
     first, last = start * tail, limit * tail
     group = fmt.group if fmt.per == "group" else None
+    if SIGNS in q.aux and (first % q.aux[SIGNS].shape[-1] or (last - first) % q.aux[SIGNS].shape[-1]):
+        raise LayoutError(
+            f"slice {start}:{limit} of in axis {axis} of a weight that was rotated in blocks of "
+            f"{q.aux[SIGNS].shape[-1]}, which mixes all of a block; slice whole blocks, or dequantize first"
+        )
     begin = packing.offset(first)
     if begin is None or (group and first % group):
         raise LayoutError(
@@ -139,7 +145,7 @@ def _slice_in(q: QArray, axis: int, start: int, limit: int) -> QArray:
     def on_aux(name: str, a: Array) -> Array:
         if name == SMOOTH:
             return lax.slice_in_dim(jnp.asarray(a), first, last, axis=-1)
-        if name in fmt.row_aux or group is None or a.shape[-1] == 1:
+        if name == SIGNS or name in fmt.row_aux or group is None or a.shape[-1] == 1:
             return a
         return lax.slice_in_dim(jnp.asarray(a), first // group, -(-last // group), axis=-1)
 
@@ -345,8 +351,9 @@ def concatenate(arrays: Sequence[QArray], axis: int) -> QArray:
     axis, kind, _ = _label(first, axis)
     if kind not in ("s", "o"):
         raise _refuse(first, axis, kind, "a concatenation")
-    if kind == "o" and len(arrays) > 1 and any(SMOOTH in q.aux for q in arrays):
-        raise LayoutError("concatenate: each of these weights is smoothed by constants of its own; dequantize first")
+    if kind == "o" and len(arrays) > 1 and any(SMOOTH in q.aux or SIGNS in q.aux for q in arrays):
+        how = "smoothed by constants" if any(SMOOTH in q.aux for q in arrays) else "rotated by signs"
+        raise LayoutError(f"concatenate: each of these weights is {how} of its own; dequantize first")
     if any(q.view.order != first.view.order for q in arrays):
         arrays = [_reorder_out(q) for q in arrays]
         first = arrays[0]

@@ -8,6 +8,7 @@ from qjax.passes.autoround import AutoRound
 from qjax.passes.gptq import GPTQ
 from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
+from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Edits",
     "Leaves",
     "PreparePass",
+    "Rotated",
     "Rounding",
     "rounding_statistics",
     "run_passes",

@@ -412,7 +412,7 @@ def do_shard_map(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) 
     for i, (v, spec) in enumerate(zip(values, p["in_specs"], strict=True)):
         if is_quantized(v):
             try:
-                spec = quantized_specs(v, spec, p["mesh"])
+                spec = quantized_specs(v, spec, p["mesh"], apart=True)
             except LayoutError as error:
                 rw.note("dequantized", f"shard_map: {error}")
                 values[i] = v = dense(v)

@@ -20,7 +20,8 @@ from jax import lax
 from qjax import ops
 from qjax._compat import bind
 from qjax.errors import LayoutError, RecipeError
-from qjax.formats import SMOOTH, Layout, QArray, is_quantized
+from qjax.formats import SIGNS, SMOOTH, Layout, QArray, is_quantized
+from qjax.formats.rotation import prepared, rotate
 from qjax.rewriting.selection import Selected
 
 
@@ -58,8 +59,7 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
             raise LayoutError(f"a product with {x.dtype} numbers has no quantized form")
         canonical, order = product_view(weight, wc, wb)
         canonical, constants = _without_inputs(canonical)
-        if SMOOTH in constants and constants[SMOOTH].shape[-2] != 1:
-            raise LayoutError("its smoothed weights are stacked along an axis that this product keeps")
+        _check_prepared(constants, canonical.length)
     except LayoutError as error:
         rewriter.note("dequantized", f"{where}: {error}")
         plain = [rewriter.dense(v, f"{where}: {error}") for v in values]
@@ -87,7 +87,7 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
     def product(x: Any, canonical: QArray, constants: dict[str, Any]) -> Any:
         xt = lax.transpose(x, (*batch, *xfree, *contract))
         xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
-        xt = _smoothed(xt, constants, act)
+        xt = _prepared(xt, constants, act)
         result = ops.q_dot(
             xt,
             canonical,
@@ -115,6 +115,9 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
     p, out = eqn.params, eqn.outvars[0].aval
     x = rewriter.dense(x, f"{where}: the image operand is quantized")
     weight, constants = _without_inputs(weight)
+    unturned = x.dtype
+    if SIGNS in constants:
+        x = _rotated_image(x, constants[SIGNS], p["dimension_numbers"].lhs_spec[1], act)
     if act is not None and act.prefix is None:
         quantized = (act.fmt, ops.conv_activation_aux(x, act.fmt, p["dimension_numbers"]))
     else:
@@ -140,7 +143,14 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
             rewriter.choices[where, weight.fmt.name] = ops.choice_for(problem, rewriter.implementation)
         return ops.q_conv(x, weight, **settings)
     except LayoutError as error:
-        return bind(eqn, [x, rewriter.dense(weight, f"{where}: {error}")])[0]
+        return bind(eqn, [x.astype(unturned), rewriter.dense(weight, f"{where}: {error}")])[0]
+
+
+def _rotated_image(x: Any, signs: Any, axis: int, act: Act | None) -> Any:
+    """An image whose channels are rotated as those of each place of the kernel were; groups of channels alike."""
+    moved = jnp.moveaxis(x, axis, -1)
+    turned = rotate(moved.astype(jnp.float32), signs.reshape(-1))
+    return jnp.moveaxis(turned if act is not None else turned.astype(x.dtype), -1, axis)
 
 
 def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
@@ -158,7 +168,7 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
     x = rewriter.dense(x, f"{where}: the row operand is quantized")
     weight, constants = _without_inputs(weight)
     constants = {name: a[0] for name, a in constants.items()}  # one scale for the rows of all groups
-    x = _smoothed(x, constants, act)
+    x = _prepared(x, constants, act)
     if not standard:
         return bind(eqn, [x, rewriter.dense(weight, f"{where}: not the standard [M,K] x [G,K,N] form"), sizes])[0]
     if rewriter.choices is not None:
@@ -204,14 +214,23 @@ def _without_inputs(weight: QArray) -> tuple[QArray, dict[str, Any]]:
     return dataclasses.replace(weight, aux=own), constants
 
 
-def _smoothed(x: Any, constants: dict[str, Any], act: Act | None) -> Any:
-    """Activations [*batch, rows, K] divided by the constants with which their weight was multiplied.
+def _check_prepared(constants: dict[str, Any], length: int) -> None:
+    """Refuse a product whose activations cannot be smoothed or rotated as its weight was."""
+    for name, how in ((SMOOTH, "smoothed"), (SIGNS, "rotated")):
+        if name in constants and constants[name].shape[-2] != 1:
+            raise LayoutError(f"its {how} weights are stacked along an axis that this product keeps")
+    if SIGNS in constants and length % constants[SIGNS].shape[-1]:
+        raise LayoutError(f"it reads {length} of the {constants[SIGNS].shape[-1]} channels that its rotation mixes")
+
+
+def _prepared(x: Any, constants: dict[str, Any], act: Act | None) -> Any:
+    """Activations [*batch, rows, K] smoothed and rotated as their weight was.
 
     In float32 where they are rounded next, so that nothing is lost in between; else in their own dtype.
     """
-    if SMOOTH not in constants:
+    if SMOOTH not in constants and SIGNS not in constants:
         return x
-    y = x.astype(jnp.float32) * (1.0 / constants[SMOOTH])
+    y = prepared(x, constants)
     return y if act is not None else y.astype(x.dtype)
 
 

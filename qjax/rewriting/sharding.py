@@ -15,10 +15,10 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from qjax.errors import LayoutError
-from qjax.formats import QArray
+from qjax.formats import SIGNS, QArray
 
 
-def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "") -> QArray:
+def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "", apart: bool = False) -> QArray:
     """The specs of a QArray's children, as a QArray of specs.
 
     Args:
@@ -26,12 +26,14 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "") -> QArray:
         spec: PartitionSpec of the float weight, in the user's layout.
         mesh: the mesh, for the number of shards.
         where: the leaf's name, for errors; "" where the caller adds it.
+        apart: whether each device multiplies its shard by itself, as in shard_map.
 
     Returns:
         A QArray whose children are PartitionSpecs.
 
     Raises:
-        LayoutError: shards of an in axis would cut a byte or a group, or an inner in axis is sharded.
+        LayoutError: shards of an in axis would cut a byte or a group (or, apart, what a rotation mixes), or an inner
+            in axis is sharded.
     """
     by_axis = tuple(spec) + (None,) * (q.ndim - len(tuple(spec)))
     stored: list[Any] = [None] * q.codes.ndim
@@ -55,12 +57,19 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "") -> QArray:
                 + f"; axis {first} can be cut into {_among(allowed)} shards; shard another axis, or choose a group "
                 "that divides a shard"
             )
+        width = q.aux[SIGNS].shape[-1] if SIGNS in q.aux else 1
+        if apart and (q.length // shards) % width:
+            raise LayoutError(
+                f"{where}{shards} shards of the {q.length} numbers of a row, of which a rotation mixes {width} at a "
+                f"time; shard another axis, or quantize with Rotated(block=...) of a length that divides a shard"
+            )
         stored[-1] = by_axis[first]
 
-    def child(a: Any) -> PartitionSpec:
-        return PartitionSpec(*(s if n != 1 else None for s, n in zip(stored, a.shape, strict=True)))
+    def child(a: Any, name: str = "") -> PartitionSpec:
+        along = [*stored[:-1], None] if name == SIGNS else stored  # of a block: the same for all blocks of a row
+        return PartitionSpec(*(s if n != 1 else None for s, n in zip(along, a.shape, strict=True)))
 
-    return dataclasses.replace(q, codes=child(q.codes), aux={k: child(a) for k, a in q.aux.items()})
+    return dataclasses.replace(q, codes=child(q.codes), aux={k: child(a, k) for k, a in q.aux.items()})
 
 
 def _aligned(q: QArray, shards: int) -> bool:

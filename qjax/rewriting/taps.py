@@ -52,11 +52,13 @@ class Tap:
     Attributes:
         fmt, observer: the range that a format needs, by an observer; None for no range.
         statistics: what else is gathered. Their fields, and those of the observer, have different names.
+        ordered: whether the observer has to see K in the order in which the weight is stored.
     """
 
     fmt: Any = None
     observer: Observer | None = None
     statistics: tuple[Statistic, ...] = ()
+    ordered: bool = False
 
     @property
     def parts(self) -> tuple[Statistic, ...]:
@@ -182,7 +184,7 @@ class Collector(Rewriter):
 
     def _seen(self, tap: Tap, number: int, eqn: Any, values: list[Any], side: int, before: State | None) -> State:
         """The state of the activations of a product, operand ``side``, with what was seen before."""
-        if not tap.statistics:
+        if not tap.statistics and not tap.ordered:
             matrix = activation_matrix(eqn, values[side], side)
             self.shapes[number] = matrix.shape
             return tap.see(lambda part, state: part.see(matrix) if state is None else part.add(state, matrix),
