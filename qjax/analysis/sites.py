@@ -69,7 +69,28 @@ def analyze(closed: Any, leaf_names: list[str], leaf_shapes: list[tuple[int, ...
     return Analysis(walker.reads, walker.loops, walker.other_uses, walker.slicing)
 
 
+def views(closed: Any, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]]) -> dict[tuple[Path, Any], Ref]:
+    """Which values are views of parameter leaves: ``(address of the body, variable)`` to the view.
+
+    Args:
+        closed: the traced program, whose leading arguments are the parameter leaves.
+        leaf_names, leaf_shapes: of the parameter leaves.
+    """
+    walker = _Walker(leaf_names, leaf_shapes, [])
+    walker.views = {}
+    args = [
+        Val(Ref.whole(i, leaf_shapes[i]), frozenset((i,)), near=Near(walker.segments[i], ()))
+        if i < len(leaf_names)
+        else DATA
+        for i in range(len(closed.in_avals))
+    ]
+    walker.body(closed, args, (), "", ())
+    return walker.views
+
+
 class _Walker:
+    views: dict[tuple[Path, Any], Ref] | None = None
+
     def __init__(self, leaf_names: list[str], leaf_shapes: list[tuple[int, ...]], composites: list[Composite]):
         self.leaf_shapes = leaf_shapes
         self.slicing: list[Slicing] = []
@@ -106,6 +127,8 @@ class _Walker:
                 self.composite(found, here, eqn, ins, outs, scope, loops)
             for var, out in zip(eqn.outvars, outs, strict=True):
                 env[var] = out
+        if self.views is not None:
+            self.views |= {(path, var): val.ref for var, val in env.items() if val.ref is not None}
         return [self.read(env, v) for v in inner.outvars]
 
     def read(self, env: dict[Any, Val], atom: Any) -> Val:
