@@ -57,6 +57,9 @@ class Format:
         weights_only: whether a recipe refuses the format for activations: encoding them as they pass would cost more
             than the product gains.
         row_aux: names in aux whose last axis does not run along K (a codebook per row, say).
+        whole_matrix: whether aux holds numbers of the whole matrix [N, K] in an order of their own (scales of tiles of
+            rows, sparse corrections), as [*stack, 1, anything] named in ``row_aux``. Such an array is sliced along
+            stack axes only; views that would cut or reorder rows or columns raise `LayoutError`.
     """
 
     key: ClassVar[str] = ""
@@ -67,6 +70,7 @@ class Format:
     shares_constant: ClassVar[bool] = False
     symmetric: bool = True
     row_aux: ClassVar[tuple[str, ...]] = ()
+    whole_matrix: ClassVar[bool] = False
 
     code_bits: int
     per: str

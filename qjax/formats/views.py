@@ -35,6 +35,16 @@ def _refuse(q: QArray, axis: int, kind: str, what: str) -> LayoutError:
     )
 
 
+def _check_cut(q: QArray, kind: str, what: str) -> None:
+    """Refuse to take a matrix apart whose scales belong to all of it."""
+    if kind in ("o", "i") and q.fmt.whole_matrix:
+        raise LayoutError(
+            f"{what} of a quantized array of shape {q.shape}: scales and corrections of {q.fmt.name} belong to whole "
+            f"matrices, which can be taken apart along stack axes only ({q.stack_axes or 'there are none'}); "
+            "dequantize first"
+        )
+
+
 def _each(q: QArray, axis: int, function: Callable[[Array], Array], layout: Layout, keep: bool) -> QArray:
     """Apply a function to codes and aux along one storage axis; ``keep`` leaves shared aux (size 1) alone."""
     size = q.codes.shape[axis]
@@ -100,6 +110,7 @@ def getitem(q: QArray, item: int | slice | Array) -> QArray:
         raise _refuse(q, axis, kind, "an index")
     if not isinstance(item, int) and getattr(item, "ndim", 0):
         return take(q, 0, item)
+    _check_cut(q, kind, f"an index along axis {axis}")
     return _index(q, axis, storage, int(item) if not hasattr(item, "dtype") else item)
 
 
@@ -117,6 +128,7 @@ def slice_axis(q: QArray, axis: int, start: int, limit: int) -> QArray:
         return dataclasses.replace(q, layout=q.view)
     if kind == "u":
         raise _refuse(q, axis, kind, "an empty slice")
+    _check_cut(q, kind, f"slice {start}:{limit} along axis {axis}")
     if kind == "i":
         return _slice_in(q, axis, start, limit)
     return _each(q, storage, lambda a: lax.slice_in_dim(a, start, limit, axis=storage), q.view, keep=True)
@@ -163,6 +175,7 @@ def take(q: QArray, axis: int, indices: Array, mode: str = "clip") -> QArray:
     axis, kind, storage = _label(q, axis)
     if kind not in ("s", "o"):
         raise _refuse(q, axis, kind, "a gather")
+    _check_cut(q, kind, f"a gather along axis {axis}")
     if mode not in ("clip", "wrap"):
         raise LayoutError(f"take: mode={mode!r}; 'clip' or 'wrap'")
     indices = jnp.asarray(indices)
@@ -241,6 +254,7 @@ def _reorder_out(q: QArray) -> QArray:
     seen = [k for kind, k in q.view.order if kind == "o"]
     if seen == sorted(seen):
         return q
+    _check_cut(q, "o", "a reshape that merges out axes in another order than they are stored,")
     stacks, rank = q.stack_ndim, q.codes.ndim
     perm = [*range(stacks), *(stacks + k for k in seen), *range(stacks + len(seen), rank)]
     place = {k: n for n, k in enumerate(seen)}
@@ -351,6 +365,8 @@ def concatenate(arrays: Sequence[QArray], axis: int) -> QArray:
     axis, kind, _ = _label(first, axis)
     if kind not in ("s", "o"):
         raise _refuse(first, axis, kind, "a concatenation")
+    if len(arrays) > 1:
+        _check_cut(first, kind, f"a concatenation along axis {axis}")
     if kind == "o" and len(arrays) > 1 and any(SMOOTH in q.aux or SIGNS in q.aux for q in arrays):
         how = "smoothed by constants" if any(SMOOTH in q.aux for q in arrays) else "rotated by signs"
         raise LayoutError(f"concatenate: each of these weights is {how} of its own; dequantize first")

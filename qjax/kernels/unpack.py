@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from qjax.formats import QArray
+from qjax.formats.packing import BitStream
 
 SMALL_ELEMENTS = 1 << 20
 """Weights of fewer elements are small: compiling them takes longer than a few hundred runs."""
@@ -32,7 +33,8 @@ def unpacked(w: QArray, dtype: np.dtype | None = None) -> Array:
     """
     bits, codes = w.fmt.code_bits, w.codes
     dtype = dtype or w.fmt.code_dtype
-    if bits == 8 or math.prod(codes.shape[-2:-1]) * w.length >= SMALL_ELEMENTS or not w.length:
+    plain = isinstance(w.fmt.packing, BitStream)
+    if not plain or math.prod(codes.shape[-2:-1]) * w.length >= SMALL_ELEMENTS or not w.length:
         return w.unpacked().astype(dtype)
     if 8 % bits == 0:
         return _aligned(codes, bits, w.fmt.signed, dtype)[..., : w.length]

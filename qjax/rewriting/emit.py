@@ -351,6 +351,11 @@ def product_view(q: QArray, contract: tuple[int, ...], batch: tuple[int, ...]) -
     )
     if batch_order == q.stack_axes:
         return q.canonical(), order
+    if q.fmt.whole_matrix:
+        raise LayoutError(
+            f"the product runs in parallel over axes {tuple(batch)} of a weight {q.shape} whose stack axes are "
+            f"{q.stack_axes}, and {q.fmt.name} keeps scales of whole matrices"
+        )
     # move the children's axes: [*batch, *free, 1.., K]
     rank, n_in = q.codes.ndim, len(q.in_axes)
     permutation = [stored.index(a) for a in (*batch_order, *free)] + list(range(rank - n_in, rank))

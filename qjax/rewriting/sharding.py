@@ -46,6 +46,12 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "", apart: boo
             f"{where}of the axes that a product sums over, a quantized weight {q.shape} can be sharded along the "
             f"first, {first}, and the spec {spec} names axis {next(a for a in inner if by_axis[a] is not None)}"
         )
+    if q.fmt.whole_matrix and any(by_axis[a] is not None for a in (first, *q.out_axes)):
+        raise LayoutError(
+            f"{where}{q.fmt.name} has scales and corrections of whole matrices, so a weight {q.shape} can be sharded "
+            f"along its stack axes only ({q.stack_axes or 'there are none'}), and the spec is {spec}; replicate it, "
+            "or choose another format"
+        )
     if by_axis[first] is not None:
         shards = _shards(by_axis[first], mesh)
         if not _aligned(q, shards):

@@ -141,6 +141,12 @@ def _one_cpu(problem: Problem) -> bool | str:
     return on_one_cpu(problem) or "it is for one CPU device; over several the plain form stays sharded"
 
 
+def _row_blocks(problem: Problem) -> bool | str:
+    if problem.weight.whole_matrix:
+        return f"{problem.weight.name} keeps scales of whole matrices, which blocks of rows would cut"
+    return _one_cpu(problem)
+
+
 def _large(problem: Problem) -> bool | str:
     if problem.n * problem.k <= LOOP_ELEMENTS:
         return f"the weight has no more than {LOOP_ELEMENTS} elements, where a loop does not pay"
@@ -149,7 +155,7 @@ def _large(problem: Problem) -> bool | str:
 
 _BLOCKS = {
     "platform": "cpu",
-    "when": _one_cpu,
+    "when": _row_blocks,
     "worth": _large,
     "name": "dequantize_blocks",
     "priority": 1,
