@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from qjax.passes import RTN as RTN
     from qjax.passes import AutoRound as AutoRound
     from qjax.passes import Rotated as Rotated
+    from qjax.passes import TwoBit as TwoBit
     from qjax.program import Program as Program
     from qjax.program import trace as trace
     from qjax.studies import study as study
@@ -101,6 +102,7 @@ _HOME = {
     "AutoRound": "qjax.passes",
     "GPTQ": "qjax.passes",
     "Rotated": "qjax.passes",
+    "TwoBit": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
     "MinMax": "qjax.calibration",
@@ -131,6 +133,7 @@ __all__ = [
     "Recipe",
     "Rotated",
     "Rule",
+    "TwoBit",
     "astype",
     "calibrate",
     "check_trainable",

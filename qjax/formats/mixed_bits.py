@@ -99,7 +99,9 @@ class MixedBits(Format):
         whole("tile", lambda v: v >= 1, "a number of rows, 1 or more")
         whole("wide_group", lambda v: v >= 1 and v % self.strip == 0, f"a multiple of the strip, {self.strip} columns")
         if self.select not in CHOICES:
-            raise FormatError(f"MixedBits: select={self.select!r}{near(str(self.select), CHOICES)}; 'aligned' or 'global'")
+            raise FormatError(
+                f"MixedBits: select={self.select!r}{near(str(self.select), CHOICES)}; 'aligned' or 'global'"
+            )
         if self.select == "aligned" and self.share != 0.25:
             raise FormatError(
                 f"MixedBits: share={self.share} with select='aligned', which takes one strip in four; "
@@ -323,6 +325,11 @@ class MixedBits(Format):
             return strips.sorted_codes(codes, self.is_wide(aux, length))
 
         return _over_stack(one, jnp.asarray(x, jnp.float32), aux)
+
+    def arranged(self, codes: AnyArray, aux: Aux) -> Array:
+        """Return codes of one matrix, uint8 [N, K] in the order of columns, as they stand in a row."""
+        strips = self.strips(codes.shape[-1])
+        return strips.sorted_codes(strips.split(codes), self.is_wide(aux, codes.shape[-1]))
 
     def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return (code - zero) * scale plus the corrections, in float32."""

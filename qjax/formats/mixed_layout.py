@@ -97,7 +97,7 @@ class Strips:
 
     def join(self, strips: AnyArray) -> Array:
         """Return strips [..., count, strip] as [..., K]."""
-        return strips.reshape(*strips.shape[:-2], self.count * self.strip)[..., : self.length]
+        return jnp.asarray(strips).reshape(*strips.shape[:-2], self.count * self.strip)[..., : self.length]
 
     def sorted_codes(self, strips: AnyArray, is_wide: AnyArray) -> Array:
         """Return codes as they stand in a row, [..., K], from strips in the order of columns, [..., count, strip]."""

@@ -13,7 +13,7 @@ from jax import Array, lax
 from qjax.formats.numerics import AnyArray
 
 Sparse = tuple[Array, Array, Array]
-"""Values float16 [n], columns uint16 or uint32 [n], rising within a row, and uint32 [N + 1]: row i is ptr[i]:ptr[i+1]."""
+"""Values float16 [n]; columns uint16 or uint32 [n], rising within a row; and uint32 [N + 1], where each row begins."""
 
 
 def column_dtype(length: int) -> np.dtype:

@@ -13,9 +13,9 @@ zero z' of as many bits, in the form that needs no sign. With L = 2**bits - 1,
 Rows of zeros in a tile have no scale: they do not count for smin, their codes are 0. A scale that is not zero stays so:
 c + z' is at least 1. z is taken again with the scale that is stored, as the codes of the weight are.
 
-Three 2-bit strips share a 16-bit word per row, low bits first: z of each (2 bits each), then the scale codes (3, 3 and 4
-bits); and a 16-bit word per tile, z' in bits 0..3, 4..7 and 8..11. All of it is in numbers so scaled that the largest of
-the matrix lies in [2**12, 2**13): FP16 then holds scales down to 1e-8 of it.
+Three 2-bit strips share a 16-bit word per row, low bits first: z of each (2 bits each), then the scale codes (3, 3 and
+4 bits); and a 16-bit word per tile, z' in bits 0..3, 4..7 and 8..11. All of it is in numbers so scaled that the largest
+of the matrix lies in [2**12, 2**13): FP16 then holds scales down to 1e-8 of it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def zero_point(low: AnyArray, scale: AnyArray, top: int) -> Array:
     return jnp.clip(round_even(-low / scale), 0, top)
 
 
-def fit_narrow(
-    low: AnyArray, high: AnyArray, tile: int, bits: tuple[int, int, int]
-) -> tuple[Array, Array, Array]:
+def fit_narrow(low: AnyArray, high: AnyArray, tile: int, bits: tuple[int, int, int]) -> tuple[Array, Array, Array]:
     """Quantize the scales of 2-bit strips.
 
     Args:
