@@ -112,8 +112,8 @@ class MixedBits(Format):
         bits = tuple(self.scale_bits)
         if len(bits) != 3 or any(not isinstance(b, int) or not 1 <= b <= 4 for b in bits) or sum(bits) > 10:
             raise FormatError(
-                f"MixedBits: scale_bits={self.scale_bits!r}; three numbers of 1 to 4 bits, 10 together at most, so that "
-                "a row's scale codes and zero points of three strips fit in 16 bits"
+                f"MixedBits: scale_bits={self.scale_bits!r}; three numbers of 1 to 4 bits, 10 together at most, so "
+                "that a row's scale codes and zero points of three strips fit in 16 bits"
             )
         object.__setattr__(self, "scale_bits", bits)
 
