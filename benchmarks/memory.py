@@ -1,11 +1,12 @@
 """Memory of gathering second moments block by block, for a model whose weights are read one layer at a time.
 
-    python -m benchmarks.memory [--scales 4 2 1] [--layers 3] [--tokens 512] [--batches 4]
+    python -m benchmarks.memory [--scales 4 2 1] [--layers 3] [--tokens 512] [--batches 4] [--rounding gptq]
 
 A Llama of the widths of an 8B model (4096 / 1024 / 14336), divided by each scale, with random weights that are made
 when they are read and not kept. Its layers are scanned; the job is that of GPTQ up to the rounding, which is to nearest
-here, so that the peak is that of gathering. Peak: the process's own memory (RssAnon), sampled every 5 ms, above what it
-was when the job began. What is above one layer and what is packed does not depend on the number of layers:
+unless ``--rounding gptq`` is given, so that the peak is that of gathering. Peak: the process's own memory (RssAnon),
+sampled every 5 ms, above what it was when the job began. What is above one layer and what is packed does not depend on
+the number of layers:
 
     statistics of a layer + values of one batch in a layer + batches x tokens x width x 4 bytes
 """
@@ -29,7 +30,7 @@ from benchmarks import measure
 from qjax.models import LanguageModel, LlamaConfig
 from qjax.statistics import SecondMoment, Statistic
 
-BOUND = 2e9
+BOUNDS = {"nearest": 2e9, "gptq": 6e9}
 """Bytes above one block's parameters that the job may take."""
 
 
@@ -46,7 +47,12 @@ class Gathered(qjax.RTN):
         return super().round(w, fmt, observer=observer)
 
 
-RECIPE = qjax.Recipe([qjax.Rule("layers/**", weights=qjax.Int(4, group=128), rounding=Gathered())])
+ROUNDINGS = {"nearest": Gathered(), "gptq": qjax.GPTQ()}
+
+
+def recipe(rounding: str) -> qjax.Recipe:
+    """int4 weights of all layers."""
+    return qjax.Recipe([qjax.Rule("layers/**", weights=qjax.Int(4, group=128), rounding=ROUNDINGS[rounding])])
 
 
 def model(scale: int, layers: int) -> tuple[Any, Any, int]:
@@ -101,19 +107,20 @@ class Peak(threading.Thread):
             self.highest = max(self.highest, private_bytes())
 
 
-def measured(scale: int, layers: int, tokens: int, batches: int) -> dict[str, Any]:
+def measured(scale: int, layers: int, tokens: int, batches: int, rounding: str) -> dict[str, Any]:
     """One job in this process."""
+    wanted = recipe(rounding)
     jax.config.update("jax_platforms", "cpu")
     fn, params, layer = model(scale, layers)
     rng = np.random.default_rng(0)
     rows = [jnp.asarray(rng.integers(0, 512, (1, tokens))) for _ in range(batches)]
     warm_fn, warm_params, _ = model(32, 2)  # what jax and the compiler take for themselves is there already
-    qjax.quantize(warm_fn, warm_params, recipe=RECIPE, batches=[rows[0][:, :16]])
-    cost = qjax.plan(fn, params, rows[0], recipe=RECIPE, batches=batches).cost
+    qjax.quantize(warm_fn, warm_params, recipe=wanted, batches=[rows[0][:, :16]])
+    cost = qjax.plan(fn, params, rows[0], recipe=wanted, batches=batches).cost
     peak = Peak()
     peak.start()
     begun = time.perf_counter()
-    done = qjax.quantize(fn, params, recipe=RECIPE, batches=rows)
+    done = qjax.quantize(fn, params, recipe=wanted, batches=rows)
     seconds = time.perf_counter() - begun
     peak.done.set()
     peak.join()
@@ -136,9 +143,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--rounding", choices=sorted(ROUNDINGS), default="nearest")
     parser.add_argument("--one", type=int, help="run one scale in this process and print JSON")
     given = parser.parse_args()
-    sizes = (given.layers, given.tokens, given.batches)
+    sizes = (given.layers, given.tokens, given.batches, given.rounding)
+    wanted, bound = recipe(given.rounding), BOUNDS[given.rounding]
     if given.one:
         print(json.dumps(measured(given.one, *sizes)))
         return
@@ -146,17 +155,19 @@ def main() -> None:
     for scale in given.scales:
         command = [sys.executable, "-m", "benchmarks.memory", "--one", str(scale)]
         command += [f"--layers={given.layers}", f"--tokens={given.tokens}", f"--batches={given.batches}"]
+        command.append(f"--rounding={given.rounding}")
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(found.splitlines()[-1]))
         print(f"1/{scale} of the width: done", file=sys.stderr)
     fn, params, layer = model(1, 32)
     example = jax.ShapeDtypeStruct((1, given.tokens), jnp.int32)
-    whole = qjax.plan(fn, params, example, recipe=RECIPE, batches=given.batches).cost
+    whole = qjax.plan(fn, params, example, recipe=wanted, batches=given.batches).cost
     packed = whole.parts["packed"]
     mega = lambda n: f"{n / 1e6:,.0f}"  # noqa: E731
     for row in rows:
         row["above_bytes"] = row["peak_bytes"] - row["packed_bytes"] - row["layer_bytes"]
-    text = f"{given.layers} layers, {given.batches} batches of {given.tokens} tokens. Megabytes.\n\n"
+    text = f"{given.layers} layers, {given.batches} batches of {given.tokens} tokens, rounding: {given.rounding}. "
+    text += "Megabytes.\n\n"
     names = {"layer_bytes": "one layer", "peak_bytes": "peak", "packed_bytes": "packed by then"}
     names |= {"above_bytes": "peak above both"}
     text += measure.table(
@@ -170,7 +181,7 @@ def main() -> None:
             for row in rows
         ],
     )
-    text += f"\nBound: {mega(BOUND)} MB above one layer."
+    text += f"\nBound: {mega(bound)} MB above one layer."
     full = next((row for row in rows if row["scale"] == 1), None)
     if full is not None:
         handed = 4 * 4096 * given.tokens * given.batches
@@ -180,8 +191,8 @@ def main() -> None:
             f"{mega(full['above_bytes'] - whole.parts['statistics'] - handed)} = {mega(full['above_bytes'])} MB, as "
             f"measured on {given.layers}; packed by the end {mega(packed)} MB."
         )
-    record = {"measured": rows, "planned_32_layers": whole.parts, "bound": BOUND}
-    measure.save("memory", record, text, given.out)
+    record = {"measured": rows, "planned_32_layers": whole.parts, "bound": bound}
+    measure.save("memory" if given.rounding == "nearest" else f"memory-{given.rounding}", record, text, given.out)
 
 
 if __name__ == "__main__":
