@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qjax.errors import RecipeError, near
+from qjax.patterns import compile_pattern
 from qjax.sources import Dynamic, Learned, Static, check_source
 
 if TYPE_CHECKING:
@@ -217,29 +217,6 @@ def _check_format(fmt: Any, setting: str, refuse: Any) -> None:
         )
     if setting != "weights" and fmt.weights_only:
         raise refuse(f"{fmt!r} is for weights only; use Int, Float8 or MXFP8 for {setting}")
-
-
-@lru_cache(maxsize=1024)
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Return a compiled expression that full-matches ``name + "/"`` for the names that the pattern is for.
-
-    Raises:
-        RecipeError: a bad regular expression, or ``**`` inside a segment.
-    """
-    if pattern.startswith("re:"):
-        try:
-            return re.compile(f"(?:{pattern[3:]})/")
-        except re.error as error:
-            raise RecipeError(f"rule {pattern!r} is not a regular expression: {error}") from error
-    parts = []
-    for segment in pattern.split("/"):
-        if segment == "**":
-            parts.append("(?:[^/]*/)*")
-        elif "**" in segment:
-            raise RecipeError(f"rule {pattern!r}: '**' stands for whole segments; write it between slashes, or one '*'")
-        else:
-            parts.append("[^/]*".join(re.escape(piece) for piece in segment.split("*")) + "/")
-    return re.compile("".join(parts))
 
 
 @dataclass(frozen=True)

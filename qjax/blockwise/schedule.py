@@ -24,8 +24,8 @@ from jax.extend import core as jex
 from qjax._compat import consts_of, constvars_and_invars, open_jaxpr, scan_arity, sub_jaxprs
 from qjax.analysis.reads import Path
 from qjax.errors import RecipeError
+from qjax.patterns import compile_pattern
 from qjax.program import Program
-from qjax.recipe import compile_pattern
 
 OPENED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
 """Primitives that are opened where they hold several blocks, and the parameter that holds their body."""

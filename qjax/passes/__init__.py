@@ -10,6 +10,7 @@ from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
 from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
+from qjax.passes.smoothquant import SmoothQuant
 from qjax.passes.two_bit import TwoBit
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Rotated",
     "Rounding",
     "TwoBit",
+    "SmoothQuant",
     "rounding_statistics",
     "run_passes",
     "split_passes",
