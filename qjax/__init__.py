@@ -48,9 +48,11 @@ if TYPE_CHECKING:
     from qjax.observed import calibrate as calibrate
     from qjax.observed import observe as observe
     from qjax.ops import register_lowering as register_lowering
+    from qjax.passes import DGQ as DGQ
     from qjax.passes import GPTQ as GPTQ
     from qjax.passes import RTN as RTN
     from qjax.passes import AutoRound as AutoRound
+    from qjax.passes import QoQ as QoQ
     from qjax.passes import Rotated as Rotated
     from qjax.passes import TwoBit as TwoBit
     from qjax.program import Program as Program
@@ -103,6 +105,8 @@ _HOME = {
     "GPTQ": "qjax.passes",
     "Rotated": "qjax.passes",
     "TwoBit": "qjax.passes",
+    "DGQ": "qjax.passes",
+    "QoQ": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
     "MinMax": "qjax.calibration",
@@ -112,7 +116,7 @@ _HOME = {
 _SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "models", "passes", "testing")
 
 __all__ = [
-    "AutoRound",
+    "DGQ",
     "GPTQ",
     "MSE",
     "MXFP4",
@@ -121,6 +125,7 @@ __all__ = [
     "NVFP4",
     "RTN",
     "AbsMax",
+    "AutoRound",
     "Float8",
     "Int",
     "Lazy",
@@ -130,6 +135,7 @@ __all__ = [
     "Program",
     "QArray",
     "QStack",
+    "QoQ",
     "Recipe",
     "Rotated",
     "Rule",

@@ -5,21 +5,25 @@ from qjax._guard import only_inside_qjax
 only_inside_qjax(__name__)
 
 from qjax.passes.autoround import AutoRound
+from qjax.passes.dgq import DGQ
 from qjax.passes.gptq import GPTQ
 from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
+from qjax.passes.qoq import QoQ
 from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 from qjax.passes.smoothquant import SmoothQuant
 from qjax.passes.two_bit import TwoBit
 
 __all__ = [
-    "AutoRound",
+    "DGQ",
     "GPTQ",
     "RTN",
+    "AutoRound",
     "Edits",
     "Leaves",
     "PreparePass",
+    "QoQ",
     "Rotated",
     "Rounding",
     "TwoBit",

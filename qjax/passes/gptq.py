@@ -74,6 +74,7 @@ class GPTQ:
         observer: Observer | None = None,
         weight: AnyArray | None = None,
         statistics: Mapping[str, AnyArray] | None = None,
+        aux: Aux | None = None,
     ) -> tuple[Array, Aux]:
         """Round a matrix.
 
@@ -83,6 +84,8 @@ class GPTQ:
             observer: goes before the rounding's own.
             weight: not used: the importance of columns is in H.
             statistics: {"second_moment": float32 [K, K], "rows": float32 []}, as `SecondMoment` gathers them.
+            aux: scales that are chosen already and stay, canonical as ``fmt.fit`` returns them; an observer is then not
+                asked. The format may be any whose elements are encoded one by one, given the numbers of their block.
 
         Returns:
             Codes [N, K] of ``fmt.code_dtype`` and aux.
@@ -92,7 +95,8 @@ class GPTQ:
         """
         if statistics is None:
             raise FormatError("GPTQ.round needs statistics: the second moment of the inputs")
-        column = _column_format(fmt)
+        # Given its block's numbers, a column is encoded as it is: one element of a row is one block.
+        column = _column_format(fmt) if aux is None else fmt
         w = jnp.asarray(w, jnp.float32)
         n, k = w.shape
         group = fmt.group if fmt.per == "group" and fmt.group is not None else None
@@ -105,7 +109,9 @@ class GPTQ:
         factor = _factor(h[order][:, order], self.dampening_frac)
         # Ranges of the weight as it was: all there are in static order or without groups, else overwritten as
         # groups are reached.
-        aux = fmt.fit(w) if observer is None else observer.fit(w, fmt)
+        fixed = aux is not None
+        if aux is None:
+            aux = fmt.fit(w) if observer is None else observer.fit(w, fmt)
         rows = {name: jnp.swapaxes(jnp.asarray(a), 0, 1) for name, a in aux.items()}  # [groups, N or 1]
         group_of = order // group if group is not None else jnp.zeros(k, jnp.int32)
 
@@ -114,10 +120,10 @@ class GPTQ:
         columns = jnp.pad(w.T[order], ((0, rest), (0, 0)))
         factor = jnp.pad(factor, ((0, rest), (0, rest))) + jnp.diag((jnp.arange(padded) >= k).astype(jnp.float32))
         group_of = jnp.pad(group_of, (0, rest), mode="edge")
-        as_reached = group or 0 if not by_order else 0  # length of groups whose ranges are taken when they are reached
+        as_reached = group or 0 if not by_order and not fixed else 0  # length of groups fitted when reached
 
         def of_column(rows: Mapping[str, Array], j: Array) -> Aux:
-            return {name: a[group_of[j]][:, None] for name, a in rows.items()}
+            return {name: a[jnp.minimum(group_of[j], len(a) - 1)][:, None] for name, a in rows.items()}
 
         def one_column(start: Array, i: Array, state: Any) -> Any:
             block, u, codes, errors, rows = state
