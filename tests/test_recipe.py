@@ -338,8 +338,9 @@ def test_every_preset_can_be_made_in_any_case():
         *("W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W8A8_STATIC"),
         *("W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4", "NVFP4A16"),
         *("W8A8_FP", "W8A8_INT", "W4A16_INT"),
+        *("W4A8", "DGQ", "QOQ_G128", "QOQ"),
     ]
-    with_data = {"FP8", "W8A8_STATIC", "NVFP4", "W8A8_INT", "W4A16_INT"}
+    with_data = {"FP8", "W8A8_STATIC", "NVFP4", "W8A8_INT", "W4A16_INT", "DGQ", "QOQ_G128", "QOQ"}
     for name in names:
         recipe = qjax.recipe(name.lower())
         assert recipe.name == name and recipe == qjax.recipe(name)
