@@ -56,7 +56,7 @@ def shared_inputs(program: Program, leaves: Leaves, chosen: Sequence[str], match
         match: a pattern as in rules.
     """
     matches = compile_pattern(match).fullmatch
-    wanted = [name for name in chosen if matches(name + "/") and program.by_name[name].op in ("dot", "ragged_dot")]
+    wanted = [name for name in chosen if matches(name + "/")]
     out, done = [], set()
     for name in wanted:
         if name in done:
@@ -103,23 +103,28 @@ def gathered(numbers: Any, channels: np.ndarray, size: int, reduce: Any = np.max
     return out
 
 
+def leaves_no_room(program: Program, name: str) -> bool:
+    """Whether factors cannot be kept beside a weight: the windows of a convolution overlap, and each has the others."""
+    return program.by_name[name].op == "conv"
+
+
 def smoothed(
     who: str,
+    program: Program,
     shared: Sequence[Shared],
     factors: Callable[[Shared], np.ndarray],
     leaves: Leaves,
     unfolded: str,
-    allowed: Callable[[str], bool] = lambda name: True,
 ) -> Edits:
     """The edits of a smoothing: activations are divided by factors, weights multiplied.
 
     Args:
         who: the pass, for messages.
+        program: the trace.
         shared: what `shared_inputs` found.
         factors: gives the factors of one group, float32 [size], positive.
         leaves: parameters.
         unfolded: one of `UNFOLDED`.
-        allowed: whether the factors of a site may be kept beside its weight.
 
     Raises:
         RecipeError: nothing takes up the factors of a site, and that is to be an error.
@@ -144,7 +149,7 @@ def smoothed(
                 f"{who}: {name} cannot be smoothed by folding: {one.reason}; leave it out (match=...), or keep its "
                 "factors beside the weight (unfolded='beside')"
             )
-        if unfolded == "skip" or not allowed(name):
+        if unfolded == "skip" or leaves_no_room(program, name):
             notes.append(f"{name}: not smoothed, because {one.reason}")
             continue
         s = factors(one)

@@ -31,8 +31,8 @@ from qjax.statistics import ChannelRange, Statistic
 class SmoothQuant:
     """Divide the input channels of products by factors that are folded into what comes before. Needs calibration data.
 
-    Products only; convolutions are left alone. Factors are scaled so that their geometric mean is 1, which changes no
-    product and keeps norms near where they were; a channel that was never seen keeps the factor 1.
+    Factors are scaled so that their geometric mean is 1, which changes no product and keeps norms near where they were;
+    a channel that was never seen keeps the factor 1. Those of a convolution can be folded and not kept beside its weight.
 
     Args:
         strength: a, from 0 (weights alone decide) to 1 (activations alone).
@@ -75,7 +75,7 @@ class SmoothQuant:
                 w = np.maximum(w, gathered(top, channels, one.size))
             return smoothing_factors(x, w, self.strength)
 
-        return smoothed("SmoothQuant", shared, factors, leaves, self.unfolded)
+        return smoothed("SmoothQuant", program, shared, factors, leaves, self.unfolded)
 
 
 def smoothing_factors(x: np.ndarray, w: np.ndarray, strength: float) -> np.ndarray:

@@ -218,3 +218,24 @@ def _llama_params(config):
 def test_bad_settings(settings, message):
     with pytest.raises(RecipeError, match=message):
         SmoothQuant(**settings)
+
+
+def test_convolutions_are_smoothed_where_factors_can_be_folded():
+    def fn(p, x):
+        conv = lambda x, w: lax.conv_general_dilated(  # noqa: E731
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        h = jax.nn.relu(conv(x, p["first"]) * p["scale"] + p["shift"])
+        return conv(jax.nn.gelu(conv(h, p["second"])), p["third"])
+
+    r = np.random.default_rng(4)
+    draw = lambda *shape: jnp.asarray(r.standard_normal(shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32)  # noqa: E731
+    p = {"first": draw(3, 3, 3, 8), "second": draw(3, 3, 8, 4), "third": draw(1, 1, 4, 4)}
+    p |= {"scale": jnp.ones(8).at[2].set(30), "shift": draw(8)}
+    x = jnp.asarray(r.standard_normal((4, 6, 6, 3)), jnp.float32)
+    recipe = qjax.Recipe([qjax.Rule("**", weights=HIGH)], prepare=[SmoothQuant()])
+    model = qjax.quantize(fn, p, recipe=recipe, batches=[(x,)])
+    notes = [note for note in model.report.notes if note.startswith("SmoothQuant")]
+    assert any(note.startswith("SmoothQuant: second: factors") and "folded into" in note for note in notes), notes
+    assert any(note.startswith("SmoothQuant: third: not smoothed, because") and "gelu" in note for note in notes), notes
+    assert relative(model(model.params, x), fn(p, x)) < 0.03
