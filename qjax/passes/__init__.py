@@ -10,6 +10,7 @@ from qjax.passes.gptq import GPTQ
 from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
 from qjax.passes.qoq import QoQ
+from qjax.passes.qoq_channels import DGQSmooth, Reorder, SmoothAttention, SmoothOutputs
 from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 from qjax.passes.smoothquant import SmoothQuant
@@ -20,14 +21,18 @@ __all__ = [
     "GPTQ",
     "RTN",
     "AutoRound",
+    "DGQSmooth",
     "Edits",
     "Leaves",
     "PreparePass",
     "QoQ",
+    "Reorder",
     "Rotated",
     "Rounding",
-    "TwoBit",
+    "SmoothAttention",
+    "SmoothOutputs",
     "SmoothQuant",
+    "TwoBit",
     "rounding_statistics",
     "run_passes",
     "split_passes",
