@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qjax.ops import register_lowering as register_lowering
     from qjax.passes import DGQ as DGQ
     from qjax.passes import GPTQ as GPTQ
+    from qjax.passes import PTQTP as PTQTP
     from qjax.passes import RTN as RTN
     from qjax.passes import AutoRound as AutoRound
     from qjax.passes import QoQ as QoQ
@@ -107,6 +108,7 @@ _HOME = {
     "TwoBit": "qjax.passes",
     "DGQ": "qjax.passes",
     "QoQ": "qjax.passes",
+    "PTQTP": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
     "MinMax": "qjax.calibration",
@@ -123,6 +125,7 @@ __all__ = [
     "MXFP8",
     "NF4",
     "NVFP4",
+    "PTQTP",
     "RTN",
     "AbsMax",
     "AutoRound",

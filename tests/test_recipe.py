@@ -336,7 +336,7 @@ def test_every_preset_can_be_made_in_any_case():
     names = [name for name, description in qjax.recipes().items() if description]
     assert names == [
         *("W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W8A8_STATIC"),
-        *("W4A16", "W3A16", "W2A16", "NF4", "MXFP4A16", "NVFP4", "NVFP4A16"),
+        *("W4A16", "W3A16", "W2A16", "NF4", "PTQTP", "MXFP4A16", "NVFP4", "NVFP4A16"),
         *("W8A8_FP", "W8A8_INT", "W4A16_INT"),
         *("W4A8", "DGQ", "QOQ_G128", "QOQ"),
     ]

@@ -9,8 +9,8 @@ from qjax.passes.dgq import DGQ
 from qjax.passes.gptq import GPTQ
 from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
+from qjax.passes.ptqtp import PTQTP
 from qjax.passes.qoq import QoQ
-from qjax.passes.qoq_channels import DGQSmooth, Reorder, SmoothAttention, SmoothOutputs
 from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 from qjax.passes.smoothquant import SmoothQuant
@@ -19,20 +19,17 @@ from qjax.passes.two_bit import TwoBit
 __all__ = [
     "DGQ",
     "GPTQ",
+    "PTQTP",
     "RTN",
     "AutoRound",
-    "DGQSmooth",
     "Edits",
     "Leaves",
     "PreparePass",
     "QoQ",
-    "Reorder",
     "Rotated",
     "Rounding",
-    "SmoothAttention",
-    "SmoothOutputs",
-    "SmoothQuant",
     "TwoBit",
+    "SmoothQuant",
     "rounding_statistics",
     "run_passes",
     "split_passes",

@@ -9,10 +9,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.calibration import MSE
-from qjax.formats import NF4, DualGrained, Int, quantize_array
+from qjax.formats import NF4, DualGrained, Int, TritPlanes, quantize_array
 
 W = np.random.default_rng(0).standard_normal((128, 32)).astype(np.float32)  # [K, N]
-FORMATS = [Int(4, group=16, symmetric=False), NF4(16), DualGrained(16)]
+FORMATS = [Int(4, group=16, symmetric=False), NF4(16), DualGrained(16), TritPlanes(2, 16, store="two_bit")]
 
 
 def specs(q, axis):
