@@ -11,6 +11,7 @@ from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
 from qjax.passes.ptqtp import PTQTP
 from qjax.passes.qoq import QoQ
+from qjax.passes.qoq_channels import DGQSmooth, Reorder, SmoothAttention, SmoothOutputs
 from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 from qjax.passes.smoothquant import SmoothQuant
@@ -22,14 +23,18 @@ __all__ = [
     "PTQTP",
     "RTN",
     "AutoRound",
+    "DGQSmooth",
     "Edits",
     "Leaves",
     "PreparePass",
     "QoQ",
+    "Reorder",
     "Rotated",
     "Rounding",
-    "TwoBit",
+    "SmoothAttention",
+    "SmoothOutputs",
     "SmoothQuant",
+    "TwoBit",
     "rounding_statistics",
     "run_passes",
     "split_passes",
