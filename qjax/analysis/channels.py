@@ -1,4 +1,4 @@
-"""Channels that can be rescaled or reordered without changing the function, and which parameters then change.
+"""Channels that can be rescaled, reordered or rotated without changing the function, and which parameters then change.
 
 `channel_group` answers, for the input (or output) of a linear site: if channel k were multiplied by a factor f_k, which
 slices of which parameter leaves have to be multiplied by which of them, so that the function stays what it was? Or it
@@ -27,13 +27,11 @@ from qjax.analysis.naming import SliceKey
 from qjax.errors import QjaxError
 
 if TYPE_CHECKING:
-    from jax import Array
-
     from qjax.program import Program
 
 _RULES = (gauge_arithmetic, gauge_moves, gauge_products)
 
-Kind = Literal["scale", "permute"]
+Kind = Literal["scale", "permute", "rotate"]
 Side = Literal["input", "output"]
 
 
@@ -64,20 +62,41 @@ class Touch:
         return tuple(axis for axis, n in zip(kept, self.index.shape, strict=True) if n > 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A scale per channel that stands in the way of a rotation until it is one.
+
+    Attributes:
+        leaf, slice: where it is.
+        offset: the scale is the leaf plus this number.
+        group: the factors that it can be exchanged with (see `folded`), or why it cannot be folded: a table that the
+            head shares with the embedding, say, has to be stored twice first.
+    """
+
+    leaf: str
+    slice: SliceKey
+    offset: float
+    group: ChannelGroup | Refusal = dataclasses.field(repr=False)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Channels that change together.
 
     Attributes:
         site: the site asked for.
-        kind: ``"scale"``: any positive factors; ``"permute"``: orders that stay within blocks.
+        kind: ``"scale"``: any positive factors; ``"permute"``: orders that stay within blocks; ``"rotate"``:
+            orthogonal matrices that mix within blocks.
         size: how many factors are free.
         channels: int32 [K] (flattened input axes, as in the canonical matrix of the site; [E, K] where a batch of
             matrices has channels of its own): the factor that each channel is multiplied by, -1 where it has to stay.
-        blocks: int32 [size]: a permutation moves a channel only to places of the same block; zeros for factors.
+        blocks: int32 [size]: a permutation or rotation mixes only channels of the same block; zeros for factors.
         touches: what has to be multiplied; a leaf slice may appear more than once.
         sites: every linear site whose input is multiplied by some of the factors, with its own ``channels``.
         divided: those whose input is divided by some, likewise.
+        folds: for rotations: scales (of norms) that have to be folded into their readers first.
+        keeps_ones: for rotations: reasons why the matrix has to leave the vector of ones of each block as it is
+            (names of the norms that subtract a mean); empty if any orthogonal matrix will do.
     """
 
     site: str
@@ -88,11 +107,19 @@ class ChannelGroup:
     touches: tuple[Touch, ...]
     sites: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     divided: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    folds: tuple[Fold, ...] = ()
+    keeps_ones: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> tuple[str, ...]:
         """The leaves touched, in program order, once each."""
         return tuple(dict.fromkeys(t.leaf for t in self.touches))
+
+    @property
+    def untie(self) -> tuple[str, ...]:
+        """Leaves that have to be stored twice before the scales can be folded: a head that is the embedding."""
+        refused = [f.group for f in self.folds if isinstance(f.group, Refusal)]
+        return tuple(dict.fromkeys(r.consumer for r in refused if r.kind == "shared"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +130,14 @@ class Refusal:
         site: the site asked for.
         reason: a sentence.
         consumer: the site or primitive that forbids it.
+        kind: ``"equation"`` that lets nothing through, ``"shared"`` leaf (``consumer``) that would have to be stored
+            twice, ``"argument"`` or ``"result"`` of the function, or ``"blocks"`` of single channels.
     """
 
     site: str
     reason: str
     consumer: str
+    kind: str = "equation"
 
     def __str__(self) -> str:
         return f"{self.site}: {self.reason}"
@@ -141,7 +171,7 @@ class _Solution:
         self.program = program
         self.kind: Kind = kind
         with collector_paused():
-            self.gauge = Gauge(program, moves=kind == "permute")
+            self.gauge = Gauge(program, kind)
         resolve = self.gauge.ties.resolve
         self.terms: list[tuple[str, SliceKey, np.ndarray, float]] = []
         for (leaf, key), entries in self.gauge.entries.items():
@@ -154,7 +184,7 @@ class _Solution:
         self.term_of = _Table([t[2] for t in self.terms])
         self.names = list(self.inputs)
         self.site_of = _Table([self.inputs[n] for n in self.names])
-        self.cells = self._cells() if kind == "permute" else None
+        self.cells = self._cells() if kind != "scale" else None
         self.known: dict[bytes, Any] = {}
         self.leaf_numbers = {name: n for n, name in enumerate(program.leaf_names)}
 
@@ -183,10 +213,23 @@ class _Solution:
         number = _Numbering(free, np.sign(channels.ravel()[first]))
         found = self.members(number)
         if found is None:
-            return Refusal(site, f"no two channels of its {of} may change places", site)
-        blocks, touches, sites, divided = found
-        own = number.split(channels)[0][1]
-        return ChannelGroup(site, self.kind, len(free), own, blocks, touches, sites, divided)
+            verb = "change places" if self.kind == "permute" else "be mixed"
+            return Refusal(site, f"no two channels of its {of} may {verb}", site, "blocks")
+        return ChannelGroup(site, self.kind, len(free), number.split(channels)[0][1], *found)
+
+    def group_of_leaf(self, leaf: str, key: SliceKey) -> ChannelGroup | Refusal:
+        """The group that multiplies a leaf slice, whatever reads what comes of it."""
+        for name, slice_key, codes, _ in self.terms:
+            if (name, slice_key) == (leaf, key):
+                free, first = np.unique(np.abs(codes).ravel(), return_index=True)
+                free, first = free[free > 0], first[free > 0]
+                number = _Numbering(free, np.sign(codes.ravel()[first]))
+                found = self.members(number)
+                assert found is not None
+                return ChannelGroup(leaf, self.kind, len(free), number.split(codes)[0][1].ravel(), *found)
+        entries = self.gauge.entries.get((self.leaf_numbers[leaf], key), [])
+        why = next((w for e in entries for t in e.terms if (w := self.gauge.ties.why(t))), 0)
+        return self.refusal(leaf, "output", why)
 
     def members(self, number: _Numbering) -> Any:
         """Blocks, touches and sites of a set of unknowns; None if none of them can change places with another."""
@@ -210,8 +253,23 @@ class _Solution:
             name = self.names[n]
             for power, index in number.split(self.laid_out(name, self.inputs[name] * self.sign("input"), "input")):
                 sites[power][name] = index
-        self.known[key] = blocks, tuple(touches), sites[1], sites[-1]
+        folds, ones = self.conditions(free)
+        self.known[key] = blocks, tuple(touches), sites[1], sites[-1], folds, ones
         return self.known[key]
+
+    def conditions(self, free: np.ndarray) -> tuple[tuple[Fold, ...], tuple[str, ...]]:
+        """What a rotation of unknowns asks for besides."""
+        resolve = self.gauge.ties.resolve
+        folds: dict[tuple[str, SliceKey], Fold] = {}
+        for codes, place, offset in self.gauge.folds:
+            if np.isin(resolve(codes), free).any():
+                for key in place.keys:
+                    leaf = self.program.leaf_names[place.leaf]
+                    scales = _solution(self.program, "scale").group_of_leaf(leaf, key)
+                    folds.setdefault((leaf, key), Fold(leaf, key, offset, scales))
+        reasons = [self.gauge.reasons[r] for codes, r in self.gauge.ones if np.isin(resolve(codes), free).any()]
+        ones = [_site_at(self.program, reason) or reason.what for reason in reasons]
+        return tuple(folds.values()), tuple(dict.fromkeys(ones))
 
     def sign(self, of: Side) -> int:
         """A weight has the reciprocals of the factors of its input."""
@@ -241,15 +299,15 @@ class _Solution:
     def refusal(self, site: str, of: Side, number: int) -> Refusal:
         reason = self.gauge.reasons[number]
         who = self.where(reason)
-        verb = "a factor per channel" if self.kind == "scale" else "another order of channels"
+        verb = {"scale": "a factor per channel", "permute": "another order of channels", "rotate": "mixed channels"}
         text = {
             "argument": f"its {of} is an argument of the function",
             "result": f"its {of} is a result of the function",
             "free": f"its {of} is not followed by the analysis",
             "shared": f"{reason.what} is read in more ways than one, which want different factors",
-            "equation": f"its {of} passes through {who}, which does not let through {verb}",
+            "equation": f"its {of} passes through {who}, which does not let through {verb[self.kind]}",
         }[reason.kind]
-        return Refusal(site, text, who)
+        return Refusal(site, text, who, reason.kind)
 
     def where(self, reason: Reason) -> str:
         """Name of the site or composite at a reason's equation, with its primitive."""
@@ -322,18 +380,36 @@ def _solution(program: Program, kind: Kind) -> _Solution:
     return solved[kind]
 
 
+def stream_group(program: Program, kind: Kind = "rotate") -> ChannelGroup | Refusal:
+    """The residual stream: the group of what the first table or weight of the program writes.
+
+    Args:
+        program: from `qjax.trace`.
+        kind: rotate or permute it (norms fix its scale).
+
+    Returns:
+        The group, or why it has to stay.
+    """
+    solution = _solution(program, kind)
+    first = next(iter(solution.gauge.outputs), None)
+    if first is None:
+        return Refusal("", "the program multiplies by no parameter", "", "equation")
+    return solution.group(first, "output")
+
+
 # ---------------------------------------------------------------------------------------------------- applying
 
 Read = Callable[[str, SliceKey], Any]
-"""``read(leaf, slice)``: the float values of a leaf slice, sliced axes dropped."""
+"""``read(leaf, slice)``: the float values of a leaf slice, sliced axes dropped. What changes is computed in NumPy where
+it gives NumPy arrays, else in JAX."""
 
 
-def scaled(group: ChannelGroup, factors: Any, read: Read) -> dict[tuple[str, SliceKey], Array]:
+def scaled(group: ChannelGroup, factors: Any, read: Read) -> dict[tuple[str, SliceKey], Any]:
     """The leaf slices that change when the channels of a group are multiplied by factors.
 
     Args:
         group: of kind ``"scale"``.
-        factors: float [size], positive.
+        factors: float [size], positive; one for each factor of the group, not for each channel.
         read: gives the slices as they are.
 
     Returns:
@@ -342,24 +418,25 @@ def scaled(group: ChannelGroup, factors: Any, read: Read) -> dict[tuple[str, Sli
     Raises:
         QjaxError: the wrong kind of group, or the wrong number of factors.
     """
-    factors = jnp.asarray(factors, jnp.float32)
+    factors = factors if hasattr(factors, "shape") else np.asarray(factors)
     if group.kind != "scale" or factors.shape != (group.size,):
         raise QjaxError(
             f"{group.site}: {group.size} factors for a group of kind 'scale' are needed, not "
             f"{list(factors.shape)} for one of kind {group.kind!r}"
         )
-    out: dict[tuple[str, SliceKey], Array] = {}
+    out: dict[tuple[str, SliceKey], Any] = {}
     for touch in group.touches:
         place = touch.leaf, touch.slice
-        old = out[place] if place in out else jnp.asarray(read(*place))
-        picked = factors[np.maximum(touch.index, 0)]
-        by = jnp.where(touch.index < 0, 1.0, picked if touch.power > 0 else 1.0 / picked)
-        wide = (old.astype(jnp.float32) + touch.offset) * by - touch.offset
+        old: Any = out[place] if place in out else read(*place)
+        xp: Any = np if isinstance(old, np.ndarray) else jnp
+        values = xp.asarray(factors, xp.float32)[np.maximum(touch.index, 0)]
+        by = xp.where(touch.index < 0, xp.float32(1.0), values if touch.power > 0 else 1.0 / values)
+        wide = (old.astype(xp.float32) + touch.offset) * by - touch.offset
         out[place] = wide.astype(old.dtype)
     return out
 
 
-def permuted(group: ChannelGroup, order: Any, read: Read) -> dict[tuple[str, SliceKey], Array]:
+def permuted(group: ChannelGroup, order: Any, read: Read) -> dict[tuple[str, SliceKey], Any]:
     """The leaf slices that change when the channels of a group are reordered.
 
     Args:
@@ -384,15 +461,16 @@ def permuted(group: ChannelGroup, order: Any, read: Read) -> dict[tuple[str, Sli
             f"{group.site}: channel {int(order[j])} (block {int(group.blocks[order[j]])}) cannot move to place {j} "
             f"(block {int(group.blocks[j])}); sort within group.blocks"
         )
-    out: dict[tuple[str, SliceKey], Array] = {}
+    out: dict[tuple[str, SliceKey], Any] = {}
     for touch in group.touches:
         place = touch.leaf, touch.slice
-        old = out[place] if place in out else jnp.asarray(read(*place))
+        old: Any = out[place] if place in out else read(*place)
+        xp: Any = np if isinstance(old, np.ndarray) else jnp
         dims = [d for d, n in enumerate(touch.index.shape) if n > 1]
         source = _sources(touch.index.ravel(), order)
-        front = jnp.moveaxis(old, dims, range(len(dims)))
+        front = xp.moveaxis(old, dims, range(len(dims)))
         flat = front.reshape(touch.index.size, -1)[source].reshape(front.shape)
-        out[place] = jnp.moveaxis(flat, range(len(dims)), dims)
+        out[place] = xp.moveaxis(flat, range(len(dims)), dims)
     return out
 
 

@@ -4,7 +4,8 @@ Multiply every channel of every value by an unknown factor. Each equation then s
 depend on those of its operands: an addition wants them equal, a contraction wants reciprocal ones, an ``exp`` wants
 them to be one. A parameter takes any factor: it is stored multiplied by it. What remains free after the walk are the
 groups of channels that can be rescaled without changing the function (`qjax.analysis.channels`). The same walk with
-"the same permutation" in place of "the same factor" finds what can be reordered.
+"the same permutation" in place of "the same factor" finds what can be reordered, and with "the same rotation" what can
+be mixed by an orthogonal matrix.
 
 The walk evaluates the jaxpr like an interpreter, with a `Flow` (codes of `qjax.analysis.ties`, in compact arrays) for
 each value; scans over layers are stepped through. Rules per primitive are in ``gauge_moves``, ``gauge_arithmetic``
@@ -89,6 +90,8 @@ class Flow:
         number: the number that all elements are, if known.
         param: for a value that depends on parameters alone.
         data: whether arguments or random numbers enter.
+        square: for rotations: it is the square of what the codes say, good for being summed up.
+        scale: for rotations: a parameter that it was multiplied by, which is to be folded away.
     """
 
     shape: tuple[int, ...]
@@ -98,6 +101,8 @@ class Flow:
     number: float | None = None
     param: Param | None = None
     data: bool = True
+    square: bool = False
+    scale: Flow | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,17 +152,23 @@ class Gauge:
 
     Args:
         program: the trace.
-        moves: find what can be permuted, rather than what can be multiplied.
+        kind: find what can be multiplied (``"scale"``), permuted (``"permute"``) or rotated (``"rotate"``).
 
     Attributes:
         ties: the unknowns. reasons: why some are fixed, by number.
         entries: ``(leaf, slice)`` to what reads it.
         inputs, outputs: site name to the codes of its input and output channels, as the leaf slice has them.
-        separators: ``(codes, keys)``: a permutation only moves channels of equal keys.
+        separators: ``(codes, keys)``: a permutation or rotation only mixes channels of equal keys.
+        folds: for rotations, ``(codes, place, offset)`` of the parameters that have to be folded away first.
+        ones: for rotations, ``(codes, reason)`` where all channels are summed up, or the same is added to all.
     """
 
-    def __init__(self, program: Program, moves: bool):
-        self.program, self.moves = program, moves
+    def __init__(self, program: Program, kind: str):
+        self.program = program
+        self.moves, self.turns = kind != "scale", kind == "rotate"
+        self.folds: list[tuple[np.ndarray, Place, float]] = []
+        self.ones: list[tuple[np.ndarray, int]] = []
+        self.demanded: set[int] = set()
         self.ties = Ties()
         self.reasons = [Reason("free")]
         self.entries: dict[tuple[int, SliceKey], list[Entry]] = {}
@@ -262,8 +273,16 @@ class Gauge:
         if not any(f.data for f in ins) and ins and not name.startswith("random"):
             return self.derived(eqn, ins)
         found = RULES.get(name)
+        if self.turns and any(f.square and name not in _SQUARES or f.scale and name not in _SCALES for f in ins):
+            found = None
+        self.demanded.clear()
         outs = found(self, eqn, ins) if found is not None else None
-        return self.refuse(eqn, ins) if outs is None else outs
+        if outs is None:
+            return self.refuse(eqn, ins)
+        for flow in ins:  # who reads a parameter and asks nothing of it wants it as it is
+            if flow.param is not None and id(flow) not in self.demanded and not any(flow is out for out in outs):
+                self.hold(flow)
+        return outs
 
     def refuse(self, eqn: Any, ins: Sequence[Flow]) -> list[Flow]:
         """An equation through which nothing passes."""
@@ -319,7 +338,8 @@ class Gauge:
 
         param = flow.param
         assert param is not None
-        if param.place is not None:
+        self.demanded.add(id(flow))
+        if param.place is not None and not (self.turns and offset and any(t.any() for t in terms)):
             return self.register(param.place, terms, offset)
         back = backward(self, flow, terms, offset) if param.eqn is not None else None
         if back is not None:
@@ -395,7 +415,10 @@ class Gauge:
             return
         for support in left.keys() | right.keys():
             if support in left and support in right:
-                self.ties.equal(left[support], right[support], reason)
+                a, b = np.broadcast_arrays(left[support], right[support])
+                ra, rb = self.ties.resolve(a), self.ties.resolve(b)
+                self.ties.fix(np.where(ra == 0, b, a)[(ra == 0) != (rb == 0)], reason)
+                self.ties.equal(a, b, reason)
             else:
                 self.ties.fix(left.get(support, right.get(support)), reason)  # type: ignore[arg-type]
 
@@ -409,7 +432,7 @@ class Gauge:
             if name is not None and name not in self.outputs:
                 self.outputs[name] = outer
                 if inner is not None and x is not None:
-                    self.inputs[name], self.origin[name] = inner, x.why
+                    self.inputs[name], self.origin[name] = inner, self.ties.why(x.codes) or x.why
 
     # ------------------------------------------------------------------------------------------- unknowns
     def tie(self, codes: np.ndarray, dims: Sequence[int]) -> np.ndarray:
@@ -519,7 +542,9 @@ class Gauge:
 
     def joined(self, flows: Sequence[Flow]) -> Flow:
         """One value that is each of these: their codes have to be equal, except that zero takes any factor."""
-        carrying = [f for f in flows if self.moves or f.number not in (0.0, math.inf, -math.inf)] or list(flows[:1])
+        free = (0.0,) if self.turns else (0.0, math.inf, -math.inf)
+        constant = [f.number is not None if self.moves and not self.turns else f.number in free for f in flows]
+        carrying = [f for f, c in zip(flows, constant, strict=True) if not c] or list(flows[:1])
         codes = carrying[0].codes
         for other in carrying[1:]:
             self.ties.equal(codes, other.codes, other.why or carrying[0].why or self.reason)
@@ -530,6 +555,11 @@ class Gauge:
         why = next((f.why for f in carrying if f.why), 0)
         return Flow(flows[0].shape, codes, same, why, number)
 
+
+_SCALES = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
+_SCALES |= {"mul", "div", "stop_gradient", "sharding_constraint", "reduce_precision"}
+_SQUARES = _SCALES | {"reduce_sum"}
+"""What scales that are to be folded away, and squares, may pass through."""
 
 _SAME_NUMBER = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
 

@@ -11,6 +11,7 @@ import numpy as np
 from qjax.analysis import layout
 from qjax.analysis.gauge import Flow, Gauge, plain, rule
 from qjax.analysis.gauge_moves import same_after
+from qjax.analysis.gauge_turns import keep, raised, together, turned
 from qjax.composites.constants import ELEMENTWISE
 
 _SUMS = ("add", "add_any", "sub")
@@ -26,6 +27,8 @@ def _elementwise(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     if any(f.shape and len(f.shape) != len(shape) for f in ins):
         return None
     same = same_after(eqn, ins, shape)
+    if g.turns:
+        return turned(g, eqn, ins, shape, same)
     codes = _ordered(g, ins, shape) if g.moves else _scaled(g, eqn, ins)
     if codes is None:
         return None
@@ -39,13 +42,7 @@ def _elementwise(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
 
 def _raised(g: Gauge, flow: Flow, shape: tuple[int, ...]) -> Flow:
     """An operand as an array of the result's shape, with unknowns of its own if it is a parameter."""
-    flow = g.activate(flow)
-    if flow.shape == shape:
-        return flow
-    codes = flow.codes if flow.shape else flow.codes.reshape((1,) * len(shape))
-    same = tuple(s or n != m for s, n, m in zip(flow.same, flow.shape, shape, strict=True)) if flow.shape else None
-    same = (True,) * len(shape) if same is None else same
-    return Flow(shape, codes, same, flow.why, flow.number)
+    return raised(g.activate(flow), shape)
 
 
 def _why(g: Gauge, flow: Flow) -> int:
@@ -103,29 +100,11 @@ def _ordered(g: Gauge, ins: list[Flow], shape: tuple[int, ...]) -> np.ndarray | 
     carrying = sorted((f for f in flows if f.codes.any()), key=lambda f: -f.codes.size)
     if not carrying:
         return layout.none(len(shape))
-    codes = carrying[0].codes
-    for other in carrying[1:]:
-        missing = [d for d, n in enumerate(other.codes.shape) if n < codes.shape[d]]
-        if any(other.same[d] for d in missing):
-            _keep(g, codes, other)
-            g.ties.fix(other.codes, g.reason)
-        else:
-            g.ties.equal(codes, other.codes, g.reason)
-            codes = other.codes if missing else codes
+    codes = together(g, carrying)
     for flow in flows:
         if not flow.codes.any():
-            _keep(g, codes, flow)
+            keep(g, codes, flow)
     return codes
-
-
-def _keep(g: Gauge, codes: np.ndarray, other: Flow) -> None:
-    """An operand that is not permuted: channels only move where all of its elements are equal."""
-    support = [d for d, n in enumerate(codes.shape) if n > 1]
-    dims = [d for d in support if not other.same[d]]
-    if dims == support and dims:
-        g.ties.fix(codes, other.why or g.reason)
-    else:
-        g.separate_dims(codes, dims)
 
 
 # ------------------------------------------------------------------------------------------------- reductions
@@ -135,6 +114,8 @@ def _reduce(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     codes = flow.codes
     varying = layout.varying(codes, axes)
     index = name in ("argmax", "argmin")
+    if g.turns and codes.any() and name != "reduce_sum":
+        return None
     if varying and (index or not g.moves and name == "reduce_prod"):
         return None
     if not g.moves and name in ("reduce_prod",) and codes.any():
@@ -142,6 +123,8 @@ def _reduce(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     keep = [d for d in range(len(flow.shape)) if d not in axes]
     if varying and g.moves:
         g.separate_dims(codes, keep)
+        if g.turns and not flow.square:
+            g.ones.append((codes, g.reason))
         codes = layout.none(len(keep))
     else:
         codes = g.tie(codes, axes)
@@ -150,13 +133,15 @@ def _reduce(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
         codes = layout.none(len(keep))
     shape = tuple(eqn.outvars[0].aval.shape)
     why = flow.why or (g.reason if varying else 0)
-    return [Flow(shape, codes, tuple(flow.same[d] for d in keep), why)]
+    return [Flow(shape, codes, tuple(flow.same[d] for d in keep), why, square=flow.square and not varying)]
 
 
 @rule("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp")
 def _cumulative(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     flow, axis = g.activate(ins[0]), eqn.params["axis"]
     name = eqn.primitive.name
+    if g.turns and name != "cumsum" and flow.codes.any():
+        return None
     if layout.varying(flow.codes, (axis,)) or flow.codes.any() and not g.moves and name in ("cumprod", "cumlogsumexp"):
         return None
     return [Flow(flow.shape, flow.codes, tuple(s and d != axis for d, s in enumerate(flow.same)), flow.why)]
@@ -165,7 +150,7 @@ def _cumulative(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
 @rule("top_k", "approx_top_k")
 def _top_k(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     flow = g.activate(ins[0])
-    if layout.varying(flow.codes, (len(flow.shape) - 1,)):
+    if layout.varying(flow.codes, (len(flow.shape) - 1,)) or g.turns and flow.codes.any():
         return None
     shapes = [tuple(v.aval.shape) for v in eqn.outvars]
     codes = flow.codes
@@ -178,7 +163,7 @@ def _window(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     flow, p = g.activate(ins[0]), eqn.params
     shape = tuple(eqn.outvars[0].aval.shape)
     looked = [d for d, n in enumerate(p["window_dimensions"]) if n > 1 or shape[d] != flow.shape[d]]
-    if layout.varying(flow.codes, looked):
+    if layout.varying(flow.codes, looked) or g.turns and flow.codes.any() and eqn.primitive.name[-3:] != "sum":
         return None
     return [Flow(shape, flow.codes, tuple(n == 1 for n in shape), flow.why)]
 
@@ -187,6 +172,8 @@ def _window(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
 def _clamp(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     low, x, high = ins
     shape = tuple(eqn.outvars[0].aval.shape)
+    if g.turns:
+        return None
     if g.moves:
         codes = _ordered(g, ins, shape)
         return None if codes is None else [Flow(shape, codes, same_after(eqn, ins, shape), x.why)]

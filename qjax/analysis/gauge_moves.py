@@ -126,7 +126,7 @@ def backward(g: Gauge, flow: Flow, terms: Sequence[np.ndarray], offset: float) -
     others = [f for f in ins if f.param is None]
     if any(f.shape != flow.shape for f in params):
         return None
-    if g.moves:  # the same order on all operands, and what is constant has none
+    if g.moves and not g.turns:  # the same order on all operands, and what is constant has none
         fits = all(f.same[d] for f in others if f.shape for t in terms for d in range(t.ndim) if t.shape[d] > 1)
         return [(f, tuple(terms), 0.0) for f in params] if fits else None
     numbers = [f.number for f in others]
@@ -151,13 +151,14 @@ def backward(g: Gauge, flow: Flow, terms: Sequence[np.ndarray], offset: float) -
 @rule(*SAME, "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type")
 def _move(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     flow = ins[0]
-    if eqn.primitive.name == "convert_element_type" and not g.moves:
+    if eqn.primitive.name == "convert_element_type" and (g.turns or not g.moves):
         if np.dtype(eqn.params["new_dtype"]).kind in "biu" and flow.codes.any():
             return None
     found = moved(eqn, flow.codes, flow.same)
     if found is None:
         return None
-    return [Flow(tuple(eqn.outvars[0].aval.shape), found[0], found[1], flow.why, flow.number)]
+    shape = tuple(eqn.outvars[0].aval.shape)
+    return [Flow(shape, found[0], found[1], flow.why, flow.number, square=flow.square, scale=flow.scale)]
 
 
 @rule("optimization_barrier")
@@ -232,7 +233,7 @@ def _pad(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     padded = [d for d, c in enumerate(config) if c != (0, 0, 0)]
     codes = flow.codes
     if codes.any():
-        if not g.moves and fill.number != 0.0 or fill.param is not None:
+        if (g.turns or not g.moves) and fill.number != 0.0 or fill.param is not None:
             return None
         for d in padded:
             low, high, inside = config[d]
@@ -302,6 +303,8 @@ def _gather(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
 @rule("scatter", "scatter-add", "scatter_add", "scatter-min", "scatter-max", "scatter_min", "scatter_max")
 def _scatter(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     into, new = g.activate(ins[0]), g.activate(ins[2])
+    if g.turns and eqn.primitive.name not in ("scatter", "scatter-add", "scatter_add"):
+        return None
     dn = eqn.params["dimension_numbers"]
     gone = {*dn.inserted_window_dims, *dn.operand_batching_dims}
     kept = [d for d in range(len(into.shape)) if d not in gone]
@@ -326,7 +329,7 @@ def _sort(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     d = eqn.params["dimension"]
     if any(layout.varying(f.codes, (d,)) for f in flows):
         return None
-    if len(flows) > 1 and g.moves and any(f.codes.any() for f in flows):
+    if (len(flows) > 1 and g.moves or g.turns) and any(f.codes.any() for f in flows):
         return None
     return [Flow(f.shape, f.codes, tuple(n == 1 for n in f.shape), f.why) for f in flows]
 

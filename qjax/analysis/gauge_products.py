@@ -110,6 +110,8 @@ def _activations(g: Gauge, a: Flow, b: Flow, sides: Any, shape: tuple[int, ...])
         flow, side = ((a, b)[1 - at]), sides[1 - at]
         if not (g.moves and all(flow.same[d] for d in side[1])):
             g.ties.fix(parts[at], g.reason)
+        elif g.turns:
+            g.ones.append((parts[at], g.reason))
         parts[at] = layout.none(parts[at].ndim)
         ca, cb = parts
     none_a, none_b = layout.none(ca.ndim), layout.none(cb.ndim)

@@ -75,9 +75,6 @@ class Ties:
         """Require codes that broadcast against one another to be equal; ``reason`` is why, where that fixes some."""
         a, b = np.broadcast_arrays(a, b)
         a, b = a.ravel(), b.ravel()
-        if len(a) > 64:
-            pairs = np.unique(np.stack([a, b]), axis=1) if len(a) > 1 << 16 else np.stack([a, b])
-            a, b = pairs
         while True:
             ra, rb = self.roots(a), self.roots(b)
             na, nb = np.abs(ra), np.abs(rb)
@@ -85,22 +82,19 @@ class Ties:
             self.fix(np.where(na == 0, rb, ra)[one], reason)
             inverse = (na == nb) & (ra != rb)  # f = 1 / f
             self.fix(ra[inverse], reason)
-            apart = (na != nb) & ~one
-            if not apart.any():
+            fixed_a, fixed_b = self.fixed[na], self.fixed[nb]
+            for there, here, at in ((fixed_a, fixed_b, nb), (fixed_b, fixed_a, na)):
+                inherits = (there > 0) & (here == 0) & (at > 0)
+                self.fixed[at[inherits]] = there[inherits]
+            fixed_a, fixed_b = self.fixed[na] > 0, self.fixed[nb] > 0
+            apart = (na != nb) & ~one & ~fixed_a & ~fixed_b
+            again = apart | (fixed_a != fixed_b) & ~one
+            if not again.any():
                 return
+            a, b = a[again], b[again]
             ra, rb, na, nb = ra[apart], rb[apart], na[apart], nb[apart]
             high, low = np.maximum(na, nb), np.minimum(na, nb)
             # of several new parents of one root the last one written stays; the other pairs come again
             self.parent[high] = low
             won = self.parent[high] == low
             self.sign[high[won]] = (np.sign(ra) * np.sign(rb))[won]
-            self._inherit(high, self.parent[high])
-            a, b = a[apart], b[apart]
-
-    def _inherit(self, high: np.ndarray, low: np.ndarray) -> None:
-        moved = self.fixed[high] > 0
-        if not moved.any():
-            return
-        roots = np.abs(self.roots(low[moved]))
-        free = self.fixed[roots] == 0
-        self.fixed[roots[free]] = self.fixed[high[moved]][free]

@@ -66,7 +66,7 @@ def located(leaf_shape: tuple[int, ...], slice_key: Any) -> tuple[Any, ...]:
 def read(params: Any, leaf: str, slice_key: Any) -> Any:
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         if is_array(value) and leaf_name(path) == leaf:
-            return value[located(value.shape, slice_key)]
+            return np.asarray(value)[located(value.shape, slice_key)]
     raise KeyError(leaf)
 
 
@@ -77,9 +77,11 @@ def written(params: Any, slices: dict[tuple[str, Any], Any]) -> Any:
         by_leaf.setdefault(leaf, {})[key] = value
 
     def put(path: Any, value: Any) -> Any:
-        for key, new in by_leaf.get(leaf_name(path) if is_array(value) else "", {}).items():
-            value = jnp.asarray(value).at[located(value.shape, key)].set(new)
-        return value
+        edits = by_leaf.get(leaf_name(path) if is_array(value) else "", {})
+        value = np.array(value) if edits else value
+        for key, new in edits.items():
+            value[located(value.shape, key)] = new
+        return jnp.asarray(value) if edits else value
 
     return jax.tree_util.tree_map_with_path(put, params)
 
