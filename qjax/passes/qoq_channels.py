@@ -89,7 +89,7 @@ class DGQSmooth:
         def factors(one: Shared) -> np.ndarray:
             return dgq_smoothing(_reach_of(one, states), self.fraction)
 
-        return smoothed("DGQSmooth", shared, factors, leaves, self.unfolded)
+        return smoothed("DGQSmooth", program, shared, factors, leaves, self.unfolded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class SmoothOutputs:
                 w = np.maximum(w, gathered(top, one.channels[name], one.size))
             return output_factors(_reach_of(one, states), w, self.strength)
 
-        return smoothed("SmoothOutputs", shared, factors, leaves, "skip")
+        return smoothed("SmoothOutputs", program, shared, factors, leaves, "skip")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_percentile_smoothing(channels, rank):
     a = np.random.default_rng(channels).permutation(np.arange(1, channels + 1)).astype(np.float32)
     s = dgq_smoothing(a)
     t = np.sort(a)[-rank]
-    assert ((a / s) <= t * (1 + 1e-6)).all() and (s > 1).sum() == rank - 1  # nothing is above, and each outlier is exactly at t
+    assert ((a / s) <= t * (1 + 1e-6)).all() and (s > 1).sum() == rank - 1  # none is above, outliers are at t
     np.testing.assert_allclose((a / s)[a > t], t, rtol=1e-6)
     assert (s[a <= t] == 1).all()
 
