@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from qjax.passes import DGQ as DGQ
     from qjax.passes import GPTQ as GPTQ
     from qjax.passes import PTQTP as PTQTP
+    from qjax.passes import HQQ as HQQ
     from qjax.passes import RTN as RTN
     from qjax.passes import AutoRound as AutoRound
     from qjax.passes import QoQ as QoQ
@@ -109,6 +110,7 @@ _HOME = {
     "DGQ": "qjax.passes",
     "QoQ": "qjax.passes",
     "PTQTP": "qjax.passes",
+    "HQQ": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
     "MinMax": "qjax.calibration",
@@ -120,6 +122,7 @@ _SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "model
 __all__ = [
     "DGQ",
     "GPTQ",
+    "HQQ",
     "MSE",
     "MXFP4",
     "MXFP8",

@@ -38,7 +38,7 @@ from jax import Array, lax
 from qjax._compat import explicit_sharding
 from qjax.errors import FormatError
 from qjax.formats.base import Aux, Format
-from qjax.formats.blocks import grouped
+from qjax.formats.blocks import grouped, in_chunks
 from qjax.formats.numerics import AnyArray, finite_part
 
 __all__ = ["MSE", "AbsMax", "MinMax", "Observer", "Percentile"]
@@ -256,18 +256,23 @@ class MSE(_Distribution):
     """The range, shrunk by the factor that gives the least rounding error.
 
     Candidates are 1, 1 - 1/grid, .. above 1 - maxshrink; the error of a block is the sum of |x - decoded|**norm, each
-    element times its importance where one is given. The settings are those of llm-compressor's MSE observer. What all
-    blocks share (NVFP4's global scale) stays that of the whole range. From a stream, bins stand for their elements.
+    element times its importance where one is given. The settings are those of llm-compressor's MSE observer, which
+    stops when no block at all has become better in ``patience`` candidates; here each block counts for itself, so that
+    its range does not depend on its neighbours, and by default none stops: the whole grid is cheap, and never worse.
+    What all blocks share (NVFP4's global scale) stays that of the whole range. From a stream, bins stand for their
+    elements.
 
     Args:
         maxshrink: how far the range may shrink, above 0 and below 1.
         grid: candidates per unit of shrinkage, 1 or more.
         norm: the exponent, above 0.
+        patience: candidates without a better one after which a block keeps what it has; None tries all.
     """
 
     maxshrink: float = 0.2
     grid: int = 100
     norm: float = 2.4
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.maxshrink < 1:
@@ -276,6 +281,8 @@ class MSE(_Distribution):
             raise FormatError(f"MSE: grid={self.grid!r}; a number of steps, 1 or more")
         if not self.norm > 0:
             raise FormatError(f"MSE: norm={self.norm!r}; above 0, such as 2.4")
+        if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
+            raise FormatError(f"MSE: patience={self.patience!r}; a number of candidates, 1 or more, or None for all")
 
     @property
     def shrinks(self) -> np.ndarray:
@@ -288,8 +295,28 @@ class MSE(_Distribution):
         low, high = fmt.range_of(x)
         shared = fmt.shared_aux(low, high)
         x = finite_part(x.astype(jnp.float32))
-        low, high = self._search(x, weight, low, high, fmt, shared, lambda errors: fmt.reduce(errors, jnp.sum))
-        return fmt.from_range(low, high, shared)
+        if not shared and explicit_sharding(x) is None and _one_block_a_row(fmt, x.shape[-1]):
+            rows = lambda a: jnp.broadcast_to(jnp.asarray(a), x.shape).reshape(-1, x.size // low.size)  # noqa: E731
+            factor = self._of_rows(
+                (rows(x), None if weight is None else rows(weight), low.reshape(-1, 1), high.reshape(-1, 1)),
+                fmt.ungrouped(),
+            ).reshape(low.shape)
+        else:
+            factor = self._search(x, weight, low, high, fmt, shared, lambda errors: fmt.reduce(errors, _lane_sum))
+        return fmt.from_range(low * factor, high * factor, shared)
+
+    def _of_rows(self, of: tuple[Array, Array | None, Array, Array], fmt: Format) -> Array:
+        """Return the best factors [rows, 1] of rows that are a block each.
+
+        Args:
+            of: the rows [rows, n], their importance or None, and their ranges [rows, 1].
+            fmt: a format with a scale per row.
+        """
+
+        def one(x: Array, weight: Array | None, low: Array, high: Array) -> Array:
+            return self._search(x, weight, low, high, fmt, {}, lambda errors: fmt.reduce(errors, _lane_sum))
+
+        return in_chunks(one, of, _CHUNK)
 
     def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
         """Return the shrunk range, judged on the middles of the bins."""
@@ -304,7 +331,9 @@ class MSE(_Distribution):
         # One row of points per block, which `per` tensor, channel and token all read as one block a row.
         rows = counts[..., 0, :]
         points = jnp.where(rows > 0, jnp.broadcast_to(points, rows.shape), 0.0)
-        return self._search(points, rows, low, high, fmt, {}, lambda errors: jnp.sum(errors, axis=-1, keepdims=True))
+        total = lambda errors: jnp.sum(errors, axis=-1, keepdims=True)  # noqa: E731
+        factor = self._search(points, rows, low, high, fmt, {}, total)
+        return low * factor, high * factor
 
     def _search(
         self,
@@ -315,8 +344,8 @@ class MSE(_Distribution):
         fmt: Format,
         shared: Aux,
         total: Callable[[Array], Array],  # sums errors of elements over blocks
-    ) -> tuple[Array, Array]:
-        """Return the best (low, high) per block."""
+    ) -> Array:
+        """Return the best factor of each block."""
         # Errors relative to the range: powers of very large or small ones would overflow or vanish.
         size = jnp.maximum(high, -low)
         unit = fmt.spread(jnp.where(size > 0, 1.0 / size, 0.0), x.shape[-1])
@@ -327,13 +356,34 @@ class MSE(_Distribution):
             off = jnp.square(off) if self.norm == 2 else jnp.exp(self.norm * jnp.log(off))
             return total(off if weight is None else off * weight)
 
-        def step(best: tuple[Array, Array], shrink: Array) -> tuple[tuple[Array, Array], None]:
-            least, factor = best
+        def step(best: tuple[Array, Array, Array], shrink: Array) -> tuple[tuple[Array, Array, Array], None]:
+            least, factor, since = best
             here = error(shrink)
             better = here < least
-            return (jnp.where(better, here, least), jnp.where(better, shrink, factor)), None
+            if self.patience is not None:
+                better = better & (since < self.patience)
+                since = jnp.where(better, 0, since + 1)
+            return (jnp.where(better, here, least), jnp.where(better, shrink, factor), since), None
 
         # size * 0 + 1 rather than ones: inside shard_map the carry has to vary over devices as the errors do.
-        first = (error(jnp.float32(1.0)), size * 0 + 1)
-        (_, factor), _ = lax.scan(step, first, jnp.asarray(self.shrinks[1:]))
-        return jnp.asarray(low * factor), jnp.asarray(high * factor)
+        first = (error(jnp.float32(1.0)), size * 0 + 1, (size * 0).astype(jnp.int32))
+        (_, factor, _), _ = lax.scan(step, first, jnp.asarray(self.shrinks[1:]))
+        return jnp.asarray(factor)
+
+
+_CHUNK = 1 << 16
+"""Numbers that are searched together on a CPU: they and what is computed of them stay in its cache."""
+
+
+def _one_block_a_row(fmt: Format, length: int) -> bool:
+    """Whether the blocks of rows of a length can be rows of their own, each rounded by itself."""
+    if not fmt.elementwise or length == 0:
+        return False
+    return fmt.per in ("channel", "token") or (fmt.per == "group" and bool(fmt.group) and length % fmt.group == 0)
+
+
+def _lane_sum(x: Array, axis: Any, keepdims: bool) -> Array:
+    """`jnp.sum`; along the last axis in 16 sums that run beside each other, which a CPU can and may not on its own."""
+    if axis != -1 or x.shape[-1] % 16 or x.shape[-1] == 0 or explicit_sharding(x) is not None:
+        return jnp.sum(x, axis=axis, keepdims=keepdims)
+    return jnp.sum(jnp.sum(x.reshape(*x.shape[:-1], -1, 16), axis=-2), axis=-1, keepdims=keepdims)

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from qjax.errors import RecipeError, near
+from qjax.errors import QjaxError, RecipeError, near
 from qjax.patterns import compile_pattern
 from qjax.sources import Dynamic, Learned, Static, check_source
 
@@ -187,6 +187,12 @@ def _check_rule(rule: Rule) -> None:
         _check_format(value, setting, refuse)
     for name in ("inputs", "outputs"):
         check_source(getattr(rule, name), name, refuse)
+    fits = getattr(rule.rounding, "check_format", None)
+    if fits is not None:
+        try:
+            fits(rule.weights.fmt if isinstance(rule.weights, Dynamic | Static) else rule.weights)
+        except QjaxError as error:
+            raise refuse(str(error)) from None
 
 
 def _source(value: Any) -> Any:

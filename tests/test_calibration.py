@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from qjax import calibration
 from qjax.calibration import MSE, AbsMax, MinMax, Observer, Percentile
 from qjax.errors import FormatError
 from qjax.formats import NVFP4, Float8, Int
@@ -138,6 +139,43 @@ def test_mse_finds_the_best_factor_of_each_group(norm):
     error = (np.abs(decoded - x) ** norm).sum()
     oracle = (np.abs(mse_oracle(x, 32, norm) - x) ** norm).sum()
     np.testing.assert_allclose(error, oracle, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", [Int(4, group=16, symmetric=False), Int(3), Float8()], ids=lambda f: f.name)
+def test_mse_in_pieces_is_mse_of_the_whole(fmt, monkeypatch):
+    """Formats study, MSE clipping: the factor lies within the grid, and the error is never that of a worse one."""
+    x = RNG.standard_t(3, (13, 48)).astype(np.float32)
+    blocks = fmt.ungrouped()
+    rows = x.reshape(-1, fmt.group or 48)
+    low, high = blocks.range_of(rows)
+    weight = np.abs(RNG.standard_normal(rows.shape)).astype(np.float32)
+    for importance in (None, weight):
+        whole = np.asarray(MSE()._of_rows((rows, importance, low, high), blocks))
+        with monkeypatch.context() as one_device:
+            one_device.setattr(jax, "device_count", lambda: 1)
+            one_device.setattr(calibration, "_CHUNK", 5 * 48)
+            parts = np.asarray(MSE()._of_rows((rows, importance, low, high), blocks))
+        np.testing.assert_array_equal(whole, parts)
+        assert whole.min() >= 0.8 and whole.max() == 1 and whole.min() < 1
+
+    def error(factor):
+        aux = blocks.from_range(low * factor, high * factor)
+        return (np.abs(blocks.decode(blocks.encode(rows, aux), aux) - rows) ** 2.4 * weight).sum(1)
+
+    assert (error(whole) <= error(1.0) * (1 + 1e-5)).all()
+    best = MSE()._of_rows((rows, None, low, high), blocks)
+    want = blocks.from_range(low * best, high * best)["scale"]
+    np.testing.assert_allclose(MSE().fit(x, fmt)["scale"].reshape(-1, 1), want)
+
+
+def test_patience_keeps_what_a_block_had():
+    x = RNG.standard_t(3, (40, 32)).astype(np.float32)
+    error = lambda o: (np.abs(np.asarray(fitted(o, Int(4), x)[1]) - x) ** 2.4).sum(1)  # noqa: E731
+    whole, some, none = error(MSE()), error(MSE(patience=3)), error(MSE(maxshrink=1e-3))
+    assert (whole <= some * (1 + 1e-6)).all() and (some <= none * (1 + 1e-6)).all() and (some < none).any()
+    np.testing.assert_allclose(error(MSE(patience=20)), whole)
+    with pytest.raises(FormatError, match="patience"):
+        MSE(patience=0)
 
 
 @pytest.mark.parametrize(

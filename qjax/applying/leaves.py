@@ -13,6 +13,7 @@ import collections
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from qjax._compat import explicit_sharding
 from qjax.applying.smoothing import smoothing
 from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment
 from qjax.calibration import State
-from qjax.errors import DataError, QjaxError, RecipeError
+from qjax.errors import DataError, QjaxError, QjaxWarning, RecipeError
 from qjax.formats import SMOOTH, Aux, Format, QStack, assemble, canonical_matrix
 from qjax.formats.numerics import finite_part
 from qjax.formats.rotation import SIGNS, unrotate
@@ -77,6 +78,7 @@ def quantize_leaves(
     stored = list(leaves)
     found: dict[int, Figures] = {}
     begun: collections.deque[tuple[int, Any, Callable[[], Figures]]] = collections.deque()
+    warned: set[str] = set()
 
     def finish(limit: int = 0) -> dict[int, Figures]:
         while begun and sum(value.nbytes for _, value, _ in begun) > limit:
@@ -94,7 +96,7 @@ def quantize_leaves(
         if isinstance(value, jax.ShapeDtypeStruct):
             raise QjaxError(f"{plan.name} is abstract: quantize needs the numbers, qjax.plan does not")
         stored[position], figures = begin_leaf(
-            plan, jnp.asarray(value), (given or {}).get(position, {}), (seen or {}).get(position, {})
+            plan, jnp.asarray(value), (given or {}).get(position, {}), (seen or {}).get(position, {}), warned=warned
         )
         begun.append((position, value, figures))
         finish(0 if donate else IN_FLIGHT)
@@ -109,6 +111,7 @@ def begin_leaf(
     keys: Sequence[tuple[int, ...]] | None = None,
     smooth: Mapping[tuple[int, ...], Any] | None = None,
     tuned: Mapping[str, Any] | None = None,
+    warned: set[str] | None = None,
 ) -> tuple[Any, Callable[[], Figures]]:
     """Begin to store one float leaf, or some of its slices, as planned.
 
@@ -121,6 +124,7 @@ def begin_leaf(
         smooth: factors [K] of the input channels of slices, found by a prepare pass: the slice is multiplied by them
             and they are kept beside it. Statistics are those of the activations as they are, not yet divided.
         tuned: of one slice: what its rounding found when it was trained, canonical; handed to it as statistics.
+        warned: what the job has warned of already; each kind of doubt about the data is said once.
 
     Returns:
         The stored leaf, and a function that waits for it: it returns the SQNR of each quantized slice, or raises
@@ -128,6 +132,7 @@ def begin_leaf(
     """
     slices = plan.slices if keys is None else {key: plan.slices[key] for key in keys}
     positions = {axis: sorted({key[n] for key in slices}) for n, axis in enumerate(plan.key_axes)}
+    _warn_of_data(plan, slices, seen, set() if warned is None else warned)
     stored, begun = _part(plan, leaf, slices, plan.key_axes, positions, given, seen, smooth or {}, tuned)
 
     def figures() -> Figures:
@@ -140,6 +145,19 @@ def begin_leaf(
         return found
 
     return stored, figures
+
+
+def _warn_of_data(plan: LeafPlan, slices: Slices, seen: Seen, warned: set[str]) -> None:
+    """Say once, of the first weight that it is true of, what makes its rounding doubt the data that it was given."""
+    for key, stored in slices.items():
+        doubts = getattr(stored.rounding, "doubts", None)
+        if doubts is None or not seen.get(key):
+            continue
+        where = f"{plan.name}{list(key) or ''}"
+        for kind, text in doubts(_merged_readers(stored.rounding, seen[key], where)):
+            if kind not in warned:
+                warned.add(kind)
+                warnings.warn(f"{where}: {text} (said of the first such weight only)", QjaxWarning, stacklevel=2)
 
 
 def _check_finite(name: str, leaf: Any) -> None:

@@ -109,6 +109,7 @@ class BlockQuantizer:
         self.states: dict[str, State] = {}  # of weights that a later block reads too
         self.smooth: Smooth = {}
         self.notes: list[str] = []
+        self.warned: set[str] = set()  # what the job has warned of
 
     # ------------------------------------------------------------------------------------------------ the program
     @cached_property
@@ -468,7 +469,7 @@ class BlockQuantizer:
             seen = seen_states(program, {position: leaf}, ready).get(position, {})
             value = self.float_slice(position, leaf, key)
             factors = {key: self.smooth.pop((position, key))} if (position, key) in self.smooth else None
-            piece, wait = begin_leaf(leaf, value, {}, seen, [key], factors, tuned.get((position, key)))
+            piece, wait = begin_leaf(leaf, value, {}, seen, [key], factors, tuned.get((position, key)), self.warned)
             self.leaves.forget(position, tuple(zip(leaf.key_axes, key, strict=True)))
             piece = placed(piece, value)
             positions = dict(zip(leaf.key_axes, ([k] for k in key), strict=True))

@@ -106,5 +106,3 @@ def block_outputs(
         return emit(own, takes)
 
     return outputs
-
-

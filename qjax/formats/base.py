@@ -167,6 +167,13 @@ class Format:
         per = {"per": "group"} if "per" in self._settable() else {}
         return type(self)(**{name: getattr(self, name) for name in self._settable()} | {"group": length} | per)
 
+    def ungrouped(self) -> Format:
+        """Return this format with one scale per row in place of one per group, else itself."""
+        if "group" not in self._settable() or self.group is None:
+            return self
+        per = {"per": "channel"} if "per" in self._settable() else {}
+        return type(self)(**{name: getattr(self, name) for name in self._settable()} | {"group": None} | per)
+
     def reduce(self, x: AnyArray, function: Callable[..., Array]) -> Array:
         """Reduce each block of x [*stack, N, K] to one number; see `qjax.formats.blocks.reduce_blocks`."""
         return reduce_blocks(x, self.per, self.group, function)

@@ -7,9 +7,11 @@ A blocked array has the rank of the matrix: [*stack, 1, 1] per tensor, [*stack, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from qjax.formats.numerics import AnyArray
 
@@ -27,6 +29,36 @@ def grouped(x: AnyArray, group: int) -> Array:
     if tail := -x.shape[-1] % group:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, tail)])
     return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
+
+
+def block_rows(x: AnyArray, per: str, group: int | None) -> Array:
+    """Return the blocks of x [*stack, N, K] as rows [blocks, n], the tail of an uneven last group filled with zeros."""
+    x = jnp.asarray(x)
+    if per == "tensor":
+        return x.reshape(-1, x.shape[-2] * x.shape[-1])
+    if per == "group" and group is not None:
+        return grouped(x, group).reshape(-1, group)
+    return x.reshape(-1, x.shape[-1])
+
+
+def in_chunks(function: Callable[..., Any], of: Any, numbers: int) -> Any:
+    """Apply a function of rows to so many numbers at a time, which then stay in the cache of a CPU.
+
+    On other platforms, and where there are several devices, on which rows may lie spread out, it is applied at once.
+
+    Args:
+        function: of arrays [rows, ..] that treats every row by itself, to a tree of such arrays.
+        of: its arguments, the first with the most numbers.
+        numbers: of the first argument.
+    """
+    rows, n = of[0].shape
+    some = max(1, numbers // max(n, 1))
+    if some >= rows or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return function(*of)
+    pad = -rows % some
+    parts = jax.tree.map(lambda a: jnp.pad(a, ((0, pad), (0, 0))).reshape(-1, some, a.shape[1]), of)
+    out = lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:rows], out)
 
 
 def reduce_blocks(x: AnyArray, per: str, group: int | None, reduce: Callable[..., Array]) -> Array:

@@ -26,6 +26,9 @@ class Int(Format):
         scale="qmax": scale = absmax / (2**(b-1) - 1), codes within +-(2**(b-1) - 1), so that +-absmax is exact.
     Asymmetric (codes uint8): the range is widened to include 0,
         scale = (max - min) / (2**b - 1), zero = round(-min / scale), codes 0 .. 2**b-1, and 0 is exact.
+        zero="float": the zero point may lie between codes, and is stored in float16. A range still puts it on one; a
+        rounding that looks for a better place (`qjax.HQQ`) moves it, after which 0 is no longer exact. For weights
+        only: sums over codes cannot be corrected by integers then, and products are formed in float.
 
     Rounding is to nearest, ties to even. Numbers are multiplied by the float32 reciprocal where a division is
     written here: see `qjax.formats.numerics`. A block that is all zero has scale 1 and decodes to exact zeros.
@@ -36,6 +39,7 @@ class Int(Format):
         group: length of a group along the contracted axis; excludes ``per``. The last group may be shorter.
         symmetric: whether zero is code 0.
         scale: "half" or "qmax"; symmetric only.
+        zero: "integer" or "float"; asymmetric only.
 
     Raises:
         FormatError: for settings that contradict each other.
@@ -47,8 +51,8 @@ class Int(Format):
     group: int | None = None
     symmetric: bool = True
     scale: str = "half"
+    zero: str = "integer"
 
-    affine = True
     elementwise = True
 
     def __post_init__(self) -> None:
@@ -61,12 +65,28 @@ class Int(Format):
             raise FormatError(f"Int: scale={self.scale!r}{near(str(self.scale), ('half', 'qmax'))}; 'half' or 'qmax'")
         if self.scale == "qmax" and not self.symmetric:
             raise FormatError("Int: scale='qmax' belongs to symmetric codes; leave it out with symmetric=False")
+        if self.zero not in ("integer", "float"):
+            wanted = near(str(self.zero), ("integer", "float"))
+            raise FormatError(f"Int: zero={self.zero!r}{wanted}; 'integer' or 'float'")
+        if self.zero == "float" and self.symmetric:
+            raise FormatError("Int: zero='float' belongs to asymmetric codes; say symmetric=False with it")
 
     @property
     def name(self) -> str:
         """For example ``int4 g128``; asymmetric ``uint8 per channel``."""
         kind = "int" if self.symmetric else "uint"
-        return f"{kind}{self.bits}{self._suffix()}" + (" qmax" if self.scale == "qmax" else "")
+        more = (" qmax" if self.scale == "qmax" else "") + (" float zero" if self.zero == "float" else "")
+        return f"{kind}{self.bits}{self._suffix()}{more}"
+
+    @property
+    def affine(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether products can be formed on codes: where the zero point is an integer."""
+        return self.zero == "integer"
+
+    @property
+    def weights_only(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether activations are refused: their products would be formed in float all the same."""
+        return self.zero == "float"
 
     @property
     def code_bits(self) -> int:
@@ -87,7 +107,7 @@ class Int(Format):
         return (-top if self.scale == "qmax" else -top - 1), top
 
     def from_range(self, low: AnyArray, high: AnyArray, shared: Mapping[str, AnyArray] | None = None) -> Aux:
-        """Return {"scale": float32} or {"scale", "zero": uint8}, blocked."""
+        """Return {"scale": float32} or {"scale", "zero": uint8 or float16}, blocked."""
         if self.symmetric:
             bound = 2 ** (self.bits - 1) - (0.5 if self.scale == "half" else 1)
             return {"scale": scale_for(jnp.maximum(high, -low), bound, 2 ** (self.bits - 1))}
@@ -95,19 +115,23 @@ class Int(Format):
         # Halves first: max - min of a block that spans most of float32 would overflow, and halving is exact.
         scale = scale_for(high * 0.5 - low * 0.5, top / 2, top)
         zero = jnp.clip(jnp.round(-low * (1.0 / scale)), 0, top)
-        return {"scale": scale, "zero": zero.astype(jnp.uint8)}
+        return {"scale": scale, "zero": zero.astype(jnp.uint8 if self.zero == "integer" else jnp.float16)}
 
     def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return int8 codes, or uint8 if asymmetric."""
         length = x.shape[-1]
         low, high = self.code_range
-        steps = round_even(jnp.asarray(x, jnp.float32) * self.spread(1.0 / aux["scale"], length))
+        steps = jnp.asarray(x, jnp.float32) * self.spread(1.0 / aux["scale"], length)
         if self.symmetric:
-            return saturate(steps, low, high).astype(jnp.int8)
+            return saturate(round_even(steps), low, high).astype(jnp.int8)
         # Rounded before the zero point is added: x * inverse + zero could be contracted into one instruction in one
         # context and not in another, and ties would fall differently.
         zero = self.spread(aux["zero"], length).astype(jnp.float32)
-        return jnp.where(jnp.isnan(steps), zero, jnp.clip(steps + zero, low, high)).astype(jnp.uint8)
+        if self.zero == "float":  # what it has above an integer is added before, and is 0 as long as a range set it
+            whole = round_even(zero)
+            steps, zero = steps + (zero - whole), whole
+        steps = round_even(steps)
+        return jnp.clip(jnp.where(jnp.isnan(steps), zero, steps + zero), low, high).astype(jnp.uint8)
 
     def decode(self, codes: AnyArray, aux: Aux) -> Array:
         """Return (code - zero) * scale in float32."""

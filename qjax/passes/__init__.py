@@ -7,6 +7,7 @@ only_inside_qjax(__name__)
 from qjax.passes.autoround import AutoRound
 from qjax.passes.dgq import DGQ
 from qjax.passes.gptq import GPTQ
+from qjax.passes.hqq import HQQ
 from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
 from qjax.passes.ptqtp import PTQTP
@@ -21,6 +22,7 @@ __all__ = [
     "DGQ",
     "GPTQ",
     "PTQTP",
+    "HQQ",
     "RTN",
     "AutoRound",
     "DGQSmooth",

@@ -6,13 +6,22 @@ factor of its inverse, for every column i in turn
     q_i = round(w_i)      e = (w_i - q_i) / U_ii      w_j -= e U_ij for j > i
 
 which keeps the product with inputs of that kind as it was, as well as the columns that are left allow.
+
+It is computed without the inverse. With H = R Rᵀ, R upper triangular (so that U = R⁻¹), what column j has become when
+its turn comes is
+
+    w_j + Σ_{i<j} (w_i - q_i) R_ij / R_jj
+
+with the weights as they were: the errors of all columns before are brought in when a column is reached, and not carried
+on to all that follow (GPTQ as Babai's nearest plane: Chen et al. 2025, arXiv:2507.18553). That is a third of the work
+for the factor, and sums are taken over what was there instead of over what was added up on the way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -21,12 +30,15 @@ import numpy as np
 from jax import Array, lax
 
 from qjax.calibration import Observer
-from qjax.errors import FormatError
+from qjax.errors import FormatError, QjaxWarning
 from qjax.formats import Aux, Format
 from qjax.formats.numerics import AnyArray
 from qjax.statistics import SecondMoment, Statistic
 
-ORDERS = (None, "static", "weight")
+ORDERS = (None, "static", "weight", "group", "dynamic")
+
+_SMALL = 16
+"""Columns that are corrected one by one; those before them come in by a product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +52,9 @@ class GPTQ:
         block_size: columns after which the rest of the matrix is corrected.
         actorder: None goes from the first column to the last, and a group's range is that of its columns when the first
             of them is reached. "static" (or "weight") goes by falling H_ii, and ranges are those of the weight as it
-            was, so that groups lie as they did.
+            was, so that groups lie as they did. "group" (or "dynamic") would make groups of columns that follow each
+            other in that order; it is refused for formats with groups, which lie next to each other in every layout
+            here (llm-compressor has given it up too), and is the same as "static" for the others.
         observer: how the range of each block is chosen; None takes all of it.
 
     A column whose input was always 0 is rounded to nearest. Where float32 does not suffice for the factor, it is
@@ -62,9 +76,31 @@ class GPTQ:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise FormatError(f"GPTQ: block_size={self.block_size!r}; a number of columns, such as 128")
         if self.actorder not in ORDERS:
-            raise FormatError(f"GPTQ: actorder={self.actorder!r}; None or 'static'")
+            raise FormatError(f"GPTQ: actorder={self.actorder!r}; None or 'static' (which 'weight' is another name of)")
         if self.observer is not None and not isinstance(self.observer, Observer):
             raise FormatError(f"GPTQ: observer={self.observer!r}; an observer such as qjax.MSE()")
+
+    def check_format(self, fmt: Format, fitted: bool = False) -> None:
+        """Raise a FormatError if a format cannot be rounded in this way; ``fitted``: its scales are chosen already."""
+        if not fitted:
+            _column_format(fmt)
+        if self.actorder in ("group", "dynamic") and fmt.per == "group":
+            raise FormatError(
+                f"GPTQ: actorder={self.actorder!r} makes groups of columns that follow each other by the size of their "
+                f"inputs, and {fmt.name} stores groups of neighbouring columns, with no room for an index; use "
+                "actorder='static', which keeps them where they are, or a format without groups"
+            )
+
+    def doubts(self, state: Mapping[str, AnyArray]) -> Iterator[tuple[str, str]]:
+        """Yield (kind, sentence) for what makes the statistics of a weight doubtful."""
+        rows, k = float(np.min(np.asarray(state["rows"]))), state["second_moment"].shape[-1]
+        if rows < k:
+            yield (
+                "rows",
+                f"{int(rows)} rows of calibration data cannot fill a second moment of {k} inputs, so GPTQ corrects "
+                f"for what only these rows have in common; give {k} rows or more, better {8 * k}, or raise "
+                f"dampening_frac={self.dampening_frac}",
+            )
 
     def round(
         self,
@@ -95,21 +131,22 @@ class GPTQ:
         """
         if statistics is None:
             raise FormatError("GPTQ.round needs statistics: the second moment of the inputs")
+        self.check_format(fmt, aux is not None)
         # Given its block's numbers, a column is encoded as it is: one element of a row is one block.
         column = _column_format(fmt) if aux is None else fmt
         w = jnp.asarray(w, jnp.float32)
         n, k = w.shape
         group = fmt.group if fmt.per == "group" and fmt.group is not None else None
-        size = _block_size(self.block_size, group, k)
+        as_reached = 0 if self.actorder is not None or aux is not None else group or 0  # groups fitted when reached
+        size = _block_size(self.block_size, as_reached, k)
         observer = observer or self.observer
 
         h = jnp.asarray(statistics["second_moment"], jnp.float32)
         by_order = self.actorder is not None
         order = jnp.argsort(-jnp.diagonal(h), stable=True) if by_order else jnp.arange(k)
-        factor = _factor(h[order][:, order], self.dampening_frac)
+        carried = _carried(h[order][:, order] if by_order else h, self.dampening_frac)
         # Ranges of the weight as it was: all there are in static order or without groups, else overwritten as
         # groups are reached.
-        fixed = aux is not None
         if aux is None:
             aux = fmt.fit(w) if observer is None else observer.fit(w, fmt)
         rows = {name: jnp.swapaxes(jnp.asarray(a), 0, 1) for name, a in aux.items()}  # [groups, N or 1]
@@ -117,69 +154,91 @@ class GPTQ:
 
         padded = -(-k // size) * size
         rest = padded - k  # columns of zeros that nothing is carried into or out of
-        columns = jnp.pad(w.T[order], ((0, rest), (0, 0)))
-        factor = jnp.pad(factor, ((0, rest), (0, rest))) + jnp.diag((jnp.arange(padded) >= k).astype(jnp.float32))
+        columns = jnp.pad(w.T[order] if by_order else w.T, ((0, rest), (0, 0)))
+        carried = jnp.pad(carried, ((0, rest), (0, rest)))
         group_of = jnp.pad(group_of, (0, rest), mode="edge")
-        as_reached = group or 0 if not by_order and not fixed else 0  # length of groups fitted when reached
+        small = max(d for d in range(1, min(_SMALL, as_reached or size) + 1) if (as_reached or size) % d == 0)
 
         def of_column(rows: Mapping[str, Array], j: Array) -> Aux:
             return {name: a[jnp.minimum(group_of[j], len(a) - 1)][:, None] for name, a in rows.items()}
 
         def one_column(start: Array, i: Array, state: Any) -> Any:
-            block, u, codes, errors, rows = state
+            """Column start + i, the i-th of a few whose corrections from outside are in ``values``."""
+            rows, block, values, among, codes, errors = state
             here = of_column(rows, start + i)
-            value = lax.dynamic_index_in_dim(block, i, 0, keepdims=False)
+            value = _row(values, i) + _row(among, i) @ errors
             code = column.encode(value[:, None], here)
-            near = column.decode(code, here)[:, 0]
-            line = lax.dynamic_index_in_dim(u, i, 0, keepdims=False)  # U_ij of this block, 0 for j < i
-            error = (value - near) / line[i]
-            block = block - line[:, None] * error[None, :]
-            put = lambda a, v: lax.dynamic_update_index_in_dim(a, v, i, 0)  # noqa: E731
-            return block, u, put(codes, code[:, 0]), put(errors, error), rows
+            error = _row(block, i) - column.decode(code, here)[:, 0]
+            return rows, block, values, among, _put(codes, code[:, 0], i), _put(errors, error, i)
+
+        def few_columns(start: Array, f: Array, state: Any) -> Any:
+            rows, block, values, among, codes, errors = state
+            at = f * small
+            part = lambda a: lax.dynamic_slice_in_dim(a, at, small, 0)  # noqa: E731
+            into = part(among)
+            inner = (
+                rows,
+                part(block),
+                part(values) + _product(into, errors),
+                lax.dynamic_slice_in_dim(into, at, small, 1),
+                part(codes),
+                part(errors),
+            )
+            *_, done, off = lax.fori_loop(0, small, lambda i, s: one_column(start + at, i, s), inner)
+            return rows, block, values, among, _put(codes, done, at), _put(errors, off, at)
+
+        def one_group(start: Array, g: Array, state: Any) -> Any:
+            """A group whose ranges are those of its columns as the errors before it have moved them."""
+            rows, block, values, among, codes, errors = state
+            at = g * as_reached
+            part = lambda a: lax.dynamic_slice_in_dim(a, at, as_reached, 0)  # noqa: E731
+            into = part(among)
+            moved = part(values) - part(block) + _product(into, errors)
+            within = jnp.eye(as_reached) + lax.dynamic_slice_in_dim(into, at, as_reached, 1)
+            now = part(block) + lax.linalg.triangular_solve(within, moved, left_side=True, lower=True)
+            there = start + at + jnp.arange(as_reached) < k  # a short last group: zeros widen no range
+            rows = _refitted(rows, jnp.where(there[:, None], now, 0.0), column, observer, (start + at) // as_reached)
+            first = at // small
+            state = (rows, block, values, among, codes, errors)
+            return lax.fori_loop(first, first + as_reached // small, lambda f, s: few_columns(start, f, s), state)
 
         def one_block(b: Array, state: Any) -> Any:
-            columns, codes, rows = state
+            codes, errors, rows = state
             start = b * size
-            block = lax.dynamic_slice_in_dim(columns, start, size, 0)
-            u = lax.dynamic_slice(factor, (start, start), (size, size))
-            inner = (block, u, jnp.zeros((size, n), codes.dtype), jnp.zeros((size, n), jnp.float32), rows)
-            if not as_reached:
-                inner = lax.fori_loop(0, size, lambda i, s: one_column(start, i, s), inner)
-            elif as_reached >= size:
+            part = lambda a: lax.dynamic_slice_in_dim(a, start, size, 0)  # noqa: E731
+            block = part(columns)
 
-                def entered(rows: dict[str, Array]) -> dict[str, Array]:
-                    ahead = jnp.pad(columns, ((0, as_reached), (0, 0)))
-                    return _refitted(rows, ahead, start, k, column, observer, as_reached, start // as_reached)
+            def add(p: Array, values: Array) -> Array:
+                into = lax.dynamic_slice(carried, (p * size, start), (size, size)).T
+                return values + _product(into, lax.dynamic_slice_in_dim(errors, p * size, size, 0))
 
-                rows = lax.cond(start % as_reached == 0, entered, lambda rows: rows, rows)
-                inner = lax.fori_loop(0, size, lambda i, s: one_column(start, i, s), (*inner[:4], rows))
+            values = lax.fori_loop(0, b, add, block)
+            among = lax.dynamic_slice(carried, (start, start), (size, size)).T
+            inner = (rows, block, values, among, part(codes), part(errors))
+            if as_reached:
+                left = jnp.minimum(size // as_reached, -((start - k) // as_reached))
+                inner = lax.fori_loop(0, left, lambda g, s: one_group(start, g, s), inner)
             else:
+                inner = lax.fori_loop(0, size // small, lambda f, s: few_columns(start, f, s), inner)
+            rows, *_, done, off = inner
+            return _put(codes, done, start), _put(errors, off, start), rows
 
-                def one_group(g: Array, state: Any) -> Any:
-                    block, u, codes, errors, rows = state
-                    at = g * as_reached
-                    rows = lax.cond(
-                        start + at < k,
-                        lambda rows: _refitted(
-                            rows, block, at, k - start, column, observer, as_reached, (start + at) // as_reached
-                        ),
-                        lambda rows: rows,
-                        rows,
-                    )
-                    state = (block, u, codes, errors, rows)
-                    return lax.fori_loop(at, at + as_reached, lambda i, s: one_column(start, i, s), state)
-
-                inner = lax.fori_loop(0, size // as_reached, one_group, inner)
-            _, _, done, errors, rows = inner
-            later = (jnp.arange(padded) >= start + size)[None, :]
-            ahead = jnp.where(later, lax.dynamic_slice_in_dim(factor, start, size, 0), 0.0)
-            columns = columns - jnp.matmul(ahead.T, errors, precision=lax.Precision.HIGHEST)
-            return columns, lax.dynamic_update_slice_in_dim(codes, done, start, 0), rows
-
-        codes = jnp.zeros((padded, n), fmt.code_dtype)
-        _, codes, rows = lax.fori_loop(0, padded // size, one_block, (columns, codes, rows))
+        codes, errors = jnp.zeros((padded, n), fmt.code_dtype), jnp.zeros((padded, n), jnp.float32)
+        codes, _, rows = lax.fori_loop(0, padded // size, one_block, (codes, errors, rows))
         codes = codes[:k][jnp.argsort(order)] if by_order else codes[:k]
         return codes.T, {name: jnp.swapaxes(a, 0, 1) for name, a in rows.items()}
+
+
+def _row(a: Array, i: Any) -> Array:
+    return lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
+
+
+def _put(a: Array, part: Array, at: Any) -> Array:
+    return lax.dynamic_update_slice_in_dim(a, part.reshape(-1, a.shape[1]), at, 0)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _column_format(fmt: Format) -> Format:
@@ -189,67 +248,72 @@ def _column_format(fmt: Format) -> Format:
             f"GPTQ rounds columns one by one, and the elements of {fmt.name} share more than a scale; use Int or "
             "Float8, or round-to-nearest for it"
         )
-    settings = {f.name: getattr(fmt, f.name) for f in dataclasses.fields(fmt) if f.init}  # type: ignore[arg-type]
-    return type(fmt)(**{**settings, "group": None, "per": "channel"}) if fmt.group is not None else fmt
+    return fmt.ungrouped()
 
 
-def _block_size(wanted: int, group: int | None, k: int) -> int:
-    """Columns per block: a multiple of the group or a divisor of it, so that groups begin where blocks do."""
-    if group is None:
-        return min(wanted, k)
-    if group <= wanted:
-        return group * max(1, wanted // group)
-    return wanted if group % wanted == 0 else group
+def _block_size(wanted: int, group: int, k: int) -> int:
+    """Columns per block; a multiple of the length of groups that are fitted as they are reached, if there are any."""
+    return min(wanted, k) if not group else group * max(1, min(wanted, k) // group)
 
 
 def _refitted(
-    rows: dict[str, Array],
-    columns: Array,
-    start: Array,
-    end: Any,
-    column: Format,
-    observer: Observer | None,
-    group: int,
-    number: Array,
+    rows: dict[str, Array], columns: Array, column: Format, observer: Observer | None, number: Array
 ) -> dict[str, Array]:
-    """The ranges with those of one group taken from its columns as they are now."""
-    here = lax.dynamic_slice_in_dim(columns, start, group, 0)
-    there = start + jnp.arange(group) < end
-    matrix = jnp.where(there[:, None], here, 0.0).T  # a short last group: zeros widen no range
-    aux = column.fit(matrix) if observer is None else observer.fit(matrix, column)
+    """The ranges with those of one group taken from its columns as they are now, [group, N]."""
+    aux = column.fit(columns.T) if observer is None else observer.fit(columns.T, column)
     return {
         name: lax.dynamic_update_index_in_dim(a, jnp.asarray(aux[name])[:, 0].astype(a.dtype), number, 0)
         for name, a in rows.items()
     }
 
 
+def _carried(h: Array, dampening: float) -> Array:
+    """R_ij / R_jj above the diagonal and 0 elsewhere, of the factor that `_upper` gives."""
+    r = _upper(h, dampening)
+    return jnp.triu(r / jnp.diagonal(r)[None, :], 1)
+
+
 def _factor(h: Array, dampening: float) -> Array:
     """The upper triangular U with UᵀU = H⁻¹, of H with its diagonal dampened; dead columns stand apart."""
+    r = _upper(h, dampening)
+    return lax.linalg.triangular_solve(r, jnp.eye(h.shape[0], dtype=h.dtype), left_side=True, lower=False)
+
+
+def _upper(h: Array, dampening: float) -> Array:
+    """The upper triangular R with R Rᵀ = H over its mean, its diagonal dampened; dead columns stand apart."""
     diagonal = jnp.diagonal(h)
     dead = diagonal <= 0
     mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)
     mean = jnp.where(mean > 0, mean, 1.0)
     h = jnp.where(dead[:, None] | dead[None, :], 0.0, h / mean) + jnp.diag(jnp.where(dead, 1.0, dampening))
-    # H = R Rᵀ with R upper triangular (the Cholesky factor from the last row upwards) makes U = R⁻¹.
-    lower = lax.linalg.cholesky(h[::-1, ::-1])
-    r = lower[::-1, ::-1]
-    u = lax.linalg.triangular_solve(r, jnp.eye(h.shape[0], dtype=h.dtype), left_side=True, lower=False)
-    good = jnp.all(jnp.isfinite(u))
+    # From the last row upwards: the Cholesky factor of H with its order turned round.
+    h = h[::-1, ::-1]
+    lower = lax.linalg.cholesky(h, symmetrize_input=False)
+    good = jnp.all(jnp.isfinite(lower))
     shape = jax.ShapeDtypeStruct(h.shape, h.dtype)
-    return lax.cond(good, lambda: u, lambda: jax.pure_callback(_factor_in_float64, shape, h))
+    lower = lax.cond(good, lambda: lower, lambda: jax.pure_callback(_factor_in_float64, shape, h))
+    return lower[::-1, ::-1]
 
 
 def _factor_in_float64(h: Any) -> np.ndarray:
-    """`_factor` of a dampened H on the host, with more dampening until it exists."""
+    """The lower Cholesky factor of a dampened H on the host, with more dampening until it exists."""
     h = np.asarray(h, np.float64)
     extra = 0.0
     for _ in range(12):
         try:
-            r = np.linalg.cholesky((h + extra * np.eye(len(h)))[::-1, ::-1])[::-1, ::-1]
-            u = np.linalg.solve(r, np.eye(len(h)))
-            if np.isfinite(u).all():
-                return np.triu(u).astype(np.float32)
+            lower = np.linalg.cholesky(h + extra * np.eye(len(h))).astype(np.float32)
+            if np.isfinite(lower).all() and (np.diagonal(lower) > 0).all():
+                break
         except np.linalg.LinAlgError:
             pass
         extra = max(10 * extra, 1e-8)
-    return np.eye(len(h), dtype=np.float32) * math.sqrt(1 / max(float(np.mean(np.diagonal(h))), 1e-30))
+    else:
+        lower = np.eye(len(h), dtype=np.float32)
+    if extra:
+        warnings.warn(
+            f"a second moment of {len(h)} inputs is singular, and {extra:.0e} of its mean was added to its "
+            "diagonal; give more calibration data, or a dampening_frac above 0",
+            QjaxWarning,
+            stacklevel=1,
+        )
+    return lower

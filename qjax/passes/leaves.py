@@ -114,7 +114,6 @@ class Leaves:
             out = out.at[_where(place, out.ndim)].set(part[_where(taken, part.ndim)])
         return out
 
-
     def _read(self, number: int, key: SliceKey) -> Any:
         value = self.values[number]
         if key[0][0] == 0:  # what `Lazy` can read by itself

@@ -27,6 +27,10 @@ class Rounding(Protocol):
     ``sequential``, that later blocks are to see what earlier ones became; ``round`` then takes ``statistics=``, the
     fields of their states for this matrix. Those that are trained on the outputs of a block say ``tunes = True``, have
     ``tune`` (see `qjax.passes.AutoRound`), and get as statistics what that returned.
+
+    ``doubts(state)``, where there is one, tells what makes a rounding doubt the data of a weight, as pairs of a kind
+    and a sentence: a job says each kind once, as a `QjaxWarning`. ``check_format(fmt)``, where there is one, raises a
+    FormatError for formats that the rounding cannot serve; a recipe asks it when it is built.
     """
 
     needs_batches: ClassVar[bool]

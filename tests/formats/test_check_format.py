@@ -12,6 +12,7 @@ FORMATS = [
     Int(4, group=128),
     Int(8, per="tensor"),
     Int(4, group=5, symmetric=False),
+    Int(3, group=8, symmetric=False, zero="float"),
     Int(2, per="token", scale="qmax"),
     Float8("e5m2", per="tensor"),
     NF4(),
