@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from qjax.ops import register_lowering as register_lowering
     from qjax.passes import DGQ as DGQ
     from qjax.passes import GPTQ as GPTQ
-    from qjax.passes import PTQTP as PTQTP
     from qjax.passes import HQQ as HQQ
+    from qjax.passes import PTQTP as PTQTP
     from qjax.passes import RTN as RTN
     from qjax.passes import AutoRound as AutoRound
     from qjax.passes import QoQ as QoQ
