@@ -32,7 +32,7 @@ class SmoothQuant:
     """Divide the input channels of products by factors that are folded into what comes before. Needs calibration data.
 
     Factors are scaled so that their geometric mean is 1, which changes no product and keeps norms near where they were;
-    a channel that was never seen keeps the factor 1. Factors of a convolution can be folded, not kept beside its weight.
+    a channel that was never seen keeps the factor 1. Factors of a convolution are folded or there are none.
 
     Args:
         strength: a, from 0 (weights alone decide) to 1 (activations alone).
