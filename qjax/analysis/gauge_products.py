@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from qjax.analysis import layout
-from qjax.analysis.flows import Flow, plain
-from qjax.analysis.gauge import Gauge, rule
+from qjax.analysis.gauge import Flow, Gauge, plain, rule
 
 
 @rule("dot_general")

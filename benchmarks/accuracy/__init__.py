@@ -1,0 +1,1 @@
+"""The accuracy table: every method on five real models."""
