@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from qjax.analysis import layout
-from qjax.analysis.gauge import Flow, Gauge, plain, rule
+from qjax.analysis.flows import Flow, plain
+from qjax.analysis.gauge import Gauge, rule
 from qjax.analysis.gauge_moves import same_after
 from qjax.analysis.gauge_turns import keep, raised, together, turned
 from qjax.composites.constants import ELEMENTWISE
@@ -18,7 +19,20 @@ _SUMS = ("add", "add_any", "sub")
 _ORDERS = ("max", "min")
 _COMPARES = ("gt", "ge", "lt", "le", "eq", "ne")
 _MORE = ("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "cbrt", "erf_inv", "lgamma", "digamma")
-_MORE += ("nextafter", "round", "real", "imag", "complex", "conj", "shift_left", "population_count", "clz")
+_MORE += (
+    "nextafter",
+    "round",
+    "acosh",
+    "asinh",
+    "atanh",
+    "real",
+    "imag",
+    "complex",
+    "conj",
+    "shift_left",
+    "population_count",
+    "clz",
+)
 
 
 @rule(*(set(ELEMENTWISE) - {"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision"}), *_MORE)

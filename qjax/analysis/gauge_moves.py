@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from qjax.analysis import layout
-from qjax.analysis.gauge import WIDE, Flow, Gauge, plain, rule
+from qjax.analysis.flows import Flow, plain
+from qjax.analysis.gauge import WIDE, Gauge, rule
 from qjax.composites.constants import ELEMENTWISE
 
 SAME = frozenset(
@@ -206,10 +207,11 @@ def _rev(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     return [dataclasses.replace(flow, codes=codes)]
 
 
-@rule("concatenate")
+@rule("stack", "concatenate")
 def _concatenate(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
-    d = eqn.params["dimension"]
-    flows = [g.activate(f) for f in ins]
+    stack = eqn.primitive.name == "stack"
+    d = eqn.params["axis" if stack else "dimension"]
+    flows = [_with_unit(g.activate(f), d) if stack else g.activate(f) for f in ins]
     shape = tuple(eqn.outvars[0].aval.shape)
     rest = tuple(all(f.same[i] for f in flows) and i != d for i in range(len(shape)))
     along = any(f.codes.shape[d] > 1 for f in flows) or all(f.shape[d] == 1 for f in flows)
@@ -224,6 +226,31 @@ def _concatenate(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
     keys = np.repeat(np.arange(len(flows)), [f.shape[d] for f in flows])
     g.separate(codes, keys.reshape([-1 if i == d else 1 for i in range(codes.ndim)]))
     return [Flow(shape, codes, rest, next((f.why for f in flows if f.why), 0))]
+
+
+def _with_unit(flow: Flow, d: int) -> Flow:
+    """A dimension of size one put in."""
+    codes = np.expand_dims(flow.codes, d)
+    shape, same = (*flow.shape[:d], 1, *flow.shape[d:]), (*flow.same[:d], True, *flow.same[d:])
+    return dataclasses.replace(flow, shape=shape, codes=codes, same=same)
+
+
+@rule("unstack")
+def _unstack(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
+    flow, d = g.activate(ins[0]), eqn.params["axis"] % len(ins[0].shape)
+    outs = []
+    for i in range(flow.shape[d]):
+        part = _taken(g, flow, d, i, i + 1, 1)
+        shape, same = (*flow.shape[:d], *flow.shape[d + 1 :]), (*flow.same[:d], *flow.same[d + 1 :])
+        outs.append(dataclasses.replace(part, shape=shape, codes=layout.tidy(part.codes.squeeze(d)), same=same))
+    return outs
+
+
+@rule("tile")
+def _tile(g: Gauge, eqn: Any, ins: list[Flow]) -> list[Flow] | None:
+    flow, reps = g.activate(ins[0]), eqn.params["reps"]
+    codes = np.tile(flow.codes, [r if n > 1 else 1 for n, r in zip(flow.codes.shape, reps, strict=True)])
+    return [dataclasses.replace(flow, shape=tuple(eqn.outvars[0].aval.shape), codes=codes)]
 
 
 @rule("pad")

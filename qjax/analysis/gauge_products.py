@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from qjax.analysis import layout
-from qjax.analysis.gauge import Flow, Gauge, plain, rule
+from qjax.analysis.flows import Flow, plain
+from qjax.analysis.gauge import Gauge, rule
 
 
 @rule("dot_general")

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from qjax.analysis import layout
-from qjax.analysis.gauge import Flow, Gauge, Place, plain
+from qjax.analysis.flows import Flow, Place, plain
+from qjax.analysis.gauge import Gauge
 from qjax.analysis.gauge_moves import backward
 
 

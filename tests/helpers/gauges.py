@@ -124,7 +124,7 @@ def check(case: Case, site: str, kind: Kind = "scale", of: Side = "input", toler
     moved = {place for place, value in new.items() if not np.array_equal(np.asarray(value), case.read(*place))}
     assert moved == set(new)
     for touch in group.touches if kind == "scale" else group.touches[:6]:
-        if touch.leaf.endswith(("k_proj/bias", "qkv/bias")):
+        if touch.leaf.endswith(("k_proj/bias", "qkv/bias", "key/bias")):
             continue
         part = dataclasses.replace(group, touches=tuple(t for t in group.touches if t is not touch))
         assert distance(case(written(case.params, change(part, case.read))), case.want) > 10 * tolerance, touch
