@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax.applying.leaves import quantize_leaves
@@ -370,6 +371,7 @@ def quantize_with(
     if constants:
         for position, leaf in planned.leaves.items():
             stored[position] = with_constants(program, leaf, stored[position], constants)
+    stored = [jnp.asarray(a) if isinstance(a, Lazy) else a for a in stored]  # what stays in float
     rewritten = Rewritten(fn, recipe, max_runs=max_runs, implementation=implementation)
     replayed = rewritten.recorded(program, stored)  # while the device is busy
     report = build_report(program, planned, stored, finish(), replayed, name=name, recipe=recipe.name)

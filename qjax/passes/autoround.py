@@ -66,6 +66,10 @@ class AutoRound:
             if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
                 raise FormatError(f"AutoRound: {name}={value!r}; above 0 and at most 1, or None for 1 / iters")
 
+    def check_format(self, fmt: Format) -> None:
+        """Raise a FormatError if a format cannot be rounded in this way."""
+        check_format(fmt)
+
     def round(
         self,
         w: AnyArray,
