@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qjax import hardware as hardware
     from qjax import models as models
     from qjax import passes as passes
+    from qjax import search as search
     from qjax import testing as testing
     from qjax.adapters import from_equinox as from_equinox
     from qjax.adapters import from_linen as from_linen
@@ -117,7 +118,7 @@ _HOME = {
     "Percentile": "qjax.calibration",
     "MSE": "qjax.calibration",
 }
-_SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "models", "passes", "testing")
+_SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "models", "passes", "search", "testing")
 
 __all__ = [
     "DGQ",
@@ -175,6 +176,7 @@ __all__ = [
     "register_format",
     "register_lowering",
     "save",
+    "search",
     "static",
     "study",
     "testing",

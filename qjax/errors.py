@@ -42,6 +42,10 @@ class ModelError(QjaxError):
     """A model folder that is incomplete, damaged, or of an unsupported architecture."""
 
 
+class SearchError(QjaxError):
+    """A search that cannot be made, or whose budget nothing meets."""
+
+
 class DeviceError(QjaxError):
     """A device that is not known, or whose description contradicts itself."""
 

@@ -69,8 +69,16 @@ def calibration(loaded: Loaded, recipe: Any, args: argparse.Namespace) -> Calibr
     if not recipe.needs_batches:
         say(f"{args.recipe} needs no calibration data: --calibration is not looked at")
         return None
-    draw = _from_text if loaded.reads_text else _from_images
     return draw(loaded, args)
+
+
+def draw(loaded: Loaded, args: argparse.Namespace) -> Calibration:
+    """Draw ``args.samples`` rows of ``args.calibration``.
+
+    Raises:
+        DataError: the data cannot be read, or has fewer rows than asked for.
+    """
+    return _from_text(loaded, args) if loaded.reads_text else _from_images(loaded, args)
 
 
 def _rows(count: int, args: argparse.Namespace, what: str) -> np.ndarray:

@@ -22,6 +22,7 @@ _COMMANDS = {
     "study": "qjax.cli.studying",
     "recipes": "qjax.cli.recipes",
     "advise": "qjax.cli.advising",
+    "search": "qjax.cli.searching",
 }
 
 

@@ -21,6 +21,8 @@ examples:
                                                         recipes side by side
   qjax generate stories260k-W8A16 --prompt "Once upon a time"
   qjax advise models/llama --device h200 --workload chat  which format to deploy
+  qjax search models/stories260k --budget "6 bits" --text stories.txt
+                                                        a format for each layer, within a budget
 
 Each command has its own examples: qjax quantize --help. With --json, stdout is one JSON object. QJAX_DEBUG=1 shows
 tracebacks."""
@@ -31,7 +33,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("qjax", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_Raw)
     parser.add_argument("--version", action="version", version=f"qjax {version}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for add in (_inspect, _quantize, _eval, _study, _generate, _recipes, _advise):
+    for add in (_inspect, _quantize, _eval, _study, _generate, _recipes, _advise, _search):
         add(commands)
     return parser
 
@@ -250,6 +252,52 @@ def _advise(commands: argparse._SubParsersAction) -> None:
     sizes.add_argument(
         "--kept", type=float, default=0.0, metavar="P", help="parameters of embeddings and head, which stay 16-bit"
     )
+
+
+def _search(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "search",
+        "choose a format for each layer within a budget, by measured sensitivities",
+        "\nMeasures how far the outputs move when one layer alone is quantized, for every layer and choice; then"
+        "\nchooses exactly. No quantization is always a choice. The folder gets recipe.toml for `qjax quantize`,"
+        "\nsensitivities.json, front.json and front.svg. Killed, it goes on where it was; another budget on the same"
+        "\nfolder measures nothing again.",
+        '  qjax search models/stories260k --budget "6 bits" --choices W4A16,W8A16 --text stories.txt\n'
+        '  qjax search models/stories260k --budget "200 kB" --text stories.txt --by fisher\n'
+        '  qjax search models/vit-tiny --budget "5 MB" --choices W4A16,W8A8 --images imagenet-sample\n'
+        '  qjax search models/llama --budget "9 ms" --device h100 --rows 1 --text text.txt --out found\n'
+        "  qjax quantize models/stories260k --recipe stories260k-search/recipe.toml",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
+    parser.add_argument(
+        "--budget",
+        required=True,
+        metavar="B",
+        help="'6 bits' (average of the weights, scales included), '10 MB' (all parameters), '2 ms', '5 mJ'",
+    )
+    parser.add_argument(
+        "--choices", default="W4A16,W8A16", metavar="R,R", help="presets or .toml files (default: W4A16,W8A16)"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("kl", "output", "fisher"),
+        default="kl",
+        help="KL of the model's outputs; error of the layer's; second order of KL (default: kl)",
+    )
+    parser.add_argument(
+        "--tie",
+        action="append",
+        default=[],
+        metavar="S,S",
+        help="layers whose names differ in these words share a format, as q_proj,k_proj,v_proj; may be repeated",
+    )
+    parser.add_argument("--device", help="of budgets in time and energy: name or .toml file")
+    parser.add_argument("--rows", type=_positive, metavar="N", help="tokens at a time there (default: as measured on)")
+    parser.add_argument("--samples", type=_positive, default=16, metavar="N", help="blocks or images (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder to write and to go on in (default: ./NAME-search)")
+    _data(parser, "UTF-8 text to measure on", "images to measure on")
 
 
 def _data(parser: argparse.ArgumentParser, text: str, images: str) -> None:

@@ -1,0 +1,91 @@
+"""``qjax search``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import qjax
+from qjax.cli.calibrating import draw
+from qjax.cli.output import counting, print_json, print_rich, waiting
+from qjax.cli.scoring import check_data
+from qjax.errors import DataError, ModelError, SearchError
+from qjax.folders import is_saved, load_float
+from qjax.search import Assignment, Budget, assign, check_budget, plot_front, save_front, sensitivities
+from qjax.search.assigning import amount
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, choose, and write the recipe."""
+    start = time.monotonic()
+    budget = Budget.of(args.budget)
+    if budget.kind in ("seconds", "joules") and not args.device:
+        raise SearchError(f"a budget of {budget} needs --device, such as --device h200")
+    if args.text is None and args.images is None:
+        raise DataError("search needs data: give --text FILE for a language model or --images DIR for a classifier")
+    if is_saved(args.folder):
+        raise ModelError(f"{args.folder} is quantized already; give the folder of the float model")
+    choices = {_name(c): qjax.recipe(c) for c in _listed(args.choices)}
+    out = args.out or Path(f"{args.folder.resolve().name}-search")
+    with waiting("reading weights"):
+        loaded = load_float(args.folder)
+    check_data(loaded, args)
+    args.calibration = args.text or args.images
+    drawn = draw(loaded, args)
+    tie = [_listed(t) for t in args.tie]
+    sizes = sensitivities(loaded.fn, loaded.params, drawn.batches, choices, by=(), tie=tie)
+    check_budget(sizes, budget, on=args.device, rows=args.rows)  # not after an hour of measuring
+    out.mkdir(parents=True, exist_ok=True)
+    with counting("measuring") as progress:
+        found = sensitivities(
+            loaded.fn,
+            loaded.params,
+            drawn.batches,
+            choices,
+            by=args.by,
+            tie=tie,
+            resume=out / "measured",
+            seed=args.seed,
+            progress=progress,
+        )
+    best = assign(found, budget, on=args.device, rows=args.rows)
+    found.save(out / "sensitivities.json")
+    (out / "recipe.toml").write_text(best.recipe().to_toml())
+    save_front(best, out / "front.json")
+    plot_front(best, out / "front.svg")
+    if args.json:
+        seconds = round(time.monotonic() - start, 2)
+        print_json({"model": loaded.name, **best.to_dict(), "out": str(out), "seconds": seconds})
+    else:
+        _show(loaded.name, best, out, args)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _name(choice: str) -> str:
+    return Path(choice).stem if choice.endswith(".toml") else choice.upper()
+
+
+def _show(name: str, best: Assignment, out: Path, args: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    rows = best.sensitivities.rows
+    print(f"{name}: {len(rows)} groups of layers, budget {best.budget}, least {best.by}\n")
+    table: Any = Table(box=None, pad_edge=False)
+    for column in ("group", "choice", *best.sensitivities.choices[:-1]):
+        table.add_column(column, justify="left" if column in ("group", "choice") else "right")
+    for row in rows:
+        losses = (row.losses[best.by].get(c) for c in best.sensitivities.choices[:-1])
+        table.add_row(row.name, best.choices[row.name], *("" if v is None else f"{v:.2e}" for v in losses))
+    print_rich(table)
+    counts = ", ".join(f"{n} × {c}" for c, n in best.counts.items())
+    proof = "the best there is" if best.exact else f"at most {best.loss - best.bound:.2g} above the best"
+    print(
+        f"\n{counts}: {amount(best.budget.kind, best.cost)}, {best.bits:.3f} bits per weight, "
+        f"{best.stored_bytes / 1e6:,.3f} MB in all; {best.by} {best.loss:.3g}, sum of single ones ({proof})"
+    )
+    print(f"Saved in {out}. Next: qjax quantize {args.folder} --recipe {out / 'recipe.toml'}")

@@ -1,0 +1,29 @@
+"""Mixed precision by sensitivity: measure how much each site minds each format, then choose within a budget.
+
+found = sensitivities(fn, params, batches, ["W4A16", "W8A16"], resume="job")
+best = assign(found, "6 bits")
+model = qjax.quantize(fn, params, *args, recipe=best.recipe())
+"""
+
+from qjax.search.assigning import Assignment, Budget, Point, assign, check_budget, group_costs, save_front
+from qjax.search.knapsack import Solution, solve, sweep
+from qjax.search.measuring import kl_score, sensitivities
+from qjax.search.plots import plot_front
+from qjax.search.sensitivity import Sensitivities
+
+__all__ = [
+    "Assignment",
+    "Budget",
+    "Point",
+    "Sensitivities",
+    "Solution",
+    "assign",
+    "check_budget",
+    "group_costs",
+    "kl_score",
+    "plot_front",
+    "save_front",
+    "sensitivities",
+    "solve",
+    "sweep",
+]
