@@ -21,7 +21,7 @@ from jax import Array
 from qjax.errors import FormatError, near
 from qjax.formats import mixed_outliers, mixed_scales
 from qjax.formats.base import Aux, Format
-from qjax.formats.mixed_layout import MixedPacking, StripRule, Strips, order_of, pack_map, places_of, unpack_map
+from qjax.formats.mixed_layout import MixedPacking, StripRule, Strips, order_of, pack_map, picked, places_of, unpack_map
 from qjax.formats.numerics import AnyArray, finite_part, floor_log2, power_of_two, round_even, times_power_of_two
 from qjax.formats.registry import register_format
 
@@ -241,8 +241,8 @@ class MixedBits(Format):
         strips = self.strips(x.shape[-1])
         parts = strips.split(x)
         ordered = order_of(is_wide)
-        low = jnp.take(jnp.min(parts, axis=-1, initial=0.0), ordered, axis=-1)
-        high = jnp.take(jnp.max(parts, axis=-1, initial=0.0), ordered, axis=-1)
+        low = picked(jnp.min(parts, axis=-1, initial=0.0), ordered, axis=-1)
+        high = picked(jnp.max(parts, axis=-1, initial=0.0), ordered, axis=-1)
         m, aux = strips.narrow, {}
         if strips.narrow:
             words, step, offsets = mixed_scales.fit_narrow(low[:, :m], high[:, :m], self.tile, self.scale_bits)
@@ -310,7 +310,7 @@ class MixedBits(Format):
         if not parts:
             return jnp.zeros((n, 0)), jnp.zeros((n, 0)), jnp.zeros(0)
         places = places_of(is_wide)
-        scale, zero = (jnp.take(jnp.concatenate(a, axis=-1), places, axis=-1) for a in zip(*parts, strict=True))
+        scale, zero = (picked(jnp.concatenate(a, axis=-1), places, axis=-1) for a in zip(*parts, strict=True))
         return scale, zero, jnp.where(is_wide, float(mixed_scales.WIDE), float(mixed_scales.NARROW))
 
     def encode(self, x: AnyArray, aux: Aux) -> Array:

@@ -29,6 +29,7 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -101,7 +102,7 @@ class Strips:
 
     def sorted_codes(self, strips: AnyArray, is_wide: AnyArray) -> Array:
         """Return codes as they stand in a row, [..., K], from strips in the order of columns, [..., count, strip]."""
-        ordered = jnp.take(strips, order_of(is_wide), axis=-2)
+        ordered = picked(strips, order_of(is_wide), axis=-2)
         two = ordered[..., : self.narrow, :].reshape(*strips.shape[:-2], self.narrow * self.strip)
         four = ordered[..., self.narrow :, :].reshape(*strips.shape[:-2], self.wide * self.strip)
         return jnp.concatenate(
@@ -122,7 +123,7 @@ class Strips:
 
     def strips_of(self, codes: AnyArray, is_wide: AnyArray) -> Array:
         """Return strips in the order of columns from codes as they stand in a row: `sorted_codes` backwards."""
-        return jnp.take(jnp.concatenate(self.sections(jnp.asarray(codes)), axis=-2), places_of(is_wide), axis=-2)
+        return picked(jnp.concatenate(self.sections(jnp.asarray(codes)), axis=-2), places_of(is_wide), axis=-2)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -139,18 +140,28 @@ def _strips(rule: StripRule, length: int) -> Strips:
 
 
 def places_of(is_wide: AnyArray) -> Array:
-    """Return where each strip stands once they are sorted by width: int32, of the shape of ``is_wide`` [strips]."""
+    """Return where each strip stands once they are sorted by width: int32, of the shape of ``is_wide`` [strips].
+
+    Strips are few: counting them all against all is one small sum, where a running sum would be many steps to compile.
+    """
     is_wide = jnp.asarray(is_wide)
-    narrow = jnp.sum(~is_wide, dtype=jnp.int32)
-    before = jnp.cumsum(is_wide, dtype=jnp.int32)
-    own = jnp.arange(is_wide.shape[-1], dtype=jnp.int32)
-    return jnp.where(is_wide, narrow + before - 1, own - before)
+    count = is_wide.shape[-1]
+    earlier = np.tril(np.ones((count, count), bool), -1)  # [i, j]: j is before i
+    before = jnp.sum(is_wide[None, :] & earlier, axis=-1, dtype=jnp.int32)
+    narrow = count - jnp.sum(is_wide, dtype=jnp.int32)
+    return jnp.where(is_wide, narrow + before, np.arange(count, dtype=np.int32) - before)
 
 
 def order_of(is_wide: AnyArray) -> Array:
     """Return the strips in the order in which they stand: `places_of` backwards."""
-    places = places_of(is_wide)
-    return jnp.zeros_like(places).at[places].set(jnp.arange(places.shape[-1], dtype=jnp.int32))
+    own = np.arange(is_wide.shape[-1], dtype=np.int32)
+    return jnp.sum(jnp.where(places_of(is_wide)[None, :] == own[:, None], own, 0), axis=-1, dtype=jnp.int32)
+
+
+def picked(x: AnyArray, where: AnyArray, axis: int) -> Array:
+    """Return strips by their numbers, which are known to be there: `jnp.take` without a check of bounds."""
+    index = (slice(None),) * (axis % x.ndim)
+    return jnp.asarray(x).at[(*index, where)].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def pack_map(is_wide: AnyArray, rule: StripRule) -> Array:

@@ -52,18 +52,22 @@ def largest(keys: AnyArray, count: int) -> Array:
 def to_sparse(values: AnyArray, where: AnyArray, count: int) -> Sparse:
     """Return the ``count`` numbers of values [N, K] at which ``where`` is true."""
     n, length = values.shape
-    at = jnp.nonzero(where.reshape(-1), size=count, fill_value=0)[0]
-    ends = jnp.cumsum(jnp.sum(where, axis=-1, dtype=jnp.int32), dtype=jnp.int32)
-    rows = jnp.concatenate([jnp.zeros(1, jnp.int32), ends]).astype(jnp.uint32)
-    picked = jnp.take(values.reshape(-1), at).astype(jnp.float16)
-    return picked, (at % length).astype(column_dtype(length)), rows
+    before = jnp.cumsum(where.reshape(-1), dtype=jnp.int32)
+    at = jnp.searchsorted(before, jnp.arange(1, count + 1, dtype=jnp.int32))
+    rows = jnp.concatenate([jnp.zeros(1, jnp.int32), before[length - 1 :: length]]).astype(jnp.uint32)
+    kept = jnp.take(values.reshape(-1), at).astype(jnp.float16)
+    return kept, (at % length).astype(column_dtype(length)), rows
+
+
+def row_numbers(rows: AnyArray, count: int) -> Array:
+    """Return the row of each of ``count`` sparse numbers, int32, from where rows begin."""
+    ends = jnp.asarray(rows)[1:].astype(jnp.int32)
+    return jnp.searchsorted(ends, jnp.arange(count, dtype=jnp.int32), side="right").astype(jnp.int32)
 
 
 def add_sparse(dense: AnyArray, sparse: Sparse, factor: AnyArray) -> Array:
     """Return dense [N, K] plus ``factor`` times the sparse numbers."""
     values, columns, rows = sparse
-    n, count = dense.shape[0], values.shape[0]
-    lengths = rows[1:].astype(jnp.int32) - rows[:-1].astype(jnp.int32)
-    row = jnp.repeat(jnp.arange(n, dtype=jnp.int32), lengths, total_repeat_length=count)
-    at = jnp.asarray(dense).at[row, columns.astype(jnp.int32)]
-    return at.add(values.astype(jnp.float32) * factor, indices_are_sorted=True, unique_indices=True)
+    at = jnp.asarray(dense).at[row_numbers(rows, values.shape[0]), columns.astype(jnp.int32)]
+    numbers = values.astype(jnp.float32) * factor
+    return at.add(numbers, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")

@@ -24,6 +24,7 @@ from jax import Array, lax
 from qjax.calibration import Observer
 from qjax.errors import FormatError, near
 from qjax.formats import Aux, Format, MixedBits
+from qjax.formats.mixed_outliers import row_numbers
 from qjax.formats.numerics import AnyArray, power_of_two, round_even
 from qjax.passes.gptq import _factor
 from qjax.statistics import SecondMoment, Statistic
@@ -130,8 +131,8 @@ class TwoBit:
 
 def sparse_places(aux: Aux, n: int, length: int) -> Array:
     """Return where the corrections of a matrix [n, length] stand, bool."""
-    columns, rows = aux["outlier_column"][0], aux["outlier_row"][0].astype(jnp.int32)
-    row = jnp.repeat(jnp.arange(n), rows[1:] - rows[:-1], total_repeat_length=columns.shape[0])
+    columns = aux["outlier_column"][0]
+    row = row_numbers(aux["outlier_row"][0], columns.shape[0])
     return jnp.zeros((n, length), bool).at[row, columns.astype(jnp.int32)].set(True)
 
 
