@@ -26,7 +26,7 @@ from qjax.errors import FormatError, near
 from qjax.formats import Aux, Format, MixedBits
 from qjax.formats.mixed_outliers import row_numbers
 from qjax.formats.numerics import AnyArray, power_of_two, round_even
-from qjax.passes.gptq import _factor
+from qjax.passes.gptq import _carried, _factor
 from qjax.statistics import SecondMoment, Statistic
 
 SENSITIVITIES = ("hessian", "range", "inverse")
@@ -98,16 +98,17 @@ class TwoBit:
         w = jnp.asarray(w, jnp.float32)
         n, length = w.shape
         h = jnp.asarray(statistics["second_moment"], jnp.float32)
-        factor = _factor(h, self.dampening_frac) if self.feedback or self.sensitivity == "inverse" else None
         importance = self._importance(h)
-        aux = fmt.fit_matrix(w, self._sensitivity(w, fmt, h, importance, factor), importance)
+        aux = fmt.fit_matrix(w, self._sensitivity(w, fmt, h, importance), importance)
         if not self.feedback:
             return fmt.encode(w, aux), aux
-        assert factor is not None
+        carried = _carried(h, self.dampening_frac)
         unit = power_of_two(aux["exponent"].astype(jnp.int32))
         count = fmt.outlier_count(n, length)
         where = sparse_places(aux, n, length) if count else None
-        numbers, kept = rounded_columns(w, *fmt.grid(aux, n, length), where, unit, factor, min(self.block_size, length))
+        numbers, kept = rounded_columns(
+            w, *fmt.grid(aux, n, length), where, unit, carried, min(self.block_size, length)
+        )
         codes = fmt.arranged(numbers, aux)
         return codes, (aux | fmt.sparse_aux(kept, where) if where is not None else aux)
 
@@ -118,10 +119,10 @@ class TwoBit:
         damped = diagonal / jnp.where(mean > 0, mean, 1.0) + self.dampening_frac
         return jnp.where(mean > 0, damped, 1.0)[None]
 
-    def _sensitivity(self, w: Array, fmt: MixedBits, h: Array, importance: Array, factor: Array | None) -> Array:
+    def _sensitivity(self, w: Array, fmt: MixedBits, h: Array, importance: Array) -> Array:
         """What each strip loses at few bits, float32 [strips]."""
         if self.sensitivity == "inverse":
-            assert factor is not None
+            factor = _factor(h, self.dampening_frac)
             inverse = jnp.sum(factor * factor, axis=0)  # the diagonal of H**-1 = UᵀU
             seen = jnp.diagonal(h) > 0  # a column whose input was always 0 loses nothing
             loss = jnp.sum(w * w, axis=0) * jnp.where(seen, 1 / jnp.maximum(inverse, 1e-30), 0.0)
@@ -143,7 +144,7 @@ def rounded_columns(
     top: Array,
     where: Array | None,
     unit: Array,
-    factor: Array,
+    carried: Array,
     size: int,
 ) -> tuple[Array, Array]:
     """Round column by column with error feedback, on a grid that is fixed.
@@ -153,7 +154,8 @@ def rounded_columns(
         top: the largest code of each column, float32 [K].
         where: bool [N, K], the numbers that are corrected in FP16, or None.
         unit: float32 [1, 1], what a correction of 1 stands for.
-        factor: U, the upper triangular factor of the inverse of H = (UᵀU)**-1, float32 [K, K].
+        carried: how much of the error of column i goes into column j, as `qjax.passes.gptq` computes it: R_ij / R_jj
+            above the diagonal and 0 elsewhere, with H = R Rᵀ. Errors are those of the weight as it was. float32 [K, K].
         size: columns of a block.
 
     Returns:
@@ -166,13 +168,14 @@ def rounded_columns(
     padded = -(-k // size) * size
     rest = padded - k  # columns of zeros that nothing is carried into or out of
     of_columns = lambda a: jnp.pad(a.T, ((0, rest), (0, 0)))  # noqa: E731
+    original = of_columns(w)
     grid = (of_columns(scale), of_columns(zero), jnp.pad(top, (0, rest)))
     sparse = of_columns(where) if where is not None else None
-    factor = jnp.pad(factor, ((0, rest), (0, rest))) + jnp.diag((jnp.arange(padded) >= k).astype(jnp.float32))
+    carried = jnp.pad(carried, ((0, rest), (0, rest)))
 
     def one_column(i: Array, state: Any, of_block: Any) -> Any:
         block, codes, kept, errors = state
-        u, scale, zero, top, sparse = of_block
+        there, share, scale, zero, top, sparse = of_block
         at = lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False)  # noqa: E731
         value, step, offset = at(block), at(scale), at(zero)
         code = jnp.clip(round_even(value / jnp.where(step > 0, step, 1.0)) + offset, 0, at(top))
@@ -182,16 +185,15 @@ def rounded_columns(
             left = jnp.where(at(sparse), (value - close) / unit[0, 0], 0.0).astype(jnp.float16)
             close = close + left.astype(jnp.float32) * unit[0, 0]
             kept = put(kept, left)
-        line = at(u)  # U_ij of this block, 0 for j < i
-        error = (value - close) / line[i]
-        return block - line[:, None] * error[None, :], put(codes, code), kept, put(errors, error)
+        error = at(there) - close
+        return block + at(share)[:, None] * error[None, :], put(codes, code), kept, put(errors, error)
 
     def one_block(b: Array, state: Any) -> Any:
         columns, codes, kept = state
         start = b * size
         rows = lambda a: lax.dynamic_slice_in_dim(a, start, size, 0)  # noqa: E731
-        u = lax.dynamic_slice(factor, (start, start), (size, size))
-        of_block = (u, *(rows(a) for a in grid), rows(sparse) if sparse is not None else None)
+        share = lax.dynamic_slice(carried, (start, start), (size, size))
+        of_block = (rows(original), share, *(rows(a) for a in grid), rows(sparse) if sparse is not None else None)
         inner = (
             rows(columns),
             jnp.zeros((size, n), jnp.uint8),
@@ -200,13 +202,13 @@ def rounded_columns(
         )
         _, done, left, errors = lax.fori_loop(0, size, lambda i, s: one_column(i, s, of_block), inner)
         later = (jnp.arange(padded) >= start + size)[None, :]
-        ahead = jnp.where(later, rows(factor), 0.0)
-        columns = columns - jnp.matmul(ahead.T, errors, precision=lax.Precision.HIGHEST)
+        ahead = jnp.where(later, rows(carried), 0.0)
+        columns = columns + jnp.matmul(ahead.T, errors, precision=lax.Precision.HIGHEST)
         if sparse is not None:
             kept = lax.dynamic_update_slice_in_dim(kept, left, start, 0)
         return columns, lax.dynamic_update_slice_in_dim(codes, done, start, 0), kept
 
     kept = jnp.zeros((padded, n) if where is not None else (0, 0), jnp.float16)
-    state = (of_columns(w), jnp.zeros((padded, n), jnp.uint8), kept)
+    state = (original, jnp.zeros((padded, n), jnp.uint8), kept)
     _, codes, kept = lax.fori_loop(0, padded // size, one_block, state)
     return codes[:k].T, kept[:k].T

@@ -113,7 +113,7 @@ def test_columns_that_are_never_used_and_a_moment_that_is_zero():
     x[:, 5] = 0
     x[:, 7] = x[:, 6]
     for h in (moment(x), jnp.zeros((K, K))):
-        for fmt, rounding in ((SPARSE, qjax.TwoBit()), (PURE, qjax.TwoBit(dampening_frac=0.0))):
+        for fmt, rounding in ((SPARSE, qjax.TwoBit()), (PURE, qjax.TwoBit(dampening_frac=0.001))):
             near = np.asarray(decoded(*rounded(W, h, rounding, fmt), fmt))
             assert np.isfinite(near).all() and np.abs(near[:, 5] - W[:, 5]).max() < np.abs(W).max()
 
