@@ -215,9 +215,10 @@ class _Table:
 
     def of(self, roots: np.ndarray) -> list[int]:
         """Numbers of the arrays that hold one of the roots, ascending."""
-        wanted = np.zeros(max(int(roots.max()), int(self.roots.max(initial=0))) + 1, bool)
-        wanted[roots] = True
-        return [int(n) for n in np.unique(self.numbers[wanted[self.roots]])]
+        left, right = (np.searchsorted(self.roots, roots, side=side) for side in ("left", "right"))
+        counts = right - left
+        starts = np.repeat(left - np.cumsum(counts) + counts, counts)
+        return [int(n) for n in np.unique(self.numbers[starts + np.arange(len(starts))])]
 
 
 def _mixed(keys: np.ndarray, salt: int) -> np.ndarray:
