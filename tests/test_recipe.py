@@ -337,10 +337,10 @@ def test_every_preset_can_be_made_in_any_case():
     assert names == [
         *("W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "W8A8_STATIC"),
         *("W4A16", "W3A16", "W2A16", "NF4", "PTQTP", "MXFP4A16", "NVFP4", "NVFP4A16"),
-        *("W8A8_FP", "W8A8_INT", "W4A16_INT"),
+        *("W8A8_FP", "W8A8_INT", "W8A8_INT_SMOOTH", "W4A16_INT"),
         *("W4A8", "DGQ", "QOQ_G128", "QOQ"),
     ]
-    with_data = {"FP8", "W8A8_STATIC", "NVFP4", "W8A8_INT", "W4A16_INT", "DGQ", "QOQ_G128", "QOQ"}
+    with_data = {"FP8", "W8A8_STATIC", "NVFP4", "W8A8_INT", "W8A8_INT_SMOOTH", "W4A16_INT", "DGQ", "QOQ_G128", "QOQ"}
     for name in names:
         recipe = qjax.recipe(name.lower())
         assert recipe.name == name and recipe == qjax.recipe(name)
@@ -374,6 +374,8 @@ def test_the_presets_of_the_study_of_formats():
     assert int8.weights == qjax.Int(8, per="channel", scale="qmax") and int8.weights.code_range == (-127, 127)
     assert int8.inputs == Dynamic(qjax.Int(8, per="token", scale="qmax"))
     assert int8.rounding == qjax.GPTQ(dampening_frac=0.1, block_size=128)
+    smooth = qjax.recipe("W8A8-INT-smooth")
+    assert smooth.rules[-1] == int8 and smooth.prepare == (qjax.passes.SmoothQuant(0.8),)
     assert int4.weights == qjax.Int(4, group=128) and int4.weights.code_range == (-8, 7) and int4.inputs is None
     assert int4.rounding == qjax.GPTQ(dampening_frac=0.1, block_size=128, actorder="static", observer=qjax.MSE())
     assert (qjax.MSE().grid, qjax.MSE().maxshrink, qjax.MSE().norm) == (100, 0.2, 2.4)

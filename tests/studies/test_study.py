@@ -200,6 +200,13 @@ def test_forms(done):
     assert not list((out / "work").iterdir()), "finished recipes leave no work behind"
 
 
+def test_the_presets_of_the_study_keep_what_it_says():
+    """W8A8-INT (here with smoothing) and W8A8-FP within half a percent of the float perplexity."""
+    result = run(("W8A8-INT-smooth", "W8A8-FP"), batches=BATCHES)
+    assert all(abs(o.recovery["letters"].mean - 100) < 0.5 for o in result.outcomes)
+    assert any("kept beside the weight" in note for note in result.outcomes[0].notes)  # a tanh takes up no factors
+
+
 def classifier(params, images):
     return jnp.tanh(images.reshape(len(images), -1) @ params["w"]) @ params["head"]
 
