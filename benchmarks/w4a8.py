@@ -21,12 +21,13 @@ from benchmarks import measure
 from benchmarks.static import HEADS, ROOT, language_model
 from qjax.evaluate import divergence
 from qjax.formats import DualGrained, Progressive
+from qjax.passes import DGQSmooth, Reorder, SmoothOutputs
 
 TOKEN = qjax.Int(8, per="token")
 TENSOR = qjax.Int(8, per="tensor", scale="qmax")
 CHANNEL, GROUPS = qjax.Int(4, symmetric=False), qjax.Int(4, group=128, symmetric=False)
 
-METHODS: dict[str, tuple[Any, Any, Any]] = {  # weights, rounding, inputs
+METHODS: dict[str, tuple[Any, ...]] = {  # weights, rounding, inputs, and what is done before
     "W4A16 RTN, int4 g128": (qjax.Int(4, group=128), None, None),
     "W4A16 RTN, uint4 g128": (GROUPS, None, None),
     "W4A8 RTN, int4 per channel": (qjax.Int(4), None, TOKEN),
@@ -35,22 +36,33 @@ METHODS: dict[str, tuple[Any, Any, Any]] = {  # weights, rounding, inputs
     "W4A8 RTN, uint4 g128": (GROUPS, None, TOKEN),
     "W4A8 RTN, dual_grained g128": (DualGrained(), None, TOKEN),
     "DGQ, per token": (DualGrained(), qjax.DGQ(), TOKEN),
+    "DGQ, smoothed, per token": (DualGrained(), qjax.DGQ(), TOKEN, DGQSmooth()),
     "DGQ, static per tensor": (DualGrained(), qjax.DGQ(), qjax.static(TENSOR)),
+    "DGQ, static per tensor, MaxMin": (DualGrained(), qjax.DGQ(), qjax.static(TENSOR, qjax.MaxMin())),
+    "DGQ, smoothed, static per tensor": (DualGrained(), qjax.DGQ(), qjax.static(TENSOR), DGQSmooth()),
+    "DGQ, smoothed, static per tensor, MaxMin": (
+        DualGrained(),
+        qjax.DGQ(),
+        qjax.static(TENSOR, qjax.MaxMin()),
+        DGQSmooth(),
+    ),
     "DGQ, float activations": (DualGrained(), qjax.DGQ(), None),
     "W4A8 RTN, progressive g128": (Progressive(), None, TOKEN),
     "QoQ g128, rounding to nearest, clipped": (Progressive(), qjax.QoQ(clip=True, error_feedback=False), TOKEN),
     "QoQ g128": (Progressive(), qjax.QoQ(), TOKEN),
     "QoQ g128, clipped": (Progressive(), qjax.QoQ(clip=True), TOKEN),
+    "QoQ g128, outputs smoothed, reordered": (Progressive(), qjax.QoQ(), TOKEN, SmoothOutputs(0.3), Reorder()),
     "QoQ per channel, rounding to nearest": (CHANNEL, qjax.QoQ(error_feedback=False), TOKEN),
     "QoQ per channel": (CHANNEL, qjax.QoQ(), TOKEN),
     "GPTQ, uint4 g128": (GROUPS, qjax.GPTQ(), TOKEN),
 }
 
 
-def recipe(weights: Any, rounding: Any, inputs: Any) -> qjax.Recipe:
+def recipe(weights: Any, rounding: Any, inputs: Any, *prepare: Any) -> qjax.Recipe:
     """Heads and embeddings in float, everything else so; a group longer than an axis is one group."""
     keep = [qjax.Rule(match, skip=True, optional=True) for match in HEADS]
-    return qjax.Recipe([*keep, qjax.Rule("**", weights=weights, rounding=rounding, inputs=inputs, clamp_group=True)])
+    rule = qjax.Rule("**", weights=weights, rounding=rounding, inputs=inputs, clamp_group=True)
+    return qjax.Recipe([*keep, rule], prepare=list(prepare))
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qjax.adapters import from_nnx as from_nnx
     from qjax.calibration import MSE as MSE
     from qjax.calibration import AbsMax as AbsMax
+    from qjax.calibration import MaxMin as MaxMin
     from qjax.calibration import MinMax as MinMax
     from qjax.calibration import Percentile as Percentile
     from qjax.checkpoint import load as load
@@ -114,6 +115,7 @@ _HOME = {
     "HQQ": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
+    "MaxMin": "qjax.calibration",
     "MinMax": "qjax.calibration",
     "Percentile": "qjax.calibration",
     "MSE": "qjax.calibration",
@@ -136,6 +138,7 @@ __all__ = [
     "Float8",
     "Int",
     "Lazy",
+    "MaxMin",
     "MinMax",
     "Model",
     "Percentile",

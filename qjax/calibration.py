@@ -41,7 +41,7 @@ from qjax.formats.base import Aux, Format
 from qjax.formats.blocks import grouped, in_chunks
 from qjax.formats.numerics import AnyArray, finite_part
 
-__all__ = ["MSE", "AbsMax", "MinMax", "Observer", "Percentile"]
+__all__ = ["MSE", "AbsMax", "MaxMin", "MinMax", "Observer", "Percentile"]
 
 State = dict[str, Array]
 
@@ -55,9 +55,11 @@ class Observer:
 
     Attributes:
         collective: "max" or "sum", how states merge.
+        by_channel: whether the last axis of a state runs along the channels of the activations.
     """
 
     collective: ClassVar[str] = "max"
+    by_channel: ClassVar[bool] = False
 
     def init(self, fmt: Format, shape: Sequence[int]) -> State:
         """Return the state before any data, for x of this shape [*stack, N, K]."""
@@ -126,6 +128,50 @@ class MinMax(Observer):
     def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
         """Return (-below, above)."""
         return -state["below"], state["above"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxMin(Observer):
+    """The largest over channels of the smallest over batches of each channel's largest magnitude: clips rare outliers.
+
+    DGQ's constant scale of activations (arXiv:2310.04836, released code): a channel counts as what it reaches in every
+    batch. Unlike those of other observers its range depends on how data is cut into batches, and a batch is what one
+    device sees in one call of the program; with one batch it is `AbsMax`. For activations with a scale per tensor.
+    """
+
+    by_channel = True
+
+    def init(self, fmt: Format, shape: Sequence[int]) -> State:
+        """Return {"inverse_absmax": zeros [K]}: the larger it is, the less the quietest batch had of a channel.
+
+        Raises:
+            FormatError: for formats with more than one scale.
+        """
+        if fmt.per != "tensor":
+            raise FormatError(f"{fmt.name}: MaxMin looks at all activations of a site; use a format per='tensor'")
+        return {"inverse_absmax": jnp.zeros(shape[-1], jnp.float32)}
+
+    def update(self, state: State, x: AnyArray, fmt: Format) -> State:
+        """Take x for one batch."""
+        x = jnp.abs(finite_part(jnp.asarray(x, jnp.float32)))
+        top = jnp.max(x, axis=tuple(range(x.ndim - 1)), initial=0.0)
+        return {"inverse_absmax": jnp.maximum(state["inverse_absmax"], 1.0 / jnp.maximum(top, 1e-30))}
+
+    def range(self, state: State, fmt: Format) -> tuple[Array, Array]:
+        """Return (-A, A), [1, 1]; 0 before any data."""
+        inverse = state["inverse_absmax"]
+        # 1e-30 stands for channels that were zero in some batch.
+        least = jnp.where((inverse > 0) & (inverse < 1e30), 1.0 / jnp.maximum(inverse, 1e-38), 0.0)
+        top = jnp.max(least, keepdims=True)[None]
+        return -top, top
+
+    def fit(self, x: AnyArray, fmt: Format, weight: AnyArray | None = None) -> Aux:
+        """Refuse: a weight has no batches.
+
+        Raises:
+            FormatError: always.
+        """
+        raise FormatError("MaxMin compares batches of activations; for weights use AbsMax or MSE")
 
 
 class _Distribution(Observer):

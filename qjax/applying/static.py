@@ -85,7 +85,8 @@ def constants_of(decisions: Mapping[str, Decision], state: Mapping[str, State]) 
         wanted = {k for k in jax.eval_shape(lambda tap=tap: tap.init((1, 1))) if k != NONFINITE}
         expected = jax.eval_shape(lambda tap=tap: Tap(tap.fmt, tap.observer).init((1, 1)))
         fields = {k: v for k, v in found.items() if k in expected}
-        other = set(found) != wanted or any(fields[k].shape != expected[k].shape for k in fields)
+        own = tap.observer.by_channel if tap.observer is not None else False
+        other = set(found) != wanted or any(_shape(fields[k], own) != _shape(expected[k], own) for k in fields)
         if other:
             raise DataError(
                 f"{name}: the state holds {_shapes(found)} and the recipe keeps {', '.join(sorted(wanted))}"
@@ -106,6 +107,11 @@ def constants_of(decisions: Mapping[str, Decision], state: Mapping[str, State]) 
         aux = decisions[name].inputs.fmt.constant_aux(*tap.observer.range(fields, tap.fmt))  # type: ignore[union-attr]
         out[name] = {k: np.asarray(v) for k, v in aux.items()}
     return out
+
+
+def _shape(a: Any, by_channel: bool) -> tuple[int, ...]:
+    """The shape of an observer's array, but for the channels of the site."""
+    return tuple(a.shape[:-1] if by_channel else a.shape)
 
 
 def _kept(tap: Tap) -> str:

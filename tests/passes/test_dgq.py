@@ -225,3 +225,46 @@ def test_scanned_layers_in_a_recipe():
     assert model.params["layers"].fmt == FMT and model.params["layers"].shape == (2, 32, 32)
     x = batches[0][0]
     assert relative(model(model.params, x), np.asarray(fn(params, x), np.float64)) < 0.2
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_static_scales_that_clip_what_one_batch_alone_has(scan):
+    """A = max over channels of min over batches of the largest magnitude of a channel."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.standard_normal((2, 16, 16)) / 4, jnp.float32)
+    if scan:
+        fn = lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p["layers"])[0]  # noqa: E731
+        params = {"layers": weights}
+    else:
+        fn, params = (lambda p, x: x @ p["a"] @ p["b"]), {"a": weights[0], "b": weights[1]}
+    data = [rng.standard_normal((8, 16)).astype(np.float32) for _ in range(3)]
+    data[1][2, 5] = 1000.0  # an outlier that only one batch has
+    static = qjax.static(Int(8, per="tensor", scale="qmax"), qjax.MaxMin())
+    recipe = qjax.Recipe([qjax.Rule("**", weights=Int(8), inputs=static)])
+    assert qjax.Recipe.from_dict(recipe.to_dict()) == recipe
+    state = qjax.calibrate(fn, params, [(jnp.asarray(x),) for x in data], recipe=recipe)
+    model = qjax.quantize(fn, params, jnp.asarray(data[0]), recipe=recipe, state=state)
+    seen = [data, [x @ np.asarray(weights[0]) for x in data]]
+    for layer, xs in enumerate(seen):
+        want = np.min([np.abs(x).max(0) for x in xs], axis=0).max() / 127
+        q = model.params["layers"] if scan else model.params["ab"[layer]]
+        scale = np.asarray(next(a for name, a in q.aux.items() if name.endswith("input.scale") or ".scale" in name))
+        np.testing.assert_allclose(scale.reshape(-1)[layer if scan else 0], want, rtol=1e-5)
+
+
+def test_max_min_of_one_batch_and_of_none():
+    fmt, x = Int(8, per="tensor"), jnp.asarray([[1.0, -3.0, 0.0], [2.0, 1.0, 0.0]])
+    observer = qjax.MaxMin()
+    none = observer.init(fmt, x.shape)
+    assert float(observer.range(none, fmt)[1][0, 0]) == 0
+    one = observer.update(none, x, fmt)
+    low, high = observer.range(one, fmt)
+    assert high.shape == (1, 1) and float(high[0, 0]) == 3 and float(low[0, 0]) == -3
+    quiet = observer.update(none, x * jnp.asarray([1.0, 0.0, 1.0]), fmt)
+    both = observer.merge(one, quiet)
+    assert float(observer.range(both, fmt)[1][0, 0]) == 2
+    jax.tree.map(np.testing.assert_array_equal, observer.merge(none, one), one)
+    with pytest.raises(FormatError, match="per='tensor'"):
+        observer.init(Int(8), (2, 3))
+    with pytest.raises(FormatError, match="for weights use"):
+        observer.fit(x, fmt)
