@@ -23,7 +23,13 @@ np.save(folder + "/out.npy", exported.call(params, rows))
 """
 
 
-@pytest.mark.parametrize("recipe", ["W4A16", "W8A8", "FP8_DYNAMIC", "PTQTP"])
+TOKEN = qjax.Int(8, per="token")
+GRAINED = qjax.Recipe([qjax.Rule("**", weights=qjax.formats.DualGrained(32), inputs=TOKEN, clamp_group=True)])
+
+
+@pytest.mark.parametrize(
+    "recipe", ["W4A16", "W8A8", "FP8_DYNAMIC", "PTQTP", GRAINED], ids=lambda r: r if isinstance(r, str) else "grained"
+)
 def test_a_new_process_runs_an_exported_model(root, tmp_path, recipe):
     def fn(p, x):
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0] @ p["out"]

@@ -7,7 +7,7 @@ channel, none for groups; GPTQ with the scales and zero points chosen before (da
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -72,6 +72,11 @@ class QoQ:
             raise FormatError(
                 f"QoQ rounds qjax.formats.Progressive, or Int with scales per channel or group, not {fmt.name}"
             )
+
+    def doubts(self, state: Mapping[str, AnyArray]) -> Iterator[tuple[str, str]]:
+        """Yield (kind, sentence) for what makes the statistics of a weight doubtful, as `GPTQ.doubts`."""
+        if self.error_feedback:
+            yield from self._gptq().doubts(state)
 
     def round(
         self,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qjax
-from qjax.errors import FormatError
+from qjax.errors import FormatError, RecipeError
 from qjax.formats import NF4, Int, Progressive
 
 CHANNEL = Int(4, symmetric=False)
@@ -120,6 +120,12 @@ def test_what_it_refuses():
     for fmt in (NF4(), Int(4, per="tensor")):
         with pytest.raises(FormatError, match=f"not {fmt.name}"):
             qjax.QoQ().round(np.ones((2, 64), np.float32), fmt, statistics={})
+    with pytest.raises(RecipeError, match="not nf4 g64"):
+        qjax.Rule("**", weights=NF4(), rounding=qjax.QoQ())
+    with pytest.raises(RecipeError, match="not those of int4 per channel"):
+        qjax.Rule("**", weights=Int(4), rounding=qjax.DGQ())
+    few = {"second_moment": np.eye(8), "rows": np.float32(3)}
+    assert "3 rows" in next(qjax.QoQ().doubts(few))[1] and not list(qjax.QoQ(error_feedback=False).doubts(few))
     with pytest.raises(FormatError, match="needs statistics"):
         qjax.QoQ().round(np.ones((2, 64), np.float32), CHANNEL)
 
