@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from qjax.passes import AutoRound as AutoRound
     from qjax.passes import QoQ as QoQ
     from qjax.passes import Rotated as Rotated
+    from qjax.passes import SparseGPT as SparseGPT
     from qjax.passes import TwoBit as TwoBit
     from qjax.program import Program as Program
     from qjax.program import trace as trace
@@ -113,6 +114,7 @@ _HOME = {
     "QoQ": "qjax.passes",
     "PTQTP": "qjax.passes",
     "HQQ": "qjax.passes",
+    "SparseGPT": "qjax.passes",
     "Lazy": "qjax.lazy",
     "AbsMax": "qjax.calibration",
     "MaxMin": "qjax.calibration",
@@ -149,6 +151,7 @@ __all__ = [
     "Recipe",
     "Rotated",
     "Rule",
+    "SparseGPT",
     "TwoBit",
     "astype",
     "calibrate",

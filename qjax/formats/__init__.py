@@ -16,6 +16,7 @@ from qjax.formats.qarray import QArray, assemble, canonical_matrix, quantize_arr
 from qjax.formats.qstack import QStack, is_quantized, stack_slices
 from qjax.formats.registry import format_from_dict, formats, get, register_format
 from qjax.formats.rotation import SIGNS, SMOOTH
+from qjax.formats.sparse24 import Sparse24
 from qjax.formats.trit_planes import TritPlanes
 from qjax.formats.views import concatenate, stack
 
@@ -36,6 +37,7 @@ __all__ = [
     "Progressive",
     "QArray",
     "QStack",
+    "Sparse24",
     "TritPlanes",
     "assemble",
     "canonical_matrix",

@@ -16,6 +16,7 @@ from qjax.passes.qoq_channels import DGQSmooth, Reorder, SmoothAttention, Smooth
 from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 from qjax.passes.smoothquant import SmoothQuant
+from qjax.passes.sparsegpt import SparseGPT
 from qjax.passes.two_bit import TwoBit
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Rounding",
     "SmoothAttention",
     "SmoothOutputs",
+    "SparseGPT",
     "SmoothQuant",
     "TwoBit",
     "rounding_statistics",

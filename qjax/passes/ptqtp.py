@@ -43,6 +43,14 @@ class PTQTP:
     def __post_init__(self) -> None:
         check_settings("PTQTP", self.iterations, self.eps, self.init)
 
+    def check_format(self, fmt: Format, fitted: bool = False) -> None:
+        """Raise a FormatError if a format is no trit-planes."""
+        if not isinstance(fmt, TritPlanes):
+            raise FormatError(
+                f"PTQTP makes trit-planes, and {fmt.name} was asked for; use qjax.formats.TritPlanes(planes=2, "
+                "group=128), or another rounding"
+            )
+
     def round(
         self, w: AnyArray, fmt: Format, *, observer: Observer | None = None, weight: AnyArray | None = None
     ) -> tuple[Array, Aux]:
@@ -60,11 +68,8 @@ class PTQTP:
         Raises:
             FormatError: another format, or an observer.
         """
-        if not isinstance(fmt, TritPlanes):
-            raise FormatError(
-                f"PTQTP makes trit-planes, and {fmt.name} was asked for; use qjax.formats.TritPlanes(planes=2, "
-                "group=128), or another rounding"
-            )
+        self.check_format(fmt)
+        assert isinstance(fmt, TritPlanes)
         if observer is not None:
             raise FormatError(f"PTQTP fits its scales; leave out the observer {observer!r}")
         w = jnp.asarray(w, jnp.float32)

@@ -9,10 +9,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.calibration import MSE
-from qjax.formats import NF4, DualGrained, Int, TritPlanes, quantize_array
+from qjax.formats import NF4, DualGrained, Int, Sparse24, TritPlanes, quantize_array
 
 W = np.random.default_rng(0).standard_normal((128, 32)).astype(np.float32)  # [K, N]
-FORMATS = [Int(4, group=16, symmetric=False), NF4(16), DualGrained(16), TritPlanes(2, 16, store="two_bit")]
+FORMATS = [
+    *(Int(4, group=16, symmetric=False), NF4(16), DualGrained(16)),
+    *(TritPlanes(2, 16, store="two_bit"), Sparse24(4, 16)),
+]
 
 
 def specs(q, axis):
