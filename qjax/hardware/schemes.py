@@ -40,9 +40,9 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("BF16", 16.0, "bf16", "bf16"),
-        Scheme("W8A8-FP", 8 + 32 / CHANNEL, "fp8", "fp8", "FP8_DYNAMIC"),
-        Scheme("W8A8-INT", 8 + 32 / CHANNEL, "int8", "int8", "W8A8", calibrated=True),
-        Scheme("W4A16-INT", 4 + 16 / 128, "bf16", "w4a16", "W4A16", calibrated=True),
+        Scheme("W8A8-FP", 8 + 32 / CHANNEL, "fp8", "fp8", "W8A8_FP"),
+        Scheme("W8A8-INT", 8 + 32 / CHANNEL, "int8", "int8", "W8A8_INT", calibrated=True),
+        Scheme("W4A16-INT", 4 + 16 / 128, "bf16", "w4a16", "W4A16_INT", calibrated=True),
     )
 }
 """The formats of the study."""

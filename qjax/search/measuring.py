@@ -330,7 +330,11 @@ class _Kept:
         self.file = open_job(path, said, "search") / "measured.jsonl"
         self.found: dict[tuple[str, str, str], float] = {}
         if self.file.exists():
-            for line in self.file.read_text().splitlines():
+            text = self.file.read_text()
+            if text and not text.endswith("\n"):  # cut short by a kill
+                with self.file.open("a") as file:
+                    file.write("\n")
+            for line in text.splitlines():
                 try:
                     row = json.loads(line)
                     self.found[row["measure"], row["group"], row["choice"]] = float(row["loss"])
@@ -342,8 +346,7 @@ class _Kept:
     def add(self, measure: str, group: str, choice: str, loss: float) -> None:
         row = {"measure": measure, "group": group, "choice": choice, "loss": loss, "predictions": self.job.predictions}
         with self.file.open("a") as file:
-            broken = file.tell() and not self.file.read_bytes().endswith(b"\n")
-            file.write("\n" * broken + json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def _assembled(job: _Job, losses: Mapping[tuple[str, str, str], float]) -> Sensitivities:

@@ -45,7 +45,7 @@ def test_a_config_is_enough(capsys, folder):
     assert (size.layers, size.kv_heads, size.head_dim, size.experts) == (32, 8, 128, 1)
     code, out, err = ran(capsys, folder, "--device", "h200", "--workload", "chat")
     assert code == 0 and not err
-    assert "Take W4A16-INT (recipe W4A16)" in out and "H200 is unmeasured" in out and "runner-up" in out
+    assert "Take W4A16-INT (recipe W4A16_INT)" in out and "H200 is unmeasured" in out and "runner-up" in out
 
 
 def test_experts_from_a_config(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qjax
 from qjax.errors import DeviceError
 from qjax.hardware import SCHEMES, WORKLOADS, Device, Efficiency, ModelSize, advise, calibrate, device, workload
 from qjax.hardware.calibration import Measured, fit, read_measured
@@ -156,7 +157,8 @@ def test_rule_asynchronous_on_a_middle_device_is_a_near_tie_below_the_crossover(
 
 def test_rule_a_high_floor_takes_fp8():
     advice = advise(L70, "h100", "chat", floor=99.5)
-    assert advice.choice.scheme.name == "W8A8-FP" and advice.choice.scheme.preset == "FP8_DYNAMIC"
+    assert advice.choice.scheme.name == "W8A8-FP" and advice.choice.scheme.preset == "W8A8_FP"
+    assert {s.preset for s in SCHEMES.values() if s.preset} <= set(qjax.recipes())
     out = {c.scheme.name: c.reason for c in advice.candidates if c.reason}
     assert "recovers 99.0 %" in out["W4A16-INT"] and "FP8 is there" in out["W8A8-INT"]
 
