@@ -1,4 +1,4 @@
-"""Heavy-tailed weights and correlated activations for `benchmarks.roundings`; NumPy only, the same for every tool.
+"""Heavy-tailed weights and correlated activations for `benchmarks.roundings_peers`; NumPy only, alike for all tools.
 
 What real layers have, in few words: weights from Student's t with 7 degrees of freedom, rows and input channels of
 different size; activations that are combinations of few directions with falling strength, plus noise, with one channel

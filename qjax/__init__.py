@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qjax.observed import calibrate as calibrate
     from qjax.observed import observe as observe
     from qjax.ops import register_lowering as register_lowering
+    from qjax.passes import AWQ as AWQ
     from qjax.passes import DGQ as DGQ
     from qjax.passes import GPTQ as GPTQ
     from qjax.passes import HQQ as HQQ
@@ -107,6 +108,7 @@ _HOME = {
     "register_lowering": "qjax.ops",
     "RTN": "qjax.passes",
     "AutoRound": "qjax.passes",
+    "AWQ": "qjax.passes",
     "GPTQ": "qjax.passes",
     "Rotated": "qjax.passes",
     "TwoBit": "qjax.passes",
@@ -125,6 +127,7 @@ _HOME = {
 _SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "models", "passes", "search", "testing")
 
 __all__ = [
+    "AWQ",
     "DGQ",
     "GPTQ",
     "HQQ",

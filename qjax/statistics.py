@@ -6,6 +6,7 @@ to float32 summation). So states are carried out of loops, added up over devices
 
     ranges          `Range`              what an observer needs for one format
     per channel     `ChannelRange`       the least and the largest number of each input channel
+    mean sizes      `MeanMagnitude`      the mean of |x| of each input channel
     second moments  `SecondMoment`       XᵀX, what GPTQ and its relatives minimise over
     samples         `Samples`            a bounded number of rows, drawn from all batches alike
 
@@ -29,7 +30,7 @@ from qjax.calibration import Observer, State
 from qjax.errors import FormatError
 from qjax.formats.rotation import rotate
 
-__all__ = ["ChannelRange", "Range", "Samples", "SecondMoment", "Statistic", "merge_statistics"]
+__all__ = ["ChannelRange", "MeanMagnitude", "Range", "Samples", "SecondMoment", "Statistic", "merge_statistics"]
 
 
 _SLAB = 2048
@@ -140,6 +141,31 @@ class ChannelRange(Statistic):
 
     def scaled(self, state: State, factor: Any) -> State:
         return {name: state[name] * factor[..., 0, :] for name in ("channel_below", "channel_above")}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanMagnitude(Statistic):
+    """The sum of the magnitudes of each input channel, and how many rows there were: what makes their mean.
+
+    The state is {"magnitude": float32 [*stack, K], "magnitude_rows": float32 [*stack]}. Rows that are zero, such as
+    those of experts that a router passed over, add nothing and are not counted; NaN and infinity count as 0.
+    """
+
+    collective = "sum"
+    stacked = True
+
+    def init(self, shape: Sequence[int]) -> State:
+        stack, k = tuple(shape[:-2]), shape[-1]
+        return {"magnitude": jnp.zeros((*stack, k), jnp.float32), "magnitude_rows": jnp.zeros(stack, jnp.float32)}
+
+    def see(self, x: Any) -> State:
+        x = jnp.abs(x.astype(jnp.float32))
+        x = jnp.where(jnp.isfinite(x), x, 0.0)
+        rows = jnp.sum(jnp.any(x != 0, axis=-1), axis=-1).astype(jnp.float32)
+        return {"magnitude": jnp.sum(x, axis=-2), "magnitude_rows": rows}
+
+    def scaled(self, state: State, factor: Any) -> State:
+        return {"magnitude": state["magnitude"] * factor[..., 0, :], "magnitude_rows": state["magnitude_rows"]}
 
 
 @dataclasses.dataclass(frozen=True)

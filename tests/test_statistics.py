@@ -13,9 +13,9 @@ from jax import lax
 import qjax
 from qjax.errors import FormatError, RecipeError
 from qjax.rewriting.taps import Collector, Tap
-from qjax.statistics import ChannelRange, Samples, SecondMoment
+from qjax.statistics import ChannelRange, MeanMagnitude, Samples, SecondMoment
 
-ALL = (ChannelRange(), SecondMoment(), Samples(count=5, seed=3))
+ALL = (ChannelRange(), SecondMoment(), Samples(count=5, seed=3), MeanMagnitude())
 
 
 @settings(max_examples=8, deadline=None)
@@ -37,7 +37,11 @@ def test_cutting_and_order_do_not_matter(cuts, k, seed):
 
 def test_what_they_are():
     x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
-    channels, moment, sample = (part.see(x) for part in ALL)
+    channels, moment, sample, mean = (part.see(x) for part in ALL)
+    np.testing.assert_allclose(mean["magnitude"] / mean["magnitude_rows"], np.abs(x).mean(0), rtol=1e-5)
+    factor = np.array([[1.0, 2.0, 0.5, 3.0]], np.float32)
+    want = MeanMagnitude().see(x * factor)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), MeanMagnitude().scaled(mean, factor), want)
     np.testing.assert_array_equal(channels["channel_above"], x.max(0))
     np.testing.assert_array_equal(channels["channel_below"], -x.min(0))
     np.testing.assert_allclose(moment["second_moment"], x.T @ x, rtol=1e-5, atol=1e-4)
@@ -71,7 +75,7 @@ def test_experts_have_moments_of_their_own():
     rng = np.random.default_rng(0)
     p = {"experts": jnp.asarray(rng.standard_normal((3, 8, 5)), jnp.float32)}
     x = jnp.asarray(rng.standard_normal((3, 7, 8)), jnp.float32)
-    tap = Tap(statistics=(SecondMoment(), ChannelRange()))
+    tap = Tap(statistics=(SecondMoment(), ChannelRange(), MeanMagnitude()))
     state = observed(lambda p, x: jnp.einsum("erk,ekn->ern", x, p["experts"]), p, x, {"experts": tap})["experts"]
     want = np.einsum("erk,erl->ekl", x, x)
     np.testing.assert_allclose(state["second_moment"], want, rtol=1e-4, atol=1e-4)
@@ -80,7 +84,9 @@ def test_experts_have_moments_of_their_own():
     sizes = jnp.array([4, 0, 6])
     flat = jnp.asarray(rng.standard_normal((10, 8)), jnp.float32)
     state = observed(lambda p, x: lax.ragged_dot(x, p["experts"], sizes), p, flat, {"experts": tap})["experts"]
+    np.testing.assert_array_equal(state["magnitude_rows"], [4, 0, 6])
     for e, group in enumerate(np.split(np.asarray(flat), [4, 4])):
+        np.testing.assert_allclose(state["magnitude"][e], np.abs(group).sum(0), rtol=1e-5)
         np.testing.assert_allclose(state["second_moment"][e], group.T @ group, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(state["rows"], [4, 0, 6])
 

@@ -1,1 +1,1 @@
-"""Training steps of other tools, each in a process of its own that has torch and the tool, and not jax."""
+"""Training steps and roundings of other tools, each in a process of its own that has the tool."""

@@ -1,4 +1,4 @@
-"""Measures what a tool's roundings make of the matrices of `benchmarks.roundings`, on one thread; no jax here.
+"""Measures what a tool's roundings make of the matrices of `benchmarks.roundings_peers`, on one thread; no jax here.
 
 A peer calls `measured` with its cases. It prints one line of JSON: versions, and "measured", a list of {"case",
 "shape", "error", "seconds", "first"}, or {"case", "shape", "failed"}. Seconds are CPU time, the least of the
@@ -46,12 +46,17 @@ def timed(run: Callable[[], Any], repeats: int, budget: float = 60.0) -> tuple[A
     return result, first, min(seconds)
 
 
-def measured(packages: tuple[str, ...], prepare: Callable[[Layer], dict[str, Callable[[], Any]]]) -> None:
+def measured(
+    packages: tuple[str, ...],
+    prepare: Callable[[Layer], dict[str, Callable[[], Any]]],
+    decode: Callable[[str, Any], Any] = lambda name, result: result,
+) -> None:
     """Measure every case on every layer and print the line.
 
     Args:
         packages: distributions whose versions are printed.
-        prepare: of a layer, name -> function that rounds its weight and returns what is stored, decoded, [N, K].
+        prepare: of a layer, name -> function that rounds its weight. A name is a method, or "method: what is special".
+        decode: of the name and what was returned, what is stored, decoded, [N, K].
     """
     given = json.loads(sys.argv[1])
     rows = []
@@ -62,7 +67,7 @@ def measured(packages: tuple[str, ...], prepare: Callable[[Layer], dict[str, Cal
             row: dict[str, Any] = {"case": name, "shape": shape}
             try:
                 q, row["first"], row["seconds"] = timed(run, given["repeats"])
-                row["error"] = layer.error(np.asarray(q))
+                row["error"] = layer.error(np.asarray(decode(name, q)))
             except Exception as error:  # what does not run is a result as well
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             rows.append(row)

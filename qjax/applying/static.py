@@ -186,12 +186,12 @@ def with_arrays(q: QArray, arrays: Mapping[str, Any], sizes: list[int]) -> QArra
 
 
 def abstract_inputs(q: QArray, inputs: tuple[tuple[str, Static], ...], rounding: Any = None) -> QArray:
-    """An abstract weight with the activation scales that it will be kept with, and the signs of its rotation."""
+    """An abstract weight with the activation scales that it is kept with, and what its rounding keeps beside it."""
     stack, rank = q.codes.shape[: q.stack_ndim], q.codes.ndim
     aux = dict(q.aux)
     if any(source.smooth is not None for _, source in inputs):
         aux[SMOOTH] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack) - 1), q.length), jnp.dtype("float32"))
-    if isinstance(rounding, Rotated):
+    if hasattr(rounding, "kept"):
         for name, a in jax.eval_shape(lambda: rounding.kept(q.length)).items():
             aux[name] = jax.ShapeDtypeStruct((*stack, *(1,) * (rank - len(stack) - 1), a.shape[-1]), a.dtype)
     for prefix, source in inputs:

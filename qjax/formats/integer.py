@@ -26,9 +26,9 @@ class Int(Format):
         scale="qmax": scale = absmax / (2**(b-1) - 1), codes within +-(2**(b-1) - 1), so that +-absmax is exact.
     Asymmetric (codes uint8): the range is widened to include 0,
         scale = (max - min) / (2**b - 1), zero = round(-min / scale), codes 0 .. 2**b-1, and 0 is exact.
-        zero="float": the zero point may lie between codes, and is stored in float16. A range still puts it on one; a
-        rounding that looks for a better place (`qjax.HQQ`) moves it, after which 0 is no longer exact. For weights
-        only: sums over codes cannot be corrected by integers then, and products are formed in float.
+        zero="float": the zero point may lie between codes, and is stored in float16: the ends of the range are met, and
+        0 is not exact. For roundings that look for the best place (`qjax.HQQ`), and for weights only: sums over codes
+        cannot be corrected by integers then, and products are formed in float.
 
     Rounding is to nearest, ties to even. Numbers are multiplied by the float32 reciprocal where a division is
     written here: see `qjax.formats.numerics`. A block that is all zero has scale 1 and decodes to exact zeros.
@@ -114,8 +114,10 @@ class Int(Format):
         top = 2**self.bits - 1
         # Halves first: max - min of a block that spans most of float32 would overflow, and halving is exact.
         scale = scale_for(high * 0.5 - low * 0.5, top / 2, top)
-        zero = jnp.clip(jnp.round(-low * (1.0 / scale)), 0, top)
-        return {"scale": scale, "zero": zero.astype(jnp.uint8 if self.zero == "integer" else jnp.float16)}
+        zero = -low * (1.0 / scale)
+        if self.zero == "float":
+            return {"scale": scale, "zero": jnp.clip(zero, 0, top).astype(jnp.float16)}
+        return {"scale": scale, "zero": jnp.clip(jnp.round(zero), 0, top).astype(jnp.uint8)}
 
     def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return int8 codes, or uint8 if asymmetric."""
@@ -127,7 +129,7 @@ class Int(Format):
         # Rounded before the zero point is added: x * inverse + zero could be contracted into one instruction in one
         # context and not in another, and ties would fall differently.
         zero = self.spread(aux["zero"], length).astype(jnp.float32)
-        if self.zero == "float":  # what it has above an integer is added before, and is 0 as long as a range set it
+        if self.zero == "float":  # its fraction counts before rounding, the rest after it, as an integer zero point does
             whole = round_even(zero)
             steps, zero = steps + (zero - whole), whole
         steps = round_even(steps)

@@ -5,6 +5,7 @@ from qjax._guard import only_inside_qjax
 only_inside_qjax(__name__)
 
 from qjax.passes.autoround import AutoRound
+from qjax.passes.awq import AWQ, awq_clip, awq_scales
 from qjax.passes.dgq import DGQ
 from qjax.passes.gptq import GPTQ
 from qjax.passes.hqq import HQQ
@@ -25,6 +26,7 @@ __all__ = [
     "PTQTP",
     "HQQ",
     "RTN",
+    "AWQ",
     "AutoRound",
     "DGQSmooth",
     "Edits",
@@ -39,6 +41,8 @@ __all__ = [
     "SparseGPT",
     "SmoothQuant",
     "TwoBit",
+    "awq_clip",
+    "awq_scales",
     "rounding_statistics",
     "run_passes",
     "split_passes",

@@ -55,7 +55,8 @@ class GPTQ:
             was, so that groups lie as they did. "group" (or "dynamic") would make groups of columns that follow each
             other in that order; it is refused for formats with groups, which lie next to each other in every layout
             here (llm-compressor has given it up too), and is the same as "static" for the others.
-        observer: how the range of each block is chosen; None takes all of it.
+        observer: how the range of each block is chosen; None takes all of it. An observer that weighs errors (`MSE`)
+            weighs columns by H_ii, which lowers the error of the outputs beside equal weights.
 
     A column whose input was always 0 is rounded to nearest. Where float32 does not suffice for the factor, it is
     computed in float64 on the host.
@@ -118,7 +119,7 @@ class GPTQ:
             w: float32 [N, K].
             fmt: the format.
             observer: goes before the rounding's own.
-            weight: not used: the importance of columns is in H.
+            weight: not used: the importance of columns is in H, whose diagonal observers are given as such.
             statistics: {"second_moment": float32 [K, K], "rows": float32 []}, as `SecondMoment` gathers them.
             aux: scales that are chosen already and stay, canonical as ``fmt.fit`` returns them; an observer is then not
                 asked. The format may be any whose elements are encoded one by one, given the numbers of their block.
@@ -142,13 +143,14 @@ class GPTQ:
         observer = observer or self.observer
 
         h = jnp.asarray(statistics["second_moment"], jnp.float32)
+        importance = jnp.diagonal(h) / jnp.maximum(jnp.mean(jnp.diagonal(h)), 1e-30)
         by_order = self.actorder is not None
         order = jnp.argsort(-jnp.diagonal(h), stable=True) if by_order else jnp.arange(k)
         carried = _carried(h[order][:, order] if by_order else h, self.dampening_frac)
         # Ranges of the weight as it was: all there are in static order or without groups, else overwritten as
         # groups are reached.
         if aux is None:
-            aux = fmt.fit(w) if observer is None else observer.fit(w, fmt)
+            aux = fmt.fit(w) if observer is None else observer.fit(w, fmt, importance[None])
         rows = {name: jnp.swapaxes(jnp.asarray(a), 0, 1) for name, a in aux.items()}  # [groups, N or 1]
         group_of = order // group if group is not None else jnp.zeros(k, jnp.int32)
 
@@ -157,6 +159,7 @@ class GPTQ:
         columns = jnp.pad(w.T[order] if by_order else w.T, ((0, rest), (0, 0)))
         carried = jnp.pad(carried, ((0, rest), (0, rest)))
         group_of = jnp.pad(group_of, (0, rest), mode="edge")
+        weights = jnp.pad(importance, (0, rest))  # for groups fitted as they are reached, which are in order
         small = max(d for d in range(1, min(_SMALL, as_reached or size) + 1) if (as_reached or size) % d == 0)
 
         def of_column(rows: Mapping[str, Array], j: Array) -> Aux:
@@ -197,7 +200,9 @@ class GPTQ:
             within = jnp.eye(as_reached) + lax.dynamic_slice_in_dim(into, at, as_reached, 1)
             now = part(block) + lax.linalg.triangular_solve(within, moved, left_side=True, lower=True)
             there = start + at + jnp.arange(as_reached) < k  # a short last group: zeros widen no range
-            rows = _refitted(rows, jnp.where(there[:, None], now, 0.0), column, observer, (start + at) // as_reached)
+            weight = lax.dynamic_slice_in_dim(weights, start + at, as_reached, 0)
+            now = jnp.where(there[:, None], now, 0.0)
+            rows = _refitted(rows, now, weight, column, observer, (start + at) // as_reached)
             first = at // small
             state = (rows, block, values, among, codes, errors)
             return lax.fori_loop(first, first + as_reached // small, lambda f, s: few_columns(start, f, s), state)
@@ -257,10 +262,10 @@ def _block_size(wanted: int, group: int, k: int) -> int:
 
 
 def _refitted(
-    rows: dict[str, Array], columns: Array, column: Format, observer: Observer | None, number: Array
+    rows: dict[str, Array], columns: Array, weight: Array, column: Format, observer: Observer | None, number: Array
 ) -> dict[str, Array]:
     """The ranges with those of one group taken from its columns as they are now, [group, N]."""
-    aux = column.fit(columns.T) if observer is None else observer.fit(columns.T, column)
+    aux = column.fit(columns.T) if observer is None else observer.fit(columns.T, column, weight[None])
     return {
         name: lax.dynamic_update_index_in_dim(a, jnp.asarray(aux[name])[:, 0].astype(a.dtype), number, 0)
         for name, a in rows.items()

@@ -22,7 +22,7 @@ def reference(w, group, rounding, bits=4):
             x = w[n, k : k + group].astype(np.float64)
             low, high = min(x.min(), 0), max(x.max(), 0)
             scale, beta, best = (high - low) / top, rounding.beta, np.inf
-            zero = float(np.round(-low / scale))
+            zero = float(np.float16(-low / scale))
             for _ in range(rounding.iters):
                 q = np.clip(np.round(x / scale + zero), 0, top)
                 near = scale * (q - zero)
