@@ -90,7 +90,9 @@ def rotated(group: ChannelGroup, matrix: Any, read: Read) -> dict[tuple[str, Sli
 
     Args:
         group: of kind ``"rotate"``, its scales folded.
-        matrix: float [size, size], orthogonal, zero between blocks; or [n, n] for blocks that all have n channels.
+        matrix: float [size, size], orthogonal, zero between blocks; or [n, n] for blocks that all have n channels; or a
+            function that multiplies rows [.., n] of a block by such a matrix, which is then not looked at (a fast
+            transform).
             Where ``group.keeps_ones`` is not empty it has to leave the vector of ones as it is.
         read: gives the slices as they are.
 
@@ -100,7 +102,7 @@ def rotated(group: ChannelGroup, matrix: Any, read: Read) -> dict[tuple[str, Sli
     Raises:
         QjaxError: the wrong kind of group, or a matrix that is not as said.
     """
-    full = _checked(group, np.asarray(matrix, np.float64))
+    full = None if callable(matrix) else _checked(group, np.asarray(matrix, np.float64))
     out: dict[tuple[str, SliceKey], Any] = {}
     for touch in group.touches:
         place = touch.leaf, touch.slice
@@ -112,6 +114,14 @@ def rotated(group: ChannelGroup, matrix: Any, read: Read) -> dict[tuple[str, Sli
         for block in np.unique(group.blocks[np.unique(touch.index[touch.index >= 0])]):
             members = np.flatnonzero(group.blocks == block)
             at = _places(touch.index.ravel(), members)  # [copies, members]
+            if full is None:
+                mixed = xp.moveaxis(matrix(xp.moveaxis(flat[at], 1, -1)), -1, 1)
+                if xp is np:
+                    flat = flat.copy()
+                    flat[at] = mixed
+                else:
+                    flat = flat.at[at].set(mixed)
+                continue
             part = np.asarray(full[np.ix_(members, members)], np.float32)
             if xp is np:
                 flat = flat.copy()

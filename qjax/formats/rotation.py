@@ -115,6 +115,18 @@ def _rotated(x: Array, signs: Array, back: bool) -> Array:
     return y.reshape(x.shape).astype(x.dtype)
 
 
+def rotate_on_host(x: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """`rotate` of NumPy arrays by the same signs [width] for all, in their own dtype, float32 or float64."""
+    width = len(signs)
+    part = hadamard.blocked(width)
+    y = x.reshape(-1, width) * signs.astype(x.dtype)
+    orders = hadamard.factors(part)
+    y = y.reshape(-1, *orders)
+    for axis, order in enumerate(orders, 1):
+        y = np.moveaxis(np.tensordot(y, hadamard.exact(order).astype(x.dtype), axes=(axis, 0)), -1, axis)
+    return y.reshape(x.shape)
+
+
 def prepared(x: AnyArray, aux: Mapping[str, Any]) -> Array:
     """Activations [*stack, rows, K] as a weight with these arrays wants them: smoothed, then rotated; float32."""
     y = jnp.asarray(x).astype(jnp.float32)

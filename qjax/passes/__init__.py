@@ -14,6 +14,7 @@ from qjax.passes.prepare import Edits, PreparePass, run_passes, split_passes
 from qjax.passes.ptqtp import PTQTP
 from qjax.passes.qoq import QoQ
 from qjax.passes.qoq_channels import DGQSmooth, Reorder, SmoothAttention, SmoothOutputs
+from qjax.passes.rotate import Rotate
 from qjax.passes.rotated import Rotated
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
 from qjax.passes.smoothquant import SmoothQuant
@@ -34,6 +35,7 @@ __all__ = [
     "PreparePass",
     "QoQ",
     "Reorder",
+    "Rotate",
     "Rotated",
     "Rounding",
     "SmoothAttention",

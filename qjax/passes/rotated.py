@@ -49,6 +49,11 @@ class Rotated:
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Rounding) or isinstance(self.inner, Rotated):
             raise FormatError(f"Rotated: inner={self.inner!r}; a rounding such as qjax.GPTQ(), which is not rotated")
+        if getattr(self.inner, "tunes", False):
+            raise FormatError(
+                f"Rotated: {self.inner!r} trains on whole blocks, which it sees as they are; fold the rotation instead, "
+                "prepare=[qjax.passes.Rotate()]"
+            )
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise FormatError(f"Rotated: seed={self.seed!r}; an integer, or None for no random signs")
         if self.block is not None and (

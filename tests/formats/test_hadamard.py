@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qjax.errors import LayoutError
 from qjax.formats import SIGNS, SMOOTH, QArray, concatenate, hadamard, quantize_array
 from qjax.formats.integer import Int
-from qjax.formats.rotation import kept_as, matrix, prepared, random_signs, restored, rotate, unrotate
+from qjax.formats.rotation import kept_as, matrix, prepared, random_signs, restored, rotate, rotate_on_host, unrotate
 
 
 def test_every_order_is_a_hadamard_matrix():
@@ -68,6 +68,7 @@ def test_the_transform_is_the_dense_matrix(width, blocks, rows, stack, seed):
     got = rotate(x, given_signs)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=2e-6 * np.sqrt(width) + 1e-6)
+    np.testing.assert_allclose(rotate_on_host(x.astype(np.float64), signs), want, atol=1e-12 * width)
     np.testing.assert_allclose(unrotate(got, given_signs), x, atol=4e-6 * np.sqrt(width) + 1e-6)
 
 

@@ -258,6 +258,8 @@ def test_what_cannot_be_rotated():
     for bad in ({"block": 1}, {"block": True}, {"seed": 0.5}, {"inner": 3}, {"inner": qjax.Rotated()}):
         with pytest.raises(FormatError, match="Rotated: "):
             qjax.Rotated(**bad)
+    with pytest.raises(FormatError, match="fold the rotation instead"):
+        qjax.Rotated(qjax.AutoRound())
     with pytest.raises(FormatError, match="takes no weight="):
         qjax.Rotated().round(jnp.ones((4, 4)), qjax.Int(8), weight=jnp.ones((4, 4)))
     with pytest.raises(FormatError, match="needs statistics"):
