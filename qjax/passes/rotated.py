@@ -51,7 +51,7 @@ class Rotated:
             raise FormatError(f"Rotated: inner={self.inner!r}; a rounding such as qjax.GPTQ(), which is not rotated")
         if getattr(self.inner, "tunes", False):
             raise FormatError(
-                f"Rotated: {self.inner!r} trains on whole blocks, which it sees as they are; fold the rotation instead, "
+                f"Rotated: {self.inner!r} trains whole blocks, and sees them as they are; fold the rotation instead, "
                 "prepare=[qjax.passes.Rotate()]"
             )
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
