@@ -21,7 +21,7 @@ from benchmarks.accuracy.checks import FAIL, PASS, Check
 from benchmarks.accuracy.models import Case
 from qjax.statistics import SecondMoment
 
-MATRICES = 8
+MATRICES = 4
 """Matrices of a model that are looked at, spread over its layers."""
 
 

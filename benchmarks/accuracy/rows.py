@@ -132,8 +132,9 @@ ROWS: tuple[Row, ...] = (
     _preset("NF4", "NF4 g64", FOUR),
     _preset("MXFP4A16", "MXFP4", FOUR),
     _preset("NVFP4A16", "NVFP4", FOUR),
-    _simple("autoround-w4g128", "uint4 g128, AutoRound", FOUR, qjax.Int(4, group=128, symmetric=False),
-            qjax.passes.AutoRound(), only=("books-6m",)),
+    Row("autoround-w4g128", "uint4 g128, AutoRound", FOUR,
+        lambda case: recipe(case, qjax.Int(4, group=128, symmetric=False), qjax.passes.AutoRound()),
+        ("books-6m",), ("books-6m",)),  # minutes of training
     Row("sparse-w4", "int4 with 2:4 sparsity, SparseGPT", FOUR, _sparse, TRANSFORMERS),
     _simple("rtn-w4a8", "int4 per channel, RTN", W4A8, qjax.Int(4), None, TOKEN),
     _simple("rtn-w4a8-g128", "int4 g128, RTN", W4A8, qjax.Int(4, group=128), None, TOKEN),
