@@ -31,8 +31,8 @@ def test_every_row_is_a_recipe(cases):
         for model, case in cases.items():
             if row.fits(model):
                 made = row.make(case)
-                assert made is None or (isinstance(made, qjax.Recipe) and made.rules[-1].match == case.blocks)
-                assert made is None or qjax.Recipe.from_dict(made.to_dict()) == made
+                assert made.rules[-1].match == case.blocks
+                assert qjax.Recipe.from_dict(made.to_dict()) == made
 
 
 def test_the_rows_of_the_issue_are_there():
@@ -94,7 +94,6 @@ def results(tmp_path):
         said = {"bits": 4.25, "seconds": 1, "stored_bytes": 1, "scores": scores, "said": "made up"}
         kept = {f"{t}/{key}": v for t in ("A", "B") for key, v in found.items()}
         measuring.keep(tmp_path, "books-6m", row, said, kept)
-    measuring.keep(tmp_path, "books-6m", "awq-w4g128", {"refused": rows.UNAVAILABLE}, {})
     measuring.keep(tmp_path, "books-6m", "sparse-w4", {"refused": "axes of 7"}, {})
     return tmp_path
 
@@ -121,7 +120,7 @@ def test_perplexity_beyond_the_margin_fails(results):
 
 def test_the_table(results):
     text = table.table(results, rows.named(None), ["books-6m"])
-    assert "| **W3A16 g128** |" in text and "| AWQ |  | not available |" in text
+    assert "| **W3A16 g128** |" in text and "| AWQ |" not in text
     assert "int4 with 2:4 sparsity, SparseGPT |  | refused |" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
     assert table.refusals(results, rows.named(None), ["books-6m"]) == ["- sparse-w4 on books-6m: axes of 7"]
@@ -148,14 +147,14 @@ def test_results_are_measured_once(results, monkeypatch):
 
     monkeypatch.setattr(measuring, "Scorer", Scorer)
     case = types.SimpleNamespace(tasks=())
-    these = rows.named(["rtn-w4g128", "gptq-w4g128", "mse-w4g128", "hqq-w4g128", "awq-w4g128"])
+    these = rows.named(["rtn-w4g128", "gptq-w4g128", "mse-w4g128", "hqq-w4g128"])
     (results / "books-6m" / "gptq-w4g128.json").write_text('{"scores"')
     with measuring.claimed(results, "books-6m", "hqq-w4g128") as mine:
         assert mine
         measuring.measure_rows(results, "books-6m", lambda: case, these, lambda text: None)
     assert done == ["mse-w4g128", "gptq-w4g128"]
-    measuring.measure_rows(results, "books-6m", lambda: case, these, lambda text: None, again=True)
-    assert done[2:] == ["hqq-w4g128", "awq-w4g128"]
+    measuring.measure_rows(results, "books-6m", lambda: case, these, lambda text: None)
+    assert done[2:] == ["hqq-w4g128"]
     assert json.loads((results / "books-6m" / "mse-w4g128.json").read_text())["refused"] == "again"
     assert not list((results / "books-6m").glob("*.partial"))
 

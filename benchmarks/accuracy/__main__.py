@@ -45,7 +45,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="PATTERN", help="only rows of these names (gptq-*)")
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL")
     parser.add_argument("--all", action="store_true", help="also the rows that say little on small models")
-    parser.add_argument("--again", action="store_true", help="measure rows again that were not available")
     parser.add_argument("--quick", action="store_true", help="a few tokens of everything, for tests")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
     parser.add_argument("--docs", action="store_true", help="also put the table into docs/methods/index.md")
@@ -59,7 +58,7 @@ def measured(given: argparse.Namespace, folder: Path) -> None:
     for model in given.models:
         load = functools.cache(functools.partial(CASES[model], given.data, given.quick))
         rows = [row for row in registry.named(given.rows) if row.fits(model, given.all or bool(given.rows))]
-        measure_rows(folder, model, load, rows, say, given.again)
+        measure_rows(folder, model, load, rows, say)
         path = folder / model / "layers.json"
         if model in LAYERED and not given.rows:
             with claimed(folder, model, "layers") as mine:

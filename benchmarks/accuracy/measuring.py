@@ -21,7 +21,7 @@ import numpy as np
 
 import qjax
 from benchmarks.accuracy.models import Case
-from benchmarks.accuracy.rows import UNAVAILABLE, Row
+from benchmarks.accuracy.rows import Row
 from qjax.evaluate.tasks import Reference, Units, summary, task_recovery
 
 FLOAT = "float"
@@ -48,10 +48,8 @@ class Scorer:
         return self._units[task.name]
 
     def row(self, row: Row) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Figures and units of a row; a method that is not there, or refuses the model, says so."""
+        """Figures and units of a row; a method that refuses the model says so."""
         made = row.make(self.case)
-        if made is None:
-            return {"refused": UNAVAILABLE}, {}
         begun = time.monotonic()
         data = {"batches": self.case.batches} if made.needs_batches else {}
         try:
@@ -143,16 +141,14 @@ def claimed(folder: Path, model: str, row: str) -> Iterator[bool]:
 
 
 def measure_rows(
-    folder: Path, model: str, load: Callable[[], Case], rows: list[Row], say: Callable[[str], None], again: bool = False
+    folder: Path, model: str, load: Callable[[], Case], rows: list[Row], say: Callable[[str], None]
 ) -> None:
     """Measure the rows of one model that nobody has measured; the model is loaded when the first of them is due."""
     scorer: Scorer | None = None
     for row in (None, *rows):
         name = FLOAT if row is None else row.name
         with claimed(folder, model, name) as mine:
-            found = kept(folder, model, name)
-            old = found is not None and (again and found.get("refused") == UNAVAILABLE)
-            if not mine or (found is not None and not old):
+            if not mine or kept(folder, model, name) is not None:
                 continue
             scorer = scorer or Scorer(load())
             begun = time.monotonic()

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import qjax
-from benchmarks.accuracy.models import Case
+from benchmarks.accuracy.models import LANGUAGE, Case
 from qjax.formats import DualGrained, MixedBits, Progressive
 
 TRANSFORMERS = ("books-6m", "stories260k", "vit-tiny", "minilm")
+BEST = {"actorder": "static", "observer": qjax.MSE()}
 TOKEN = qjax.Int(8, per="token", scale="qmax")
-UNAVAILABLE = "not available"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Row:
         name: as on the command line.
         title: what the table says.
         section: heading that it stands under.
-        make: the recipe for a model; None where the method is not there yet.
+        make: the recipe for a model.
         only: models that it is for; () for all.
         extra: models on which it is measured with ``--all`` only, to keep the usual run short.
     """
@@ -36,7 +36,7 @@ class Row:
     name: str
     title: str
     section: str
-    make: Callable[[Case], qjax.Recipe | None]
+    make: Callable[[Case], qjax.Recipe]
     only: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
 
@@ -49,12 +49,6 @@ def recipe(case: Case, weights: Any, rounding: Any = None, inputs: Any = None, p
     """The blocks' products quantized so; a group longer than an axis is one group."""
     rule = qjax.Rule(case.blocks, weights=weights, rounding=rounding, inputs=inputs, clamp_group=True)
     return qjax.Recipe([rule], prepare)
-
-
-def method(name: str, **settings: Any) -> Any:
-    """A rounding or pass by its name in `qjax.passes`; None where there is none of that name."""
-    cls = getattr(qjax.passes, name, None)
-    return None if cls is None else cls(**settings)
 
 
 def grid_format(bits: int, group: int, case: Case) -> Any:
@@ -72,9 +66,9 @@ def _grid() -> list[Row]:
         return dataclasses.replace(fmt, zero="float")
 
     def add(key: str, title: str, bits: int, group: int, rounding: Any) -> None:
-        def make(case: Case) -> qjax.Recipe | None:
+        def make(case: Case) -> qjax.Recipe:
             fmt = grid_format(bits, group, case)
-            return rounding and recipe(case, with_float_zeros(fmt) if key == "hqq" else fmt, rounding)
+            return recipe(case, with_float_zeros(fmt) if key == "hqq" else fmt, rounding)
 
         only = TRANSFORMERS if group == 64 else ()
         # Axes of stories260k are 64 and 172, of ViT-Ti 192 and 768: two group sizes differ little there, and two bits
@@ -84,15 +78,14 @@ def _grid() -> list[Row]:
         extra = extra or (("vit-tiny",) if bits == 2 else ())
         rows.append(Row(f"{key}-w{bits}g{group}", title, f"W{bits}A16 g{group}", make, only, extra))
 
-    gptq = {"actorder": "static", "observer": qjax.MSE()}
     for bits in (4, 3, 2):
         for group in (128, 64):
             add("rtn", "RTN", bits, group, qjax.RTN())
             add("mse", "MSE range", bits, group, qjax.RTN(qjax.MSE()))
             add("hqq", "HQQ, float zeros", bits, group, qjax.HQQ())
-            add("gptq", "GPTQ", bits, group, qjax.GPTQ(**gptq))
-            add("awq", "AWQ", bits, group, method("AWQ"))
-            add("rotated-gptq", "GPTQ, rotated", bits, group, qjax.passes.Rotated(qjax.GPTQ(**gptq)))
+            add("gptq", "GPTQ", bits, group, qjax.GPTQ(**BEST))
+            add("awq", "AWQ", bits, group, qjax.passes.AWQ())
+            add("rotated-gptq", "GPTQ, rotated", bits, group, qjax.passes.Rotated(qjax.GPTQ(**BEST)))
     return rows
 
 
@@ -116,11 +109,6 @@ def _planes(count: int) -> Row:
     return Row(f"ptqtp-{count}", f"PTQTP, {count} trit {words}", "Few bits", make, TRANSFORMERS)
 
 
-def _sparse(case: Case) -> qjax.Recipe | None:
-    fmt, rounding = getattr(qjax.formats, "Sparse24", None), method("SparseGPT")
-    return None if fmt is None or rounding is None else recipe(case, fmt(), rounding)
-
-
 W8, W4A8, FOUR, FEW = "W8A8", "W4A8", "4-bit formats", "Few bits"
 
 ROWS: tuple[Row, ...] = (
@@ -129,13 +117,18 @@ ROWS: tuple[Row, ...] = (
     _simple("rtn-w8a8", "int8, RTN", W8, qjax.Int(8, scale="qmax"), None, TOKEN, only=()),
     *_grid(),
     _preset("W4A16_INT", "int4 g128, MSE, GPTQ (W4A16_INT)", FOUR),
+    *(
+        Row(f"folded-gptq-w{bits}g128", f"uint{bits} g128, GPTQ, residual stream rotated", FOUR,
+            lambda case, bits=bits: recipe(case, grid_format(bits, 128, case), qjax.GPTQ(**BEST), None,
+                                           (qjax.passes.Rotate(),)), LANGUAGE)
+        for bits in (4, 3)
+    ),
     _preset("NF4", "NF4 g64", FOUR),
     _preset("MXFP4A16", "MXFP4", FOUR),
     _preset("NVFP4A16", "NVFP4", FOUR),
     Row("autoround-w4g128", "uint4 g128, AutoRound", FOUR,
         lambda case: recipe(case, qjax.Int(4, group=128, symmetric=False), qjax.passes.AutoRound()),
         ("books-6m",), ("books-6m",)),  # minutes of training
-    Row("sparse-w4", "int4 with 2:4 sparsity, SparseGPT", FOUR, _sparse, TRANSFORMERS),
     _simple("rtn-w4a8", "int4 per channel, RTN", W4A8, qjax.Int(4), None, TOKEN),
     _simple("rtn-w4a8-g128", "int4 g128, RTN", W4A8, qjax.Int(4, group=128), None, TOKEN),
     Row("smoothquant-w4a8", "int4 g128, SmoothQuant", W4A8,
@@ -146,6 +139,7 @@ ROWS: tuple[Row, ...] = (
     _simple("twobit-2.4", "2-bit strips", FEW, MixedBits(0, select="global"), qjax.passes.TwoBit()),
     _simple("twobit-2.9", "2 bits, a strip in 4 of 4 bits", FEW, MixedBits(), qjax.passes.TwoBit()),
     _simple("twobit-3.0", "the same, 0.5 % FP16", FEW, MixedBits(outliers=0.005), qjax.passes.TwoBit()),
+    _simple("sparse-w4", "int4 with 2:4 sparsity, SparseGPT", FEW, qjax.formats.Sparse24(), qjax.passes.SparseGPT()),
     *(_planes(count) for count in (1, 2, 3)),
 )  # fmt: skip
 

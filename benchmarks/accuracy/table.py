@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.accuracy.checks import PRIMARY, Check
 from benchmarks.accuracy.measuring import FLOAT, kept
-from benchmarks.accuracy.rows import UNAVAILABLE, Row
+from benchmarks.accuracy.rows import Row
 
 COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {  # model -> (task, metric, heading)
     "books-6m": (("B", "kl", "KL"), ("B", "perplexity", "ppl B"), ("A", "perplexity", "ppl A")),
@@ -66,7 +66,7 @@ def _cell(found: dict[str, Any] | None, task: str, metric: str) -> str:
     if found is None:
         return ""
     if "refused" in found:
-        return found["refused"] if found["refused"] == UNAVAILABLE else "refused"
+        return "refused"
     return cell(found["scores"][task], metric)
 
 
@@ -80,7 +80,7 @@ def refusals(folder: Path, rows: Sequence[Row], models: Sequence[str]) -> list[s
     for row in rows:
         for model in models:
             found = kept(folder, model, row.name)
-            if found and found.get("refused", UNAVAILABLE) != UNAVAILABLE:
+            if found and "refused" in found:
                 lines.append(f"- {row.name} on {model}: {found['refused']}")
     return lines
 
