@@ -15,9 +15,9 @@ import numpy as np
 from qjax.errors import SearchError
 from qjax.hardware import Accelerator, Device, Efficiency, cost, device
 from qjax.recipe import Recipe, Rule
-from qjax.search.groups import FLOAT
+from qjax.search.groups import rules_of
 from qjax.search.knapsack import Solution, solve, sweep
-from qjax.search.sensitivity import Row, Sensitivities
+from qjax.search.sensitivity import Sensitivities
 
 _UNITS: dict[str, tuple[str, float]] = {
     "bit": ("bits", 1.0),
@@ -138,7 +138,7 @@ class Assignment:
         rules = []
         for row in self.sensitivities.rows:
             choice = self.choices[row.name]
-            rules += _rules(row, None if choice == FLOAT else recipes[choice])
+            rules += rules_of(row.sites, row.ops, recipes.get(choice))
         return Recipe(
             [*rules, Rule("**", skip=True, optional=True)], name=name or f"searched-{self.budget}".replace(" ", "")
         )
@@ -294,26 +294,6 @@ def _cheapest(sensitivities: Sensitivities, cost_of: np.ndarray) -> list[str]:
 def _point(found: Solution, names: tuple[str, ...], fixed: float) -> Point:
     taken = [names[c] for c in found.choice]
     return Point(found.cost + fixed, found.loss, {c: taken.count(c) for c in names if c in taken})
-
-
-def _rules(row: Row, recipe: Recipe | None) -> list[Rule]:
-    @dataclasses.dataclass(frozen=True)
-    class Named:
-        name: str
-        op: str
-        reads_parameter: bool = True
-
-    if recipe is None:
-        return [Rule(name, op=op, skip=True) for name, op in zip(row.sites, row.ops, strict=True)]
-    decided = recipe.decide([Named(n, o) for n, o in zip(row.sites, row.ops, strict=True)], strict=False)
-    rules = []
-    for name, op in zip(row.sites, row.ops, strict=True):
-        d = decided[name]
-        if d.rule is None or d.skip or d.weights is None:
-            rules.append(Rule(name, op=op, skip=True))
-        else:
-            rules.append(dataclasses.replace(recipe.rules[d.rule], match=name, op=op, optional=False))
-    return rules
 
 
 def save_front(found: Assignment, path: str | Path) -> None:

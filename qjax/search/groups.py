@@ -200,23 +200,29 @@ def _tied_name(name: str, tie: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return tuple(segments)
 
 
-def rules_of(
-    group: Group, choice: str, recipe: Recipe | None, decisions: Mapping[str, Decision], ops: Any
-) -> list[Rule]:
-    """The rules by exact names that give a group its choice.
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A site as far as recipes look at it."""
+
+    name: str
+    op: str
+    reads_parameter: bool = True
+
+
+def rules_of(names: Sequence[str], ops: Sequence[str], recipe: Recipe | None) -> list[Rule]:
+    """The rules by exact names that do at some sites what a recipe would do there.
 
     Args:
-        group: the group.
-        choice: its choice.
-        recipe: of the choice; None for float.
-        decisions: what the recipe says about each site.
-        ops: site name -> op.
+        names, ops: of the sites.
+        recipe: None for float.
     """
+    sites = [_Named(name, op) for name, op in zip(names, ops, strict=True)]
+    decided = {} if recipe is None else recipe.decide(sites, strict=False)
     rules = []
-    for name in group.sites:
-        d = decisions.get(name)
-        if recipe is None or choice == FLOAT or d is None or d.rule is None or d.skip or d.weights is None:
-            rules.append(Rule(name, op=ops[name], skip=True))
+    for site in sites:
+        d = decided.get(site.name)
+        if recipe is None or d is None or d.rule is None or d.skip or d.weights is None:
+            rules.append(Rule(site.name, op=site.op, skip=True))
         else:
-            rules.append(dataclasses.replace(recipe.rules[d.rule], match=name, op=ops[name], optional=False))
+            rules.append(dataclasses.replace(recipe.rules[d.rule], match=site.name, op=site.op, optional=False))
     return rules

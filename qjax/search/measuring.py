@@ -214,7 +214,7 @@ class _Job:
 
     def _replayed(self, group: Group, choice: str) -> float:
         """The loss with one group quantized as a program of its own."""
-        rules = rules_of(group, choice, self.recipes[choice], self.decisions[choice], self.ops)
+        rules = rules_of(group.sites, [self.ops[name] for name in group.sites], self.recipes[choice])
         recipe = Recipe([*rules, Rule("**", skip=True, optional=True)])
         example = next(argument_tuples(self.batches))
         if recipe.needs_batches:
