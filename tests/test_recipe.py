@@ -332,6 +332,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 # Presets
 
 
+ROTATED = ("W4A16_ROTATED", "W3A16_ROTATED", "W2A16_ROTATED", "W4A8_ROTATED", "W4A4_ROTATED")
+
+
 def test_every_preset_can_be_made_in_any_case():
     names = [name for name, description in qjax.recipes().items() if description]
     assert names == [
@@ -339,8 +342,10 @@ def test_every_preset_can_be_made_in_any_case():
         *("W4A16", "W3A16", "W2A16", "NF4", "PTQTP", "MXFP4A16", "NVFP4", "NVFP4A16"),
         *("W8A8_FP", "W8A8_INT", "W8A8_INT_SMOOTH", "W4A16_INT"),
         *("W4A8", "DGQ", "QOQ_G128", "QOQ"),
+        *ROTATED,
     ]
     with_data = {"FP8", "W8A8_STATIC", "NVFP4", "W8A8_INT", "W8A8_INT_SMOOTH", "W4A16_INT", "DGQ", "QOQ_G128", "QOQ"}
+    with_data |= set(ROTATED)
     for name in names:
         recipe = qjax.recipe(name.lower())
         assert recipe.name == name and recipe == qjax.recipe(name)
