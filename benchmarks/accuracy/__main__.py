@@ -130,7 +130,10 @@ def written(given: argparse.Namespace, folder: Path, seconds: float) -> int:
         page = PAGE.read_text()
         before, rest = page.split(BEGIN)
         _, after = rest.split(END)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(folder, rows, models, brief=True)}\n\n{END}{after}")
+        plot(folder, rows, models, PAGE.with_name("accuracy.svg"))
+        picture = "![Distance to float against stored bits, by method and model](accuracy.svg)"
+        text = table(folder, rows, models, brief=True)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{picture}\n\n{END}{after}")
     for check in checks:
         if check.verdict == FAIL:
             print(f"FAIL: {check.title} on {check.model}: {check.said}")
