@@ -25,8 +25,9 @@ determinant below 1e-6 of the product of the diagonal counts as singular; no oth
 never grows.
 
 Arrays here have the elements of a group on the first axis and groups on those behind, [G, ...] and [K, ...], so that
-every step runs over groups as vectors. Sums run over the first axis only: XLA on CPU (jax 0.10) gives wrong numbers for
-``sum(a[k] * b, axis=1)`` with b broadcast over k, once arrays are large enough for several threads.
+every step runs over groups as vectors. Sums run over the first axis only: the XLA of jax 0.10.2 gives wrong numbers on
+CPU for ``sum(b * a, axis=1)`` of a [k, n, m] and b [n, m] from m of about 20,000 on, where the factor that is broadcast
+stands first (one of its YNNPACK fusions).
 """
 
 from __future__ import annotations

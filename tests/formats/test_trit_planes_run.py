@@ -72,3 +72,19 @@ def test_shards(made):
 def test_activations_are_refused():
     with pytest.raises((FormatError, qjax.errors.RecipeError), match="trits2|weights"):
         qjax.Recipe([qjax.Rule("**", weights=FMT, inputs=qjax.dynamic(FMT))])
+
+
+@pytest.mark.slow
+def test_order_on_a_language_model(root):
+    """Check 8: int4, two planes, int3 in this order; three planes at int4 or better."""
+    folder = root / "examples/assets/books-6m"
+    net, params, _ = qjax.models.load(folder)
+    ids = qjax.models.tokenizer(folder).encode((root / "examples/assets/passage.txt").read_text(encoding="utf-8"))
+    tokens = np.asarray(ids[: len(ids) // 128 * 128], np.int32).reshape(-1, 128)
+    kl = {}
+    for fmt in (qjax.Int(4, group=128), TritPlanes(3), TritPlanes(2), qjax.Int(3, group=128)):
+        keep = [qjax.Rule(match, skip=True, optional=True) for match in ("**/lm_head/**", "**/embed*/**")]
+        model = qjax.quantize(net, params, tokens, recipe=qjax.Recipe([*keep, qjax.Rule("**", weights=fmt)]))
+        kl[fmt.name] = qjax.evaluate.divergence(net, params, model, model.params, tokens, show=False).kl
+    assert kl["int4 g128"] < kl["trits2 g128"] < kl["int3 g128"], kl
+    assert kl["trits3 g128"] < 1.2 * kl["int4 g128"], kl
