@@ -128,11 +128,11 @@ def edited(model, step, seed=0):
     return replace_arrays(model.params, [leaves[name] for name in program.leaf_names]), edits
 
 
-PASSES = [DGQSmooth(0.1), SmoothOutputs(0.3), SmoothOutputs(0.0), Reorder(), SmoothAttention()]
+PASSES = [DGQSmooth(0.1), SmoothOutputs(0.3), Reorder(), SmoothAttention()]
 
 
 @pytest.mark.parametrize("step", PASSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("name", ["llama", "tied", "scanned", "moe"])
+@pytest.mark.parametrize("name", ["llama", "scanned", "moe"])
 def test_logits_are_unchanged(name, step):
     model = case(name)
     params, edits = edited(model, step)
