@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from qjax.passes import PTQTP as PTQTP
     from qjax.passes import RTN as RTN
     from qjax.passes import AutoRound as AutoRound
+    from qjax.passes import BiasCorrection as BiasCorrection
     from qjax.passes import QoQ as QoQ
     from qjax.passes import Rotated as Rotated
     from qjax.passes import SparseGPT as SparseGPT
@@ -109,6 +110,7 @@ _HOME = {
     "RTN": "qjax.passes",
     "AutoRound": "qjax.passes",
     "AWQ": "qjax.passes",
+    "BiasCorrection": "qjax.passes",
     "GPTQ": "qjax.passes",
     "Rotated": "qjax.passes",
     "TwoBit": "qjax.passes",
@@ -140,6 +142,7 @@ __all__ = [
     "RTN",
     "AbsMax",
     "AutoRound",
+    "BiasCorrection",
     "Float8",
     "Int",
     "Lazy",

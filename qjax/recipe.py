@@ -290,14 +290,18 @@ class Recipe:
         rules: at least one; the first that matches a site decides.
         prepare: passes such as smoothing or rotation, in order.
         name: for reports.
+        finish: passes that edit other parameters once a block's weights are rounded, such as `qjax.BiasCorrection`.
     """
 
     rules: tuple[Rule, ...]
     prepare: tuple[Any, ...] = ()
     name: str = ""
+    finish: tuple[Any, ...] = ()
 
-    def __init__(self, rules: Sequence[Rule], prepare: Sequence[Any] = (), name: str = "") -> None:
-        for what, given in (("rules", rules), ("prepare", prepare)):
+    def __init__(
+        self, rules: Sequence[Rule], prepare: Sequence[Any] = (), name: str = "", *, finish: Sequence[Any] = ()
+    ) -> None:
+        for what, given in (("rules", rules), ("prepare", prepare), ("finish", finish)):
             if isinstance(given, str | Rule) or not isinstance(given, Iterable):
                 raise RecipeError(f"a recipe's {what} is a list, not {given!r}")
         for rule in rules:
@@ -306,6 +310,7 @@ class Recipe:
         object.__setattr__(self, "rules", tuple(rules))
         object.__setattr__(self, "prepare", tuple(prepare))
         object.__setattr__(self, "name", name)
+        object.__setattr__(self, "finish", tuple(finish))
 
     @cached_property
     def ops(self) -> frozenset[str]:
@@ -325,18 +330,21 @@ class Recipe:
         for step in self.prepare:
             if getattr(step, "needs_batches", False):
                 return f"the prepare pass {step!r} looks at activations"
+        for step in self.finish:
+            return f"the finishing pass {step!r} looks at activations"
         return None
 
     @cached_property
     def rounds_with_data(self) -> bool:
         """Whether some rounding or prepare pass looks at activations: such jobs go block by block."""
-        steps = (*(rule.rounding for rule in self.rules), *self.prepare)
+        steps = (*(rule.rounding for rule in self.rules), *self.prepare, *self.finish)
         return any(getattr(step, "needs_batches", False) for step in steps)
 
     @cached_property
     def sequential(self) -> bool:
         """Whether some rounding wants later blocks to see what earlier ones became."""
-        return any(getattr(rule.rounding, "sequential", False) for rule in self.rules)
+        steps = (*(rule.rounding for rule in self.rules), *self.finish)
+        return any(getattr(step, "sequential", False) for step in steps)
 
     @cached_property
     def hash(self) -> str:

@@ -70,6 +70,8 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     data["rules"] = [_rule_to_dict(rule) for rule in recipe.rules]
     if recipe.prepare:
         data["prepare"] = [_object_to_dict(step, "pass") for step in recipe.prepare]
+    if recipe.finish:
+        data["finish"] = [_object_to_dict(step, "pass") for step in recipe.finish]
     return data
 
 
@@ -80,17 +82,19 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         RecipeError: a missing or unknown key, or a value that no recipe can have.
     """
     data = _table(data, "the recipe")
-    _known_keys(data, ("name", "rules", "prepare"), "the recipe")
+    _known_keys(data, ("name", "rules", "prepare", "finish"), "the recipe")
     rules = data.get("rules")
     if not isinstance(rules, list) or not rules:
         raise RecipeError("the recipe has no rules; in TOML each begins with a line [[rules]]")
-    prepare = data.get("prepare", [])
-    if not isinstance(prepare, list):
-        raise RecipeError("the recipe's prepare is a list of passes; in TOML each begins with a line [[prepare]]")
+    prepare, finish = data.get("prepare", []), data.get("finish", [])
+    for what, given in (("prepare", prepare), ("finish", finish)):
+        if not isinstance(given, list):
+            raise RecipeError(f"the recipe's {what} is a list of passes; in TOML each begins with a line [[{what}]]")
     return Recipe(
         [_rule_from_dict(rule, f"rule {index}") for index, rule in enumerate(rules)],
         [_object_from_dict(step, "pass", f"prepare pass {index}") for index, step in enumerate(prepare)],
         str(data.get("name", "")),
+        finish=[_object_from_dict(step, "pass", f"finishing pass {index}") for index, step in enumerate(finish)],
     )
 
 
@@ -98,7 +102,7 @@ def recipe_to_toml(recipe: Recipe) -> str:
     """Return the recipe as the text of a TOML file."""
     data = recipe_to_dict(recipe)
     lines = [f"name = {_toml(data['name'])}", ""] if "name" in data else []
-    for section in ("rules", "prepare"):
+    for section in ("rules", "prepare", "finish"):
         for table in data.get(section, ()):
             lines += [f"[[{section}]]", *(f"{key} = {_toml(value)}" for key, value in table.items()), ""]
     return "\n".join(lines[:-1]) + "\n"

@@ -6,6 +6,7 @@ to float32 summation). So states are carried out of loops, added up over devices
 
     ranges          `Range`              what an observer needs for one format
     per channel     `ChannelRange`       the least and the largest number of each input channel
+    means           `Mean`               of each input channel, for the correction of biases
     mean sizes      `MeanMagnitude`      the mean of |x| of each input channel
     second moments  `SecondMoment`       XᵀX, what GPTQ and its relatives minimise over
     samples         `Samples`            a bounded number of rows, drawn from all batches alike
@@ -30,7 +31,7 @@ from qjax.calibration import Observer, State
 from qjax.errors import FormatError
 from qjax.formats.rotation import rotate
 
-__all__ = ["ChannelRange", "MeanMagnitude", "Range", "Samples", "SecondMoment", "Statistic", "merge_statistics"]
+__all__ = ["ChannelRange", "Mean", "MeanMagnitude", "Range", "Samples", "SecondMoment", "Statistic", "merge_statistics"]
 
 
 _SLAB = 2048
@@ -166,6 +167,31 @@ class MeanMagnitude(Statistic):
 
     def scaled(self, state: State, factor: Any) -> State:
         return {"magnitude": state["magnitude"] * factor[..., 0, :], "magnitude_rows": state["magnitude_rows"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(Statistic):
+    """The sum of all rows, and how many there were.
+
+    The state is {"mean_sum": float32 [*stack, K], "mean_rows": float32 [*stack]}. Where a product runs over a stack
+    (experts), rows that are zero are places that no token took, and are not counted.
+    """
+
+    collective = "sum"
+    stacked = True
+
+    def init(self, shape: Sequence[int]) -> State:
+        stack, k = tuple(shape[:-2]), shape[-1]
+        return {"mean_sum": jnp.zeros((*stack, k), jnp.float32), "mean_rows": jnp.zeros(stack, jnp.float32)}
+
+    def see(self, x: Any) -> State:
+        x = x.astype(jnp.float32)
+        x = jnp.where(jnp.isfinite(x), x, 0.0)
+        count = jnp.sum(jnp.any(x != 0, axis=-1), axis=-1) if x.ndim > 2 else jnp.asarray(x.shape[-2])
+        return {"mean_sum": jnp.sum(x, axis=-2), "mean_rows": count.astype(jnp.float32)}
+
+    def scaled(self, state: State, factor: Any) -> State:
+        return {"mean_sum": state["mean_sum"] * factor[..., 0, :], "mean_rows": state["mean_rows"]}
 
 
 @dataclasses.dataclass(frozen=True)

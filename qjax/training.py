@@ -143,6 +143,10 @@ class FakeQuant:
         """
         if self.recipe.prepare:
             raise RecipeError("fake_quant does not run prepare passes; run them first, and train what they return")
+        if self.recipe.finish:
+            raise RecipeError(
+                "fake_quant does not run finishing passes: biases are trained with the rest; leave it out"
+            )
         planned = plan_program(program, self.recipe)
         stored = {leaf.name: leaf for leaf in planned.leaves.values()}
         out: dict[str, Faked] = {}

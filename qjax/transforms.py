@@ -362,6 +362,10 @@ def quantize_with(
     program = trace_flat(fn, signature, arrays)
     planned = plan_program(program, recipe)
     constants = constants(planned.decisions) if callable(constants) else constants
+    if recipe.finish:
+        raise RecipeError(
+            f"the finishing pass {recipe.finish[0]!r} works block by block: pass calibration data as batches="
+        )
     chosen = [name for name, d in planned.decisions.items() if d.weights is not None and not d.skip]
     leaves, notes = run_passes(recipe.prepare, program, arrays[: signature.n_params], chosen)
     del arrays

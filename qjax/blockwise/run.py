@@ -26,6 +26,7 @@ from qjax.applying.readers import readers_of, seen_states
 from qjax.applying.static import constants_of, taps_of, with_constants
 from qjax.applying.storage import LeafPlan
 from qjax.blockwise.emit import Compiled, emit_block
+from qjax.blockwise.finishing import Finisher
 from qjax.blockwise.join import joined
 from qjax.blockwise.placing import placed, where
 from qjax.blockwise.preparing import Smooth, own_slices, pass_taps, prepare_block
@@ -36,6 +37,7 @@ from qjax.calibration import State
 from qjax.errors import DataError, QjaxError
 from qjax.lazy import Lazy
 from qjax.passes import run_passes, split_passes
+from qjax.passes.finish import checked_finish
 from qjax.passes.leaves import Leaves
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
@@ -199,7 +201,9 @@ class BlockQuantizer:
                 edited, notes = self.prepare(number, live)
                 states, outs = self.observe(number, live, hands_on=not self.recipe.sequential and not floats)
                 after = after if floats else outs
-                pieces, figures = self.round(number, states, self.tune(number, live, targets))
+                finisher = self.finisher(number, live)
+                pieces, figures = self.round(number, states, self.tune(number, live, targets), finisher)
+                edited, notes = {**edited, **finisher.edited}, notes + finisher.notes()
                 if done is not None:
                     done.save(number, block.name, pieces, figures, edited, notes)
             self.pieces |= pieces
@@ -309,6 +313,21 @@ class BlockQuantizer:
         packed = {(p, tuple(zip(self.plan.leaves[p].key_axes, key, strict=True))) for p, key in self.due[number]}
         changed = {at: value for at, value in _flat(leaves.edits).items() if before.get(at) is not value}
         return {at: value for at, value in changed.items() if at not in packed}, notes
+
+    def finisher(self, number: int, live: list[dict[int, Any]]) -> Finisher:
+        """What tells the finishing passes of each weight of a block, with what they ask for gathered."""
+        program, shaped = self.plan.program, self.shaped_for(self.first)[0]
+        inside = set(shaped.schedule.blocks[number].sites)
+        chosen = [name for name in self.chosen if name in inside and program.by_name[name].op in LINEAR]
+        found = []
+        for at, step in enumerate(checked_finish(self.recipe.finish)):
+            taps = pass_taps(step, chosen)
+            leaders = sharing(program, taps)
+            states = self.observe(number, live, (f"finish {at}", taps, leaders))[0]
+            found.append({name: states[leaders[name]] for name in chosen if leaders[name] in states})
+        schedules = [shaped.schedule for shaped in self.shaped.values()]
+        leaves = self.leaves.only(own_slices(program, schedules, number)) if found else self.leaves
+        return Finisher(self.recipe.finish, program, leaves, found, inside)
 
     def observe(
         self,
@@ -443,7 +462,11 @@ class BlockQuantizer:
         return found
 
     def round(
-        self, number: int, states: dict[str, State], tuned: Mapping[tuple[int, Key], Any]
+        self,
+        number: int,
+        states: dict[str, State],
+        tuned: Mapping[tuple[int, Key], Any],
+        finisher: Finisher,
     ) -> tuple[Pieces, Figures]:
         """Round the weights that are due after a block; statistics are given up as soon as they have served."""
         program, plan = self.plan.program, self.plan
@@ -472,6 +495,7 @@ class BlockQuantizer:
             piece, wait = begin_leaf(leaf, value, {}, seen, [key], factors, tuned.get((position, key)), self.warned)
             self.leaves.forget(position, tuple(zip(leaf.key_axes, key, strict=True)))
             piece = placed(piece, value)
+            finisher.rounded(leaf, key, readers, value, piece)
             positions = dict(zip(leaf.key_axes, ([k] for k in key), strict=True))
             pieces[position, key] = with_constants(program, leaf, piece, constants, positions)
             figures.setdefault(position, {}).update(wait())

@@ -6,7 +6,9 @@ only_inside_qjax(__name__)
 
 from qjax.passes.autoround import AutoRound
 from qjax.passes.awq import AWQ, awq_clip, awq_scales
+from qjax.passes.bias import BiasCorrection
 from qjax.passes.dgq import DGQ
+from qjax.passes.finish import FinishPass
 from qjax.passes.gptq import GPTQ
 from qjax.passes.hqq import HQQ
 from qjax.passes.leaves import Leaves
@@ -29,8 +31,10 @@ __all__ = [
     "RTN",
     "AWQ",
     "AutoRound",
+    "BiasCorrection",
     "DGQSmooth",
     "Edits",
+    "FinishPass",
     "Leaves",
     "PreparePass",
     "QoQ",

@@ -132,10 +132,10 @@ def resolve_choices(given: Mapping[str, Any] | Sequence[Any]) -> dict[str, Recip
             raise SearchError("a choice needs a name: give {'W4': recipe, ...}, or recipes with names")
         if label in out or label == FLOAT:
             raise SearchError(f"two choices are called {label!r} ('float' is always there)")
-        if recipe.prepare:
+        if recipe.prepare or recipe.finish:
             raise SearchError(
-                f"choice {label!r} has the prepare pass {recipe.prepare[0]!r}, which works across sites and cannot be "
-                "chosen site by site; give choices without passes"
+                f"choice {label!r} has the pass {(*recipe.prepare, *recipe.finish)[0]!r}, which works across sites and "
+                "cannot be chosen site by site; give choices without passes"
             )
         out[label] = recipe
     if not out:

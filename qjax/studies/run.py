@@ -171,7 +171,7 @@ def _checked(recipes: Iterable[Recipe | str], batches: Any) -> list[Recipe]:
         recipe = resolve_recipe(given)
         if not recipe.name:
             stem = Path(given).stem if isinstance(given, str) else f"recipe {len(chosen) + 1}"
-            recipe = Recipe(recipe.rules, recipe.prepare, stem)
+            recipe = Recipe(recipe.rules, recipe.prepare, stem, finish=recipe.finish)
         chosen.append(recipe)
     if not chosen:
         raise RecipeError("a study needs at least one recipe, such as 'W4A16'")
