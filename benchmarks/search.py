@@ -41,8 +41,25 @@ def quantized(fn: Any, params: Any, batches: list[Any], how: qjax.Recipe) -> qja
     return qjax.quantize(fn, params, *batches[0], recipe=how)
 
 
+def as_recipe(found: dict[str, int]) -> qjax.Recipe:
+    """What modelopt chose for each linear, as a recipe."""
+    formats = {4: NEAREST[0].rules[-1].weights, 8: NEAREST[1].rules[-1].weights}
+    rules = []
+    for name, bits in found.items():
+        site = name.removeprefix("model.").replace(".", "/").replace("self_attn", "attn")
+        site = (site.removesuffix("_proj") if "/mlp/" in site else site) + "/kernel"
+        rules.append(qjax.Rule(site, weights=formats[bits]) if bits in formats else qjax.Rule(site, skip=True))
+    return qjax.Recipe([*rules, qjax.Rule("**", skip=True, optional=True)])
+
+
 def ours(
-    fn: Any, params: Any, batches: list[Any], blocks: Any, bits: float, resume: Path | None
+    fn: Any,
+    params: Any,
+    batches: list[Any],
+    blocks: Any,
+    bits: float,
+    resume: Path | None,
+    peer: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
     rows = []
 
@@ -65,8 +82,11 @@ def ours(
             kept = resume / title.replace(" ", "-") if resume else None
             found = sensitivities(fn, params, batches, choices, by=by, resume=kept)
             best = assign(found, f"{bits} bits")
-            seconds = time.perf_counter() - begun
-            add(f"searched by {by}, {title}", best.recipe(), seconds=seconds, counts=best.counts, expected=best.loss)
+            more = {} if resume else {"seconds": time.perf_counter() - begun}
+            add(f"searched by {by}, {title}", best.recipe(), counts=best.counts, expected=best.loss, **more)
+    for row in (peer or {}).get("measured", ()):
+        if "found" in row:
+            add(f"what modelopt chose by {row['case'].split(', ')[1]}, to nearest", as_recipe(row["found"]))
     return rows
 
 
@@ -104,7 +124,7 @@ def main() -> None:
             data = Path(folder) / "rows.npz"
             np.savez(data, calibration=np.concatenate([np.asarray(b[0]) for b in batches]), test=np.stack(rows))
             record["peer"] = theirs(given.modelopt, data, given.bits, given.resume and given.resume / "modelopt.json")
-    record["measured"] = ours(fn, params, batches, rows, given.bits, given.resume)
+    record["measured"] = ours(fn, params, batches, rows, given.bits, given.resume, record["peer"])
     lines = [["qjax, " + r["case"], f"{r['bits']:.2f}", f"{r['kl']:.6f}"] for r in record["measured"]]
     for r in (record["peer"] or {}).get("measured", ()):
         found = f"{r['kl']:.6f}" if "kl" in r else r["failed"]
