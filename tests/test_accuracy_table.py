@@ -169,3 +169,27 @@ def test_errors_of_matrices():
     assert found["output"] == pytest.approx(np.square(x @ (w - q).T).sum())
     assert found["squared"] == pytest.approx(np.square(w - q).sum())
     assert jax.numpy.isfinite(found["hqq"])
+
+
+def test_a_row_that_breaks_down_stops_no_other(tmp_path, monkeypatch):
+    class Scorer:
+        def __init__(self, case):
+            self.case = case
+
+        def of_float(self):
+            return {"refused": "none"}, {}
+
+        def row(self, row):
+            if row.name == "rtn-w4g128":
+                raise ZeroDivisionError("a mistake")
+            return {"refused": "none"}, {}
+
+    monkeypatch.setattr(measuring, "Scorer", Scorer)
+    told = []
+    these = rows.named(["rtn-w4g128", "gptq-w4g128"])
+    case = types.SimpleNamespace(tasks=())
+    measuring.measure_rows(tmp_path, "books-6m", lambda: case, these, told.append)
+    assert "rtn-w4g128 BROKE DOWN" in told[1] and "ZeroDivisionError: a mistake" in told[1]
+    assert measuring.kept(tmp_path, "books-6m", "gptq-w4g128") and not measuring.kept(
+        tmp_path, "books-6m", "rtn-w4g128"
+    )

@@ -12,6 +12,7 @@ import fcntl
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,10 @@ def claimed(folder: Path, model: str, row: str) -> Iterator[bool]:
 def measure_rows(
     folder: Path, model: str, load: Callable[[], Case], rows: list[Row], say: Callable[[str], None]
 ) -> None:
-    """Measure the rows of one model that nobody has measured; the model is loaded when the first of them is due."""
+    """Measure the rows of one model that nobody has measured; the model is loaded when the first of them is due.
+
+    A row that breaks down is told with its traceback and left out: the others, and the next run, go on.
+    """
     scorer: Scorer | None = None
     for row in (None, *rows):
         name = FLOAT if row is None else row.name
@@ -152,7 +156,11 @@ def measure_rows(
                 continue
             scorer = scorer or Scorer(load())
             begun = time.monotonic()
-            said, units = scorer.of_float() if row is None else scorer.row(row)
+            try:
+                said, units = scorer.of_float() if row is None else scorer.row(row)
+            except Exception:
+                say(f"{model} {name} BROKE DOWN:\n{traceback.format_exc()}")
+                continue
             keep(folder, model, name, said, units)
         say(f"{model} {name}: {headline(said, scorer.case)} ({time.monotonic() - begun:.0f} s)")
 
