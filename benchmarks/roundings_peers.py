@@ -69,7 +69,8 @@ def lines(found: dict[str, Any], shapes: list[str]) -> list[dict[str, Any]]:
         for case in dict.fromkeys(row["case"] for row in result["measured"]):
             method, _, detail = case.partition(": ")
             rows = {row["shape"]: row for row in result["measured"] if row["case"] == case}
-            name = tool.removesuffix("_ptq") + (f", {detail}" if detail else "")
+            # of a file with two tools each case says whose it is
+            name = detail if tool == "hqq" else tool.removesuffix("_ptq") + (f", {detail}" if detail else "")
             out.append({"method": method, "tool": name, "ours": tool == "qjax_ptq", "rows": rows})
     return sorted(out, key=lambda line: METHODS.index(line["method"]))
 

@@ -24,7 +24,7 @@ CASES: dict[str, tuple[qjax.formats.Format, Any]] = {
     "MSE": (INT, qjax.RTN(qjax.MSE())),
     "MSE asymmetric": (UINT, qjax.RTN(qjax.MSE())),
     "HQQ": (BETWEEN, qjax.HQQ()),
-    "HQQ: scales": (BETWEEN, qjax.HQQ(scales=True)),
+    "HQQ: scales of the range": (BETWEEN, qjax.HQQ(scales=False)),
     "AWQ: scales alone": (INT, qjax.AWQ(clip=False)),
     "AWQ": (INT, qjax.AWQ()),
     "AWQ asymmetric": (UINT, qjax.AWQ()),

@@ -44,7 +44,7 @@ class HQQ:
         beta: β of the first turn, above 0.
         kappa: what β is multiplied by from turn to turn, 1 or more.
         iters: turns, 1 or more.
-        scales: whether scales are fitted as well.
+        scales: whether scales are fitted as well; the paper keeps those of the range.
         observer: how the range that is begun with is chosen; None takes all of it.
     """
 
@@ -52,7 +52,7 @@ class HQQ:
     beta: float = 10.0
     kappa: float = 1.01
     iters: int = 20
-    scales: bool = False
+    scales: bool = True
     observer: Observer | None = None
 
     needs_batches: ClassVar[bool] = False

@@ -39,7 +39,9 @@ def reference(w, group, rounding, bits=4):
     return out
 
 
-@pytest.mark.parametrize("rounding", [qjax.HQQ(), qjax.HQQ(beta=400.0, kappa=1.1, iters=7), qjax.HQQ(scales=True)])
+@pytest.mark.parametrize(
+    "rounding", [qjax.HQQ(scales=False), qjax.HQQ(beta=400.0, kappa=1.1, iters=7, scales=False), qjax.HQQ()]
+)
 def test_equals_the_algorithm(rounding):
     codes, aux = jax.jit(lambda w: rounding.round(w, FLOAT))(W)
     got, want = np.asarray(FLOAT.decode(codes, aux)), reference(W, 16, rounding)
@@ -53,18 +55,18 @@ def test_equals_the_algorithm(rounding):
 
 def test_scales_and_ranges_help_and_integer_zero_points_are_kept():
     loss = lambda rounding, fmt=FLOAT: float(np.square(fmt.decode(*rounding.round(W, fmt)) - W).sum())  # noqa: E731
-    assert loss(qjax.HQQ(scales=True)) < loss(qjax.HQQ()) < loss(qjax.RTN())
-    assert loss(qjax.HQQ(observer=qjax.MSE(), scales=True)) < loss(qjax.RTN(qjax.MSE()))
+    assert loss(qjax.HQQ()) < loss(qjax.HQQ(scales=False)) < loss(qjax.RTN())
+    assert loss(qjax.HQQ(observer=qjax.MSE())) < loss(qjax.RTN(qjax.MSE()))
     whole = qjax.Int(4, group=16, symmetric=False)
-    codes, aux = qjax.HQQ(scales=True).round(W, whole)
+    codes, aux = qjax.HQQ().round(W, whole)
     assert codes.dtype == aux["zero"].dtype == jnp.uint8
-    assert loss(qjax.HQQ(scales=True), whole) < loss(qjax.RTN(), whole)
+    assert loss(qjax.HQQ(), whole) < loss(qjax.RTN(), whole)
 
 
 @pytest.mark.parametrize("fmt", [FLOAT, qjax.Int(3, symmetric=False, zero="float", per="tensor")])
 def test_blocks_that_say_nothing(fmt):
     for w in (np.zeros((2, 20), np.float32), np.full((2, 20), 3.0, np.float32), np.full((2, 20), -1e-30, np.float32)):
-        codes, aux = qjax.HQQ(scales=True).round(w, fmt)
+        codes, aux = qjax.HQQ().round(w, fmt)
         np.testing.assert_allclose(fmt.decode(codes, aux), w, rtol=1e-3, atol=1e-6)
     stacked = np.stack([W, 2 * W])
     got = FLOAT.decode(*qjax.HQQ().round(stacked, FLOAT))
@@ -74,7 +76,7 @@ def test_blocks_that_say_nothing(fmt):
 def test_a_model_with_float_zero_points_is_what_its_weights_say():
     params, x = {"w": jnp.asarray(W.T)}, np.random.default_rng(1).standard_normal((3, 48)).astype(np.float32)
     fn = lambda p, x: x @ p["w"]  # noqa: E731
-    recipe = qjax.Recipe([qjax.Rule("**", weights=FLOAT, rounding=qjax.HQQ(scales=True))])
+    recipe = qjax.Recipe([qjax.Rule("**", weights=FLOAT, rounding=qjax.HQQ())])
     model = qjax.quantize(fn, params, x, recipe=recipe)
     np.testing.assert_allclose(model(model.params, x), x @ model.params["w"].dequantize(), rtol=1e-4, atol=1e-4)
     assert qjax.Recipe.from_dict(recipe.to_dict()) == recipe
