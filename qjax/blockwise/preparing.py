@@ -62,6 +62,15 @@ def own_slices(program: Program, schedules: Sequence[Schedule], number: int) -> 
     return editable
 
 
+def formats_of(plan: Plan, sites: Sequence[str]) -> dict[str, Any]:
+    """The formats that the weights of sites will be stored in."""
+    names = dict.fromkeys(sites)
+    return {
+        name: plan.leaves[position].slices[key].fmt
+        for name, position, key in slices_read(plan.program, plan.leaves, names)
+    }
+
+
 def prepare_block(
     step: Any,
     program: Program,

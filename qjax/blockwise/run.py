@@ -29,7 +29,7 @@ from qjax.blockwise.emit import Compiled, emit_block
 from qjax.blockwise.finishing import Finisher
 from qjax.blockwise.join import joined
 from qjax.blockwise.placing import placed, where
-from qjax.blockwise.preparing import Smooth, own_slices, pass_taps, prepare_block
+from qjax.blockwise.preparing import Smooth, formats_of, own_slices, pass_taps, prepare_block
 from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
 from qjax.blockwise.tuning import block_outputs, canonical_slice, tuned_slices
@@ -300,9 +300,9 @@ class BlockQuantizer:
             return {}, notes
         program, inside = self.plan.program, set(self.shaped_for(self.first)[0].schedule.blocks[number].sites)
         schedules = [shaped.schedule for shaped in self.shaped.values()]
-        leaves = self.leaves.only(own_slices(program, schedules, number))
-        before = _flat(leaves.edits)
         chosen = [name for name in self.chosen if name in inside and program.by_name[name].op in LINEAR]
+        leaves = self.leaves.only(own_slices(program, schedules, number), formats_of(self.plan, chosen))
+        before = _flat(leaves.edits)
         for at, step in enumerate(self.passes[1]):
             taps = pass_taps(step, chosen)
             leaders = sharing(program, taps)

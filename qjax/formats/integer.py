@@ -129,7 +129,7 @@ class Int(Format):
         # Rounded before the zero point is added: x * inverse + zero could be contracted into one instruction in one
         # context and not in another, and ties would fall differently.
         zero = self.spread(aux["zero"], length).astype(jnp.float32)
-        if self.zero == "float":  # its fraction counts before rounding, the rest after it, as an integer zero point does
+        if self.zero == "float":  # its fraction counts before rounding, the rest after it, as an integer zero does
             whole = round_even(zero)
             steps, zero = steps + (zero - whole), whole
         steps = round_even(steps)

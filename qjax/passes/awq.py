@@ -26,13 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax.calibration import Observer
+from qjax.calibration import Observer, State
 from qjax.errors import FormatError
 from qjax.formats import SMOOTH, Aux, Format
 from qjax.formats.blocks import grouped
 from qjax.formats.numerics import AnyArray
+from qjax.passes.awq_folded import folded_scales
+from qjax.passes.folding import UNFOLDED
 from qjax.passes.gptq import GPTQ
+from qjax.passes.leaves import Leaves
+from qjax.passes.prepare import Edits
 from qjax.passes.rounding import RTN, Rounding, rounding_statistics
+from qjax.patterns import compile_pattern
+from qjax.program import Program
 from qjax.statistics import MeanMagnitude, SecondMoment, Statistic
 
 SEARCHED = 256
@@ -45,9 +51,11 @@ _FARTHEST = 2.0**20  # from the middle factor: beyond it float32 would not bring
 class AWQ:
     """Activation-aware scaling and clipping; needs calibration data. Settings are named as in llm-compressor.
 
-    Works for every format; ranges are clipped for those that are fitted from ranges. Each weight is scaled by itself.
-    The factors cost one multiplication an activation; `awq_scales` finds those of several weights that read the same
-    activations, which can be folded into what is in front.
+    Works for every format; ranges are clipped for those that are fitted from ranges. As a rounding, each weight is
+    scaled by itself, which costs one multiplication an activation. As a pass in ``prepare``, weights that read the same
+    activations get the same factors, which are folded into what is in front where the equations allow it::
+
+        Recipe([Rule("**", weights=Int(4, group=128), rounding=AWQ(scale=False))], prepare=[AWQ()])
 
     Args:
         n_grid: values of a, 2 or more.
@@ -55,6 +63,9 @@ class AWQ:
         clip: whether ranges are searched as well.
         inner: the rounding of the scaled weight, `RTN` or `GPTQ`; where ranges are searched it rounds with them, and
             its observer is not asked.
+        scale: whether factors are searched; False clips only, behind an AWQ in ``prepare``.
+        match, unfolded: of a pass in ``prepare``: which sites, and what becomes of factors that nothing takes up, as in
+            `SmoothQuant`.
     """
 
     n_grid: int = 20
@@ -62,7 +73,12 @@ class AWQ:
     clip: bool = True
     inner: Any = RTN()
 
+    scale: bool = True
+    match: str = "**"
+    unfolded: str = "beside"
+
     needs_batches: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
     statistics: ClassVar[tuple[Statistic, ...]] = (SecondMoment(), MeanMagnitude())
 
@@ -71,8 +87,12 @@ class AWQ:
             raise FormatError(f"AWQ: n_grid={self.n_grid!r}; a number of values, 2 or more, such as 20")
         if self.duo_scaling not in (True, False, "both"):
             raise FormatError(f"AWQ: duo_scaling={self.duo_scaling!r}; True, False or 'both'")
-        if not isinstance(self.clip, bool):
-            raise FormatError(f"AWQ: clip={self.clip!r}; True or False")
+        for name in ("clip", "scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise FormatError(f"AWQ: {name}={getattr(self, name)!r}; True or False")
+        if self.unfolded not in UNFOLDED:
+            raise FormatError(f"AWQ: unfolded={self.unfolded!r}; one of {', '.join(UNFOLDED)}")
+        compile_pattern(self.match)
         inner = self.inner
         if not isinstance(inner, RTN | GPTQ) and (
             self.clip or not isinstance(inner, Rounding) or not {*rounding_statistics(inner)} <= {SecondMoment()}
@@ -99,7 +119,19 @@ class AWQ:
 
     def kept(self, length: int) -> Aux:
         """What is kept with a weight of rows of this length: {"input.smooth": float32 [1, length]}."""
-        return {SMOOTH: jnp.ones((1, length), jnp.float32)}
+        return {SMOOTH: jnp.ones((1, length), jnp.float32)} if self.scale else {}
+
+    def for_convolution(self) -> tuple[AWQ, str]:
+        """What serves a convolution, whose windows overlap: ranges are clipped, and no factors are kept beside it."""
+        return dataclasses.replace(self, scale=False), "its channels are not scaled, since it is a convolution"
+
+    def edit(self, program: Program, leaves: Leaves, chosen: Sequence[str], states: Mapping[str, State]) -> Edits:
+        """Search the factors of the sites of a block and fold them: see `qjax.passes.PreparePass`."""
+
+        def search(*args: Any, duo_scaling: Any) -> Array:
+            return awq_scales(*args, n_grid=self.n_grid, duo_scaling=duo_scaling)
+
+        return folded_scales(search, self.duo_scaling, self.match, self.unfolded, program, leaves, chosen, states)
 
     def round(
         self,
@@ -131,7 +163,10 @@ class AWQ:
         w = jnp.asarray(w, jnp.float32)
         h = jnp.asarray(statistics["second_moment"], jnp.float32)
         mean = jnp.asarray(statistics["magnitude"]) / jnp.maximum(jnp.asarray(statistics["magnitude_rows"]), 1)
-        s = awq_scales([w], mean, h, fmt, n_grid=self.n_grid, duo_scaling=self.duo_scaling)
+        s = jnp.ones(w.shape[-1], jnp.float32)
+        if self.scale:
+            s = awq_scales([w], mean, h, fmt, n_grid=self.n_grid, duo_scaling=self.duo_scaling)
+        kept = {SMOOTH: s[None]} if self.scale else {}
         scaled, moment = w * s, h / (s[:, None] * s[None, :])
         settings: dict[str, Any] = {"observer": observer}
         if self.inner.needs_batches:
@@ -139,10 +174,10 @@ class AWQ:
         if self.clip:
             aux = awq_clip(scaled, moment, fmt)
             if isinstance(self.inner, RTN):
-                return fmt.encode(scaled, aux), {**aux, SMOOTH: s[None]}
+                return fmt.encode(scaled, aux), {**aux, **kept}
             settings["aux"] = aux
         codes, aux = self.inner.round(scaled, fmt, **settings)
-        return codes, {**aux, SMOOTH: s[None]}
+        return codes, {**aux, **kept}
 
 
 def awq_scales(

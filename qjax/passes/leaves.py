@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,15 +22,21 @@ class Leaves:
         names: of the leaves.
         values: arrays or `qjax.Lazy`.
         editable: whether a slice may be changed; None means that all may.
+        formats: site -> the format that its weight will be stored in, of the sites that a pass is asked about.
     """
 
     def __init__(
-        self, names: Sequence[str], values: Sequence[Any], editable: Callable[[str, SliceKey], bool] | None = None
+        self,
+        names: Sequence[str],
+        values: Sequence[Any],
+        editable: Callable[[str, SliceKey], bool] | None = None,
+        formats: Mapping[str, Any] | None = None,
     ):
         self.names = tuple(names)
         self.values, self.number = list(values), {name: n for n, name in enumerate(names)}
         self.edits: dict[int, dict[SliceKey, Any]] = {}
         self._editable = editable
+        self.formats: Mapping[str, Any] = dict(formats or {})
 
     def __iter__(self) -> Iterator[str]:
         """Names."""
@@ -61,9 +67,9 @@ class Leaves:
         """Whether a pass may change this slice now: nothing outside the block that is at hand reads it."""
         return self._editable is None or self._editable(name, ordered(key))
 
-    def only(self, editable: Callable[[str, SliceKey], bool]) -> Leaves:
+    def only(self, editable: Callable[[str, SliceKey], bool], formats: Mapping[str, Any]) -> Leaves:
         """The same leaves and edits, of which only some may be changed."""
-        view = Leaves(self.names, self.values, editable)
+        view = Leaves(self.names, self.values, editable, formats)
         view.values, view.edits = self.values, self.edits
         return view
 

@@ -167,7 +167,10 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
     )
     x = rewriter.dense(x, f"{where}: the row operand is quantized")
     weight, constants = _without_inputs(weight)
+    own = _factors_of_rows(constants, sizes, x.shape[0]) if act is None or act.prefix is None else None
     constants = {name: a[0] for name, a in constants.items()}  # one scale for the rows of all groups
+    if own is not None:
+        constants[SMOOTH] = own
     x = _prepared(x, constants, act)
     if not standard:
         return bind(eqn, [x, rewriter.dense(weight, f"{where}: not the standard [M,K] x [G,K,N] form"), sizes])[0]
@@ -184,6 +187,17 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
         implementation=rewriter.implementation,
         site=where,
     )
+
+
+def _factors_of_rows(constants: dict[str, Any], sizes: Any, rows: int) -> Any:
+    """Factors [rows, K] with which the weight that a row meets was multiplied, where each group has factors of its own.
+
+    Those found together with a constant scale of the inputs are the same for all groups, and need no gather.
+    """
+    factors = constants.get(SMOOTH)
+    if factors is None or factors.shape[0] == 1:
+        return None
+    return jnp.repeat(factors[:, 0], sizes, axis=0, total_repeat_length=rows)
 
 
 def _reshape(x: Any, shape: tuple[int, ...]) -> Any:

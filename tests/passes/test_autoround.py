@@ -11,7 +11,7 @@ from jax import lax
 import qjax
 from qjax.applying.storage import LeafPlan, Stored
 from qjax.blockwise.tuning import canonical_slice, from_canonical, with_weights
-from qjax.errors import DataError, FormatError
+from qjax.errors import DataError, FormatError, RecipeError
 from qjax.passes.autoround import soft_rounded
 
 D, LAYERS = 12, 2
@@ -180,7 +180,7 @@ def test_what_cannot_be_done_is_refused():
         qjax.AutoRound(iters=0)
     with pytest.raises(FormatError, match="lr"):
         qjax.AutoRound(lr=2)
-    with pytest.raises(FormatError, match="trains the rounding of integers"):
+    with pytest.raises(RecipeError, match="trains the rounding of integers"):
         qjax.quantize(scanned, params(), recipe=recipe(qjax.AutoRound(iters=1), qjax.NF4(group=6)), batches=BATCHES)
     with pytest.raises(DataError, match="one shape"):
         qjax.quantize(

@@ -12,7 +12,7 @@ from jax import lax
 
 import qjax
 from qjax import passes
-from qjax.formats import DualGrained, MixedBits, Progressive, TritPlanes, is_quantized
+from qjax.formats import DualGrained, MixedBits, Progressive, Sparse24, TritPlanes, is_quantized
 
 D, HIDDEN, LAYERS, EXPERTS, CLASSES = 32, 64, 2, 3, 8
 INT4 = qjax.Int(4, group=16)
@@ -80,8 +80,19 @@ METHODS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
     "two-bit": (MixedBits(), passes.TwoBit(), ()),
     "trit-planes": (TritPlanes(group=16), None, ()),
     "smoothing": (INT4, None, (passes.SmoothQuant(),)),
+    "AWQ": (INT4, passes.AWQ(), ()),
+    "AWQ, folded": (INT4, passes.AWQ(scale=False), (passes.AWQ(),)),
+    "2:4": (Sparse24(group=16), passes.SparseGPT(), ()),
 }
-WORSE_THAN_NEAREST = {"two-bit": 6.0, "trit-planes": 2.5, "DGQ": 1.3, "QoQ": 1.5, "MSE": 1.2, "smoothing": 1.3}
+WORSE_THAN_NEAREST = {
+    "2:4": 5.0,
+    "two-bit": 6.0,
+    "trit-planes": 2.5,
+    "DGQ": 1.3,
+    "QoQ": 1.5,
+    "MSE": 1.2,
+    "smoothing": 1.3,
+}
 """How much larger the error of the outputs may be than that of int4 rounded to nearest; others have to be below it."""
 
 
