@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.analysis.channels import ChannelGroup, Refusal, channel_group
+from qjax.analysis.channels import ChannelGroup, Fold, Read, Refusal, Touch, channel_group
 from qjax.analysis.turning import folded, overlaid, rotated
 from qjax.errors import FormatError, QjaxError
 from qjax.formats.rotation import random_signs, rotate_on_host
+from qjax.lazy import Lazy
 from qjax.passes.leaves import Leaves
 from qjax.passes.prepare import Edits
 from qjax.patterns import compile_pattern
@@ -50,6 +51,7 @@ class Rotate:
 
     needs_batches: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    lazy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
@@ -61,13 +63,14 @@ class Rotate:
     def edit(self, program: Program, leaves: Leaves, chosen: Sequence[str]) -> Edits:
         """Return the rotated slices: see `PreparePass`."""
         matches = compile_pattern(self.match).fullmatch
+        avals = dict(zip(program.leaf_names, program.leaf_avals, strict=True))
         changed: dict[tuple[str, Any], Any] = {}
         done: dict[Any, str] = {}
         mixed: dict[int, list[ChannelGroup]] = {}
         refused: dict[str, list[str]] = {}
 
-        def read(leaf: str, key: Any) -> Any:
-            return np.asarray(leaves.slice(leaf, key))
+        now = Leaves(leaves.names, leaves.values)  # what is read later must not see what is made of it here
+        now.edits = {n: dict(edits) for n, edits in leaves.edits.items()}
 
         for name in chosen:
             site = program.by_name[name]
@@ -79,10 +82,12 @@ class Rotate:
                 continue
             key = frozenset((t.leaf, t.slice, t.index.tobytes()) for t in group.touches)
             if key not in done:
-                new, done[key] = self._turned(group, overlaid(changed, read))
-                changed |= new
+                before = _reading(now, dict(changed))
+                done[key] = self._refusal(group, before)
                 if not done[key]:
                     mixed.setdefault(int(np.bincount(group.blocks).max()), []).append(group)
+                    for place in _places(group):
+                        changed[place] = self._turned(group, place, before, avals[place[0]], leaves)
             if done[key]:
                 refused.setdefault(done[key], []).append(name)
         notes = []
@@ -90,24 +95,62 @@ class Rotate:
             names = list(dict.fromkeys(leaf for group in groups for leaf in group.leaves))
             notes.append(f"blocks of {size} channels are rotated in {len(names)} leaves: {_some(names)}")
         notes += [f"not folded: {why}: {_some(names)}" for why, names in refused.items()]
-        return Edits(slices={place: jnp.asarray(value) for place, value in changed.items()}, notes=tuple(notes))
+        return Edits(slices=changed, notes=tuple(notes))
 
-    def _turned(self, group: ChannelGroup, read: Any) -> tuple[dict[tuple[str, Any], Any], str]:
-        """The slices of a group that change; or why none do."""
-        sizes = set(np.bincount(group.blocks).tolist())
-        if max(sizes) < self.least:
-            return {}, f"blocks of {max(sizes)} channels are shorter than least={self.least}"
+    def _refusal(self, group: ChannelGroup, read: Read) -> str:
+        """Why a group cannot be rotated; empty if it can."""
+        longest = int(np.bincount(group.blocks).max())
+        if longest < self.least:
+            return f"blocks of {longest} channels are shorter than least={self.least}"
         if group.untie:
-            return {}, (
+            return (
                 f"{', '.join(group.untie)} is embedding and head in one, and the scale of the norm before the head "
                 "would have to go into one of them alone; store it twice"
             )
-        try:
-            changed = folded(group, read)
+        try:  # scales and biases tell; weights need not be read for that
+            folded(_only(group, lambda touch: touch.index.ndim < 2), read)
         except QjaxError as error:
-            return {}, str(error)
+            return str(error)
+        return ""
+
+    def _turned(self, group: ChannelGroup, place: tuple[str, Any], before: Read, aval: Any, leaves: Leaves) -> Any:
+        """What becomes of one slice: now, or of one that is read when it is due, then."""
+        own = _only(group, lambda touch: (touch.leaf, touch.slice) == place)
         turn = _transform(self.seed, bool(group.keeps_ones))
-        return changed | rotated(group, turn, overlaid(changed, read)), ""
+
+        def value() -> np.ndarray:
+            new = folded(own, before)
+            new |= rotated(own, turn, overlaid(new, before))
+            return np.asarray(new[place] if place in new else before(*place))
+
+        if not isinstance(leaves.values[leaves.number[place[0]]], Lazy):
+            return jnp.asarray(value())
+        gone = {axis for axis, _ in place[1]}
+        return Lazy(tuple(n for axis, n in enumerate(aval.shape) if axis not in gone), aval.dtype, value)
+
+
+def _reading(leaves: Leaves, changed: Mapping[tuple[str, Any], Any]) -> Read:
+    """Slices as NumPy arrays, changes made so far included."""
+    return lambda leaf, key: np.asarray(changed[leaf, key] if (leaf, key) in changed else leaves.slice(leaf, key))
+
+
+def _places(group: ChannelGroup) -> list[tuple[str, Any]]:
+    """Every slice that a rotation changes, with the scales that it folds."""
+    touches = [*group.touches, *(t for f in group.folds if not isinstance(f.group, Refusal) for t in f.group.touches)]
+    return list(dict.fromkeys((t.leaf, t.slice) for t in touches))
+
+
+def _only(group: ChannelGroup, wanted: Callable[[Touch], bool]) -> ChannelGroup:
+    """A group as if it changed some slices alone; scales that go into them stay, since they say by how much."""
+    folds: list[Fold] = []
+    for fold in group.folds:
+        if isinstance(fold.group, Refusal):
+            folds.append(fold)
+        elif any(map(wanted, fold.group.touches)):
+            own = (fold.leaf, fold.slice)
+            kept = tuple(t for t in fold.group.touches if wanted(t) or (t.leaf, t.slice) == own)
+            folds.append(dataclasses.replace(fold, group=dataclasses.replace(fold.group, touches=kept)))
+    return dataclasses.replace(group, touches=tuple(filter(wanted, group.touches)), folds=tuple(folds))
 
 
 def _of_any_layer(reason: str) -> str:

@@ -106,6 +106,29 @@ def test_what_is_not_folded_is_said():
     assert qjax.Recipe.from_dict(recipe.to_dict()).hash == recipe.hash
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+def test_parameters_that_are_read_when_they_are_due(scan):
+    """Lazy leaves give what leaves in memory give; a weight is read for itself and for nothing else."""
+    fn, params = decoder("gpt2", scan)
+    reads = {}
+
+    def lazy(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+
+        def read(i=None):
+            reads[name] = reads.get(name, 0) + 1
+            return np.asarray(x if i is None else x[i])
+
+        return qjax.Lazy(x.shape, x.dtype, read, read)
+
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8))], prepare=[Rotate()])
+    want = qjax.quantize(fn, params, TOKENS, recipe=recipe)
+    got = qjax.quantize(fn, jax.tree.map_with_path(lazy, params), TOKENS, recipe=recipe)
+    for a, b in zip(jax.tree.leaves(want.params), jax.tree.leaves(got.params), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-6)
+    assert reads["embed/embedding"] == 1, reads
+
+
 def test_a_zero_in_a_scale_beside_a_bias():
     fn, params = decoder("gpt2")
     params["norm"]["scale"] = params["norm"]["scale"].at[3].set(0.0)
