@@ -51,7 +51,7 @@ def notes_of(fn, params, step=None) -> str:
 def test_the_function_stays(name, scan):
     """Logits to 1e-4, though every weight of the stream has become another."""
     fn, params = decoder(name, scan)
-    edited = check_pass(Rotate(least=4), fn, params, TOKENS, rtol=1e-4, atol=2e-5)
+    edited = check_pass(Rotate(least=4), jax.jit(fn), params, TOKENS, rtol=1e-4, atol=2e-5)
     changed = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for (path, a), b in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(edited), strict=True)
@@ -67,7 +67,7 @@ def test_the_function_stays(name, scan):
 def test_what_becomes_of_a_weight():
     """By the equations in float64: norm scales into readers, R on the stream's sides, one R per head."""
     fn, params = decoder("llama")
-    edited = check_pass(Rotate(), fn, params, TOKENS, atol=2e-5)
+    edited = check_pass(Rotate(), jax.jit(fn), params, TOKENS, atol=2e-5)
     r, h = matrix(random_signs(24)), np.kron(np.eye(2), matrix(random_signs(8)))
     was, now = ({k: np.asarray(v, np.float64) for k, v in p["layers"][0]["attn"].items() for v in v.values()} for p in (params, edited))  # fmt: skip  # noqa: E501
     norm = np.asarray(params["layers"][0]["attn_norm"]["scale"], np.float64)
@@ -81,7 +81,7 @@ def test_what_becomes_of_a_weight():
 def test_a_mean_keeps_the_vector_of_ones():
     """A LayerNorm: the table's rows keep their means, and are rotated otherwise."""
     fn, params = decoder("gpt2")
-    edited = check_pass(Rotate(), fn, params, TOKENS, atol=2e-5)
+    edited = check_pass(Rotate(), jax.jit(fn), params, TOKENS, atol=2e-5)
     was, now = (np.asarray(p["embed"]["embedding"], np.float64) for p in (params, edited))
     np.testing.assert_allclose(was.mean(-1), now.mean(-1), atol=1e-6)
     np.testing.assert_allclose(was @ was.T, now @ now.T, atol=1e-4)
