@@ -187,6 +187,11 @@ def _check_rule(rule: Rule) -> None:
         _check_format(value, setting, refuse)
     for name in ("inputs", "outputs"):
         check_source(getattr(rule, name), name, refuse)
+    if isinstance(rule.inputs, Static) and getattr(rule.rounding, "smooths", False):
+        raise refuse(
+            f"{rule.rounding!r} divides activations by factors that it finds later, and static scales are calibrated "
+            "on undivided ones; use dynamic inputs, or the prepare pass qjax.passes.SmoothQuant"
+        )
     fits = getattr(rule.rounding, "check_format", None)
     if fits is not None:
         try:

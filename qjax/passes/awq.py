@@ -61,6 +61,8 @@ class AWQ:
         n_grid: values of a, 2 or more.
         duo_scaling: whether s looks at weights too; "both" tries both kinds, half of the grid each.
         clip: whether ranges are searched as well.
+        channels: input channels that share a factor over all places of a kernel, for convolutions, whose images are
+            divided; a recipe sets it.
         inner: the rounding of the scaled weight, `RTN` or `GPTQ`; where ranges are searched it rounds with them, and
             its observer is not asked.
         scale: whether factors are searched; False clips only, behind an AWQ in ``prepare``.
@@ -72,6 +74,7 @@ class AWQ:
     duo_scaling: bool | str = "both"
     clip: bool = True
     inner: Any = RTN()
+    channels: int | None = None
 
     scale: bool = True
     match: str = "**"
@@ -80,6 +83,7 @@ class AWQ:
     needs_batches: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
+    smooths: ClassVar[bool] = True
     statistics: ClassVar[tuple[Statistic, ...]] = (SecondMoment(), MeanMagnitude())
 
     def __post_init__(self) -> None:
@@ -111,6 +115,14 @@ class AWQ:
         inner = getattr(self.inner, "check_format", None)
         if inner is not None:
             inner(fmt)
+
+    def for_site(self, site: Any) -> tuple[Any, str]:
+        """This rounding at one site, and what the report should say of it."""
+        if site.op != "conv" or not site.weight_shape or not site.in_axes:
+            return self, ""
+        gone = [axis for axis, _ in site.slice]
+        sizes = [site.weight_shape[a - sum(g < a for g in gone)] for a in site.in_axes if a not in gone]
+        return dataclasses.replace(self, channels=sizes[-1]), "scaled along the channels of the image"
 
     def doubts(self, state: Mapping[str, AnyArray]) -> Iterator[tuple[str, str]]:
         """Yield what makes the inner rounding doubt the statistics of a weight."""
@@ -167,6 +179,8 @@ class AWQ:
         if self.scale:
             s = awq_scales([w], mean, h, fmt, n_grid=self.n_grid, duo_scaling=self.duo_scaling)
         kept = {SMOOTH: s[None]} if self.scale else {}
+        how = {"n_grid": self.n_grid, "duo_scaling": self.duo_scaling, "channels": self.channels}
+        s = awq_scales([w], mean, h, fmt, **how)
         scaled, moment = w * s, h / (s[:, None] * s[None, :])
         settings: dict[str, Any] = {"observer": observer}
         if self.inner.needs_batches:
@@ -188,6 +202,7 @@ def awq_scales(
     *,
     n_grid: int = 20,
     duo_scaling: bool | str = "both",
+    channels: int | None = None,
 ) -> Array:
     """Find the factors of the input channels of weights that read the same activations.
 
@@ -198,15 +213,18 @@ def awq_scales(
         fmt: the format of the weights.
         n_grid: values of a.
         duo_scaling: see `AWQ`.
+        channels: see `AWQ`.
 
     Returns:
         float32 [K], positive; 1 where a channel was never seen.
     """
     mean, k = jnp.asarray(mean, jnp.float32), weights[0].shape[-1]
     some = [w[np.arange(min(len(w), SEARCHED)) * len(w) // min(len(w), SEARCHED)] for w in weights]
+    tied = lambda a: a if channels is None else jnp.tile(jnp.mean(a.reshape(-1, channels), axis=0), k // channels)  # noqa: E731
+    mean = tied(mean)
     seen = mean > 0
     log_mean = jnp.log(jnp.where(seen, mean, 1.0))
-    log_weight = jnp.log(_relative_size(weights, fmt) + 1e-4)
+    log_weight = jnp.log(tied(_relative_size(weights, fmt)) + 1e-4)
     unit = jnp.maximum(jnp.trace(h) / k, 1e-30)
 
     def factors(ratio: Array, duo: Array) -> Array:

@@ -118,6 +118,8 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
     unturned = x.dtype
     if SIGNS in constants:
         x = _rotated_image(x, constants[SIGNS], p["dimension_numbers"].lhs_spec[1], act)
+    if SMOOTH in constants:
+        x = _smoothed_image(x, constants[SMOOTH], p["dimension_numbers"].lhs_spec[1], act)
     if act is not None and act.prefix is None:
         quantized = (act.fmt, ops.conv_activation_aux(x, act.fmt, p["dimension_numbers"]))
     else:
@@ -144,6 +146,14 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
         return ops.q_conv(x, weight, **settings)
     except LayoutError as error:
         return bind(eqn, [x.astype(unturned), rewriter.dense(weight, f"{where}: {error}")])[0]
+
+
+def _smoothed_image(x: Any, smooth: Any, axis: int, act: Act | None) -> Any:
+    """An image whose channels are divided by the factors of the kernel's, [1, K], which all its places share."""
+    channels = x.shape[axis]
+    factors = smooth.reshape(-1)[:channels].reshape(channels, *(1,) * (x.ndim - 1 - axis))
+    y = x.astype(jnp.float32) * (1.0 / factors)
+    return y if act is not None else y.astype(x.dtype)
 
 
 def _rotated_image(x: Any, signs: Any, axis: int, act: Act | None) -> Any:

@@ -152,7 +152,28 @@ def test_experts_and_linear_layers_of_a_model():
     assert error(model) < 0.8 * error(plain)
 
 
+def test_convolutions_divide_the_channels_of_the_image():
+    kernel = RNG.standard_normal((3, 2, 8, 6)).astype(np.float32)
+    image = (RNG.standard_normal((4, 9, 8, 8)) * np.exp(1.5 * RNG.standard_normal(8))).astype(np.float32)
+
+    def fn(p, x):
+        return jax.lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    p = {"conv": jnp.asarray(kernel)}
+    rule = qjax.Rule("**", weights=qjax.Int(3, group=16), rounding=qjax.AWQ())
+    model = qjax.quantize(fn, p, recipe=qjax.Recipe([rule]), batches=[jnp.asarray(image)])
+    factors = np.asarray(model.params["conv"].aux[SMOOTH]).reshape(6, 8)
+    np.testing.assert_array_equal(factors, np.tile(factors[0], (6, 1)))
+    y = model(model.params, image)
+    np.testing.assert_allclose(y, fn({"conv": model.params["conv"].dequantize()}, image), rtol=1e-3, atol=1e-2)
+    plain = qjax.quantize(fn, p, image, recipe=qjax.Recipe([qjax.Rule("**", weights=qjax.Int(3, group=16))]))
+    error = lambda got: float(np.linalg.norm(got - fn(p, image)))  # noqa: E731
+    assert error(y) < 0.8 * error(plain(plain.params, image))
+
+
 def test_settings_that_cannot_be():
+    with pytest.raises(RecipeError, match="static scales are calibrated on undivided"):
+        qjax.Rule("**", weights=FMT, rounding=qjax.AWQ(), inputs=qjax.static(qjax.Int(8, per="tensor")))
     for bad in ({"n_grid": 1}, {"duo_scaling": "all"}, {"clip": 1}, {"inner": qjax.MSE()}, {"inner": qjax.AWQ()}):
         with pytest.raises(FormatError, match="AWQ"):
             qjax.AWQ(**bad)
