@@ -147,14 +147,20 @@ def test_results_are_measured_once(results, monkeypatch):
 
     monkeypatch.setattr(measuring, "Scorer", Scorer)
     case = types.SimpleNamespace(tasks=())
+
+    def scorer():
+        return Scorer(case)
+
     these = rows.named(["rtn-w4g128", "gptq-w4g128", "mse-w4g128", "hqq-w4g128"])
     (results / "books-6m" / "gptq-w4g128.json").write_text('{"scores"')
     with measuring.claimed(results, "books-6m", "hqq-w4g128") as mine:
         assert mine
-        measuring.measure_rows(results, "books-6m", lambda: case, these, lambda text: None)
+        measuring.measure_rows(results, "books-6m", scorer, these, lambda text: None)
     assert done == ["mse-w4g128", "gptq-w4g128"]
-    measuring.measure_rows(results, "books-6m", lambda: case, these, lambda text: None)
+    measuring.measure_rows(results, "books-6m", scorer, these, lambda text: None)
     assert done[2:] == ["hqq-w4g128"]
+    measuring.measure_rows(results, "books-6m", scorer, rows.named(["awq-w4g64"]), lambda text: None, end=0)
+    assert len(done) == 3, "no row is begun after the end"
     assert json.loads((results / "books-6m" / "mse-w4g128.json").read_text())["refused"] == "again"
     assert not list((results / "books-6m").glob("*.partial"))
 
@@ -188,7 +194,7 @@ def test_a_row_that_breaks_down_stops_no_other(tmp_path, monkeypatch):
     told = []
     these = rows.named(["rtn-w4g128", "gptq-w4g128"])
     case = types.SimpleNamespace(tasks=())
-    measuring.measure_rows(tmp_path, "books-6m", lambda: case, these, told.append)
+    measuring.measure_rows(tmp_path, "books-6m", lambda: Scorer(case), these, told.append)
     assert "rtn-w4g128 BROKE DOWN" in told[1] and "ZeroDivisionError: a mistake" in told[1]
     assert measuring.kept(tmp_path, "books-6m", "gptq-w4g128") and not measuring.kept(
         tmp_path, "books-6m", "rtn-w4g128"

@@ -3,10 +3,11 @@
     python -m benchmarks.accuracy [--resume DIR] [--rows 'gptq-*' ...] [--models books-6m ...] [--all] [--workers N]
 
 Each (model, row) is measured once and kept in the folder given by ``--resume``, with every token, image or pair that is
-scored; killed, the command goes on, and rows of other methods can be added. At the end the table, the plot and the
-orderings that are judged are written, and the exit code says whether all of them hold. Workers are processes of one
-thread each. Figures are of weights as stored; models, data and what each is calibrated on are said under the table.
-``--all`` adds the rows that say little on small models; ``--quick`` is for tests: a few tokens of everything.
+scored; killed, the command goes on, and rows of other methods can be added. Rows that the orderings look at come first.
+At the end the table, the plot and the orderings that are judged are written, and the exit code says whether all of them
+hold. Workers are processes of one thread each. Figures are of weights as stored; models, data and calibration are said
+under the table. ``--all`` adds the rows that say little on small models; ``--quick`` is for tests: a few
+tokens of everything.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,9 +26,9 @@ from pathlib import Path
 import qjax
 from benchmarks import measure
 from benchmarks.accuracy import rows as registry
-from benchmarks.accuracy.checks import FAIL, Check, counted, orderings
+from benchmarks.accuracy.checks import FAIL, JUDGED, Check, counted, orderings
 from benchmarks.accuracy.layers import layer_checks
-from benchmarks.accuracy.measuring import FLOAT, claimed, kept, measure_rows
+from benchmarks.accuracy.measuring import FLOAT, Scorer, claimed, kept, measure_rows
 from benchmarks.accuracy.models import CASES, ROOT
 from benchmarks.accuracy.table import checks_table, plot, refusals, table
 from qjax.checkpoint.parts import open_job
@@ -46,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), metavar="MODEL")
     parser.add_argument("--all", action="store_true", help="also the rows that say little on small models")
     parser.add_argument("--quick", action="store_true", help="a few tokens of everything, for tests")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no further row after so many")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
     parser.add_argument("--docs", action="store_true", help="also put the table into docs/methods/index.md")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -55,15 +58,22 @@ def arguments() -> argparse.Namespace:
 def measured(given: argparse.Namespace, folder: Path) -> None:
     """Measure what is missing, in this process."""
     say = functools.partial(print, flush=True)
+    end = math.inf if given.minutes is None else time.monotonic() + 60 * given.minutes
+    scorers = {
+        model: functools.cache(lambda model=model: Scorer(CASES[model](given.data, given.quick)))
+        for model in given.models
+    }
+    for judged in (True, False):
+        for model in given.models:
+            rows = [row for row in registry.named(given.rows) if row.fits(model, given.all or bool(given.rows))]
+            rows = [row for row in rows if (row.name in JUDGED) == judged]
+            measure_rows(folder, model, scorers[model], rows, say, end)
     for model in given.models:
-        load = functools.cache(functools.partial(CASES[model], given.data, given.quick))
-        rows = [row for row in registry.named(given.rows) if row.fits(model, given.all or bool(given.rows))]
-        measure_rows(folder, model, load, rows, say)
         path = folder / model / "layers.json"
-        if model in LAYERED and not given.rows:
+        if model in LAYERED and not given.rows and time.monotonic() < end:
             with claimed(folder, model, "layers") as mine:
                 if mine and not path.exists():
-                    found = [vars(c) for c in layer_checks(load())]
+                    found = [vars(c) for c in layer_checks(scorers[model]().case)]
                     path.with_suffix(".partial").write_text(json.dumps(found, indent=1) + "\n")
                     path.with_suffix(".partial").replace(path)
 

@@ -19,6 +19,11 @@ PRIMARY = {  # task and metric that orderings are judged by
     "minilm": ("pairs", "output_error"),
     "resnet20": ("images", "kl"),
 }
+JUDGED = {
+    *(f"{key}-w{bits}g{group}" for key in ("rtn", "gptq") for bits in (4, 3) for group in (128, 64)),
+    *("dgq-w4a8", "qoq-w4a8-g128", "rtn-w4a8", "rtn-w4a8-g128", "ptqtp-2"),
+}
+"""Rows that the orderings below look at: they are measured first."""
 PASS, FAIL, MISSING = "pass", "FAIL", "not measured"
 
 

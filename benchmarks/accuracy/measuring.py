@@ -142,27 +142,34 @@ def claimed(folder: Path, model: str, row: str) -> Iterator[bool]:
 
 
 def measure_rows(
-    folder: Path, model: str, load: Callable[[], Case], rows: list[Row], say: Callable[[str], None]
+    folder: Path,
+    model: str,
+    scorer: Callable[[], Scorer],
+    rows: list[Row],
+    say: Callable[[str], None],
+    end: float = math.inf,
 ) -> None:
-    """Measure the rows of one model that nobody has measured; the model is loaded when the first of them is due.
+    """Measure the rows of one model that nobody has measured; its scorer is made when the first of them is due.
+
+    After ``end`` (of `time.monotonic`) no further row is begun.
 
     A row that breaks down is told with its traceback and left out: the others, and the next run, go on.
     """
-    scorer: Scorer | None = None
     for row in (None, *rows):
+        if time.monotonic() > end:
+            return
         name = FLOAT if row is None else row.name
         with claimed(folder, model, name) as mine:
             if not mine or kept(folder, model, name) is not None:
                 continue
-            scorer = scorer or Scorer(load())
             begun = time.monotonic()
             try:
-                said, units = scorer.of_float() if row is None else scorer.row(row)
+                said, units = scorer().of_float() if row is None else scorer().row(row)
             except Exception:
                 say(f"{model} {name} BROKE DOWN:\n{traceback.format_exc()}")
                 continue
             keep(folder, model, name, said, units)
-        say(f"{model} {name}: {headline(said, scorer.case)} ({time.monotonic() - begun:.0f} s)")
+        say(f"{model} {name}: {headline(said, scorer().case)} ({time.monotonic() - begun:.0f} s)")
 
 
 def headline(said: dict[str, Any], case: Case) -> str:
