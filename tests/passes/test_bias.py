@@ -76,6 +76,20 @@ def test_biases_are_found(case):
     assert [bias_of(program, s.name) for s in sites] == want
 
 
+def test_biases_of_flax_modules():
+    from flax import nnx
+
+    for module, want in (
+        (nnx.Linear(8, 4, rngs=nnx.Rngs(0)), [Bias("bias", (), (1,))]),
+        (nnx.Conv(8, 4, (3,), rngs=nnx.Rngs(0)), [Bias("bias", (), (2,))]),
+        (nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0)), [Bias("query/bias", (), (1, 2))]),
+    ):
+        fn, params = qjax.from_nnx(module)
+        program = qjax.trace(fn, params, X)
+        found = [bias_of(program, s.name) for s in program.sites if s.op in ("dot", "conv")]
+        assert found[: len(want)] == want and all(isinstance(b, Bias) for b in found)
+
+
 REFUSED = {
     "none": (DENSE, lambda p, x: jax.nn.relu(x @ p["w"]), "used in several places|stands between|goes into a function"),
     "residual": (DENSE, lambda p, x: x @ p["w"] + x[..., :6] + p["b"], "no parameter"),
