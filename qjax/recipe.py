@@ -273,13 +273,7 @@ def _at_site(decision: Decision, site: Any) -> Decision:
 
 def _for_op(decision: Decision, op: str) -> Decision:
     """The decision at a site of this op: what belongs to channels has no place among the pixels of a convolution."""
-    if op != "conv":
-        return decision
-    plainly = getattr(decision.rounding, "for_convolution", None)
-    if plainly is not None:
-        rounding, note = plainly()
-        decision = replace(decision, rounding=rounding, note=note)
-    if decision.inputs is None:
+    if op != "conv" or decision.inputs is None:
         return decision
     if decision.inputs.fmt.per == "group" and decision.clamp_group:  # presets are written without a model in view
         why = f"its inputs stay float: the windows of a convolution read across groups ({decision.inputs.fmt.name})"

@@ -61,29 +61,27 @@ class AWQ:
         n_grid: values of a, 2 or more.
         duo_scaling: whether s looks at weights too; "both" tries both kinds, half of the grid each.
         clip: whether ranges are searched as well.
-        channels: input channels that share a factor over all places of a kernel, for convolutions, whose images are
-            divided; a recipe sets it.
         inner: the rounding of the scaled weight, `RTN` or `GPTQ`; where ranges are searched it rounds with them, and
             its observer is not asked.
         scale: whether factors are searched; False clips only, behind an AWQ in ``prepare``.
         match, unfolded: of a pass in ``prepare``: which sites, and what becomes of factors that nothing takes up, as in
             `SmoothQuant`.
+        channels: input channels that share a factor over all places of a kernel, for convolutions, whose images are
+            divided; a recipe sets it.
     """
 
     n_grid: int = 20
     duo_scaling: bool | str = "both"
     clip: bool = True
     inner: Any = RTN()
-    channels: int | None = None
-
     scale: bool = True
     match: str = "**"
     unfolded: str = "beside"
+    channels: int | None = None
 
     needs_batches: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
-    smooths: ClassVar[bool] = True
     statistics: ClassVar[tuple[Statistic, ...]] = (SecondMoment(), MeanMagnitude())
 
     def __post_init__(self) -> None:
@@ -106,6 +104,11 @@ class AWQ:
                 "second moments"
             )
 
+    @property
+    def smooths(self) -> bool:
+        """Whether activations are divided by factors that it finds."""
+        return self.scale
+
     def check_format(self, fmt: Format) -> None:
         """Raise a FormatError if a format cannot be rounded in this way."""
         if self.clip and type(fmt).from_range is Format.from_range:
@@ -118,7 +121,7 @@ class AWQ:
 
     def for_site(self, site: Any) -> tuple[Any, str]:
         """This rounding at one site, and what the report should say of it."""
-        if site.op != "conv" or not site.weight_shape or not site.in_axes:
+        if site.op != "conv" or not self.scale or not site.weight_shape or not site.in_axes:
             return self, ""
         gone = [axis for axis, _ in site.slice]
         sizes = [site.weight_shape[a - sum(g < a for g in gone)] for a in site.in_axes if a not in gone]
@@ -132,10 +135,6 @@ class AWQ:
     def kept(self, length: int) -> Aux:
         """What is kept with a weight of rows of this length: {"input.smooth": float32 [1, length]}."""
         return {SMOOTH: jnp.ones((1, length), jnp.float32)} if self.scale else {}
-
-    def for_convolution(self) -> tuple[AWQ, str]:
-        """What serves a convolution, whose windows overlap: ranges are clipped, and no factors are kept beside it."""
-        return dataclasses.replace(self, scale=False), "its channels are not scaled, since it is a convolution"
 
     def edit(self, program: Program, leaves: Leaves, chosen: Sequence[str], states: Mapping[str, State]) -> Edits:
         """Search the factors of the sites of a block and fold them: see `qjax.passes.PreparePass`."""
@@ -177,10 +176,9 @@ class AWQ:
         mean = jnp.asarray(statistics["magnitude"]) / jnp.maximum(jnp.asarray(statistics["magnitude_rows"]), 1)
         s = jnp.ones(w.shape[-1], jnp.float32)
         if self.scale:
-            s = awq_scales([w], mean, h, fmt, n_grid=self.n_grid, duo_scaling=self.duo_scaling)
+            how = {"n_grid": self.n_grid, "duo_scaling": self.duo_scaling, "channels": self.channels}
+            s = awq_scales([w], mean, h, fmt, **how)
         kept = {SMOOTH: s[None]} if self.scale else {}
-        how = {"n_grid": self.n_grid, "duo_scaling": self.duo_scaling, "channels": self.channels}
-        s = awq_scales([w], mean, h, fmt, **how)
         scaled, moment = w * s, h / (s[:, None] * s[None, :])
         settings: dict[str, Any] = {"observer": observer}
         if self.inner.needs_batches:
