@@ -135,6 +135,20 @@ def prepared(x: AnyArray, aux: Mapping[str, Any]) -> Array:
     return rotate(y, aux[SIGNS]) if SIGNS in aux else y
 
 
+def check_prepared(w: Any, where: str) -> None:
+    """Refuse a weight whose activations have to be prepared before a product with its codes.
+
+    Raises:
+        LayoutError: it is kept smoothed or rotated.
+    """
+    for name, how in ((SMOOTH, "smoothed"), (SIGNS, "rotated")):
+        if name in w.aux:
+            raise LayoutError(
+                f"{where}this weight is kept {how} ({name}): multiply it as a function that qjax has rewritten, or "
+                "give qjax.formats.rotation.prepared(x, w.canonical().aux) and the weight without that array"
+            )
+
+
 def kept_as(w: AnyArray, aux: Mapping[str, Any]) -> Array:
     """A weight [*stack, N, K] as what its codes are taken of: the opposite of `restored`; float32."""
     y = jnp.asarray(w).astype(jnp.float32)

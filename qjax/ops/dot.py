@@ -18,6 +18,7 @@ from qjax import _compat
 from qjax.errors import LayoutError, QjaxWarning
 from qjax.formats import Aux, Float8, Format, Int, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
+from qjax.formats.rotation import check_prepared
 from qjax.kernels import Act, Problem, select
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
@@ -144,9 +145,10 @@ def q_dot(
         [*stack, *rows, N].
 
     Raises:
-        LayoutError: if x does not fit w, with both shapes.
+        LayoutError: if x does not fit w, with both shapes; or w is kept smoothed or rotated.
         LoweringError: if the named implementation cannot run, with the reason.
     """
+    check_prepared(w, f"{site}: " if site else "")
     w = w if _is_canonical(w) else w.canonical()
     stacks = w.codes.ndim - 2
     stack = w.codes.shape[:stacks]

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from qjax.errors import LayoutError
 from qjax.formats import QArray
+from qjax.formats.rotation import check_prepared
 from qjax.kernels import Act, Problem, select
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
 from qjax.ops.base import Operands, QuantizedOp, Spec, quantized_linear
@@ -76,9 +77,10 @@ def q_ragged_dot(
         [M, N]. Derivatives as in `qjax.ops.q_dot`; `vmap` computes one example after the other.
 
     Raises:
-        LayoutError: if x, w and group_sizes do not fit together.
+        LayoutError: if x, w and group_sizes do not fit together; or w is kept smoothed or rotated.
         LoweringError: if the named implementation cannot run.
     """
+    check_prepared(w, f"{site}: " if site else "")
     w = w.canonical()
     if x.ndim != 2 or w.codes.ndim != 3 or x.shape[1] != w.length or group_sizes.shape != w.codes.shape[:1]:
         raise LayoutError(

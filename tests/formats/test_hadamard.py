@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qjax import ops
 from qjax.errors import LayoutError
 from qjax.formats import SIGNS, SMOOTH, QArray, concatenate, hadamard, quantize_array
 from qjax.formats.integer import Int
@@ -122,6 +123,15 @@ def test_what_is_kept_stands_for_the_weight(smooth):
     plain = q.fmt.decode(q.unpacked(), q.aux)
     np.testing.assert_allclose(prepared(x, q.aux) @ plain.T, x @ np.asarray(q.dequantize()), atol=1e-4)
     np.testing.assert_allclose(restored(kept_as(w.T, q.aux), q.aux), w.T, atol=1e-5)
+
+
+def test_a_product_of_what_is_kept_wants_prepared_activations():
+    q, w = kept()
+    x = np.random.default_rng(2).standard_normal((3, 16)).astype(np.float32)
+    with pytest.raises(LayoutError, match=r"kept rotated \(input.signs\)"):
+        ops.q_dot(x, q)
+    bare = QArray(q.codes, {k: a for k, a in q.aux.items() if k != SIGNS}, q.fmt, q.layout, q.dtype)
+    np.testing.assert_allclose(ops.q_dot(prepared(x, q.canonical().aux), bare), x @ w, atol=0.1)
 
 
 def test_views_carry_the_signs():
