@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,6 +54,17 @@ class Rotated:
                 f"Rotated: {self.inner!r} trains whole blocks, and sees them as they are; fold the rotation instead, "
                 "prepare=[qjax.passes.Rotate()]"
             )
+        if getattr(self.inner, "smooths", False):
+            raise FormatError(
+                f"Rotated: {self.inner!r} divides channels by factors, and a rotation leaves no channels to divide; leave "
+                "one of the two out"
+            )
+        blind = [s for s in rounding_statistics(self.inner) if type(s).rotated is Statistic.rotated]
+        if blind:
+            raise FormatError(
+                f"Rotated: {self.inner!r} looks at {blind[0]!r}, which does not say what it is of rotated activations; "
+                "use a rounding that looks at second moments, such as qjax.GPTQ()"
+            )
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise FormatError(f"Rotated: seed={self.seed!r}; an integer, or None for no random signs")
         if self.block is not None and (
@@ -75,6 +86,17 @@ class Rotated:
     def statistics(self) -> tuple[Statistic, ...]:
         """Those of the inner rounding, of the activations before they are rotated."""
         return rounding_statistics(self.inner)
+
+    def check_format(self, fmt: Format) -> None:
+        """Raise a FormatError if the inner rounding cannot round a format."""
+        inner = getattr(self.inner, "check_format", None)
+        if inner is not None:
+            inner(fmt)
+
+    def doubts(self, state: Mapping[str, AnyArray]) -> Iterator[tuple[str, str]]:
+        """Yield what makes the inner rounding doubt the statistics of a weight."""
+        inner = getattr(self.inner, "doubts", None)
+        yield from inner(state) if inner is not None else ()
 
     def kept(self, length: int) -> Aux:
         """What is kept with a weight of rows of this length: {"input.signs": int8 [1, width]}."""

@@ -258,6 +258,12 @@ def test_what_cannot_be_rotated():
     for bad in ({"block": 1}, {"block": True}, {"seed": 0.5}, {"inner": 3}, {"inner": qjax.Rotated()}):
         with pytest.raises(FormatError, match="Rotated: "):
             qjax.Rotated(**bad)
+    with pytest.raises(FormatError, match="leave one of the two out"):
+        qjax.Rotated(qjax.AWQ())
+    with pytest.raises(FormatError, match="does not say what it is of rotated activations"):
+        qjax.Rotated(qjax.AWQ(scale=False))
+    with pytest.raises(RecipeError, match="GPTQ rounds columns one by one"):
+        rotated(qjax.MXFP4(), inner=qjax.GPTQ())
     with pytest.raises(FormatError, match="fold the rotation instead"):
         qjax.Rotated(qjax.AutoRound())
     with pytest.raises(FormatError, match="takes no weight="):
