@@ -56,7 +56,7 @@ class Rotated:
             )
         if getattr(self.inner, "smooths", False):
             raise FormatError(
-                f"Rotated: {self.inner!r} divides channels by factors, and a rotation leaves no channels to divide; leave "
+                f"Rotated: {self.inner!r} divides channels by factors, and a rotation leaves no channels; leave "
                 "one of the two out"
             )
         blind = [s for s in rounding_statistics(self.inner) if type(s).rotated is Statistic.rotated]
