@@ -171,6 +171,8 @@ def _check_rule(rule: Rule) -> None:
         )
     if rule.rounding is not None and rule.weights is None:
         raise refuse("rounding says how weights are rounded, and the rule has no weights")
+    if isinstance(rule.rounding, type | str | int | float):
+        raise refuse(f"rounding is a value such as qjax.GPTQ() or qjax.HQQ(), not {rule.rounding!r}")
     for op in rule.ops:
         for setting in given:
             if setting not in _SETTINGS[op]:

@@ -261,7 +261,9 @@ def quantize(
     """
     recipe = resolve_recipe(recipe)
     if recipe.needs_batches and batches is None and state is None:
-        raise RecipeError(f"{recipe.needs_batches}: pass calibration data as batches=, or choose a dynamic recipe")
+        raise RecipeError(
+            f"{recipe.needs_batches}: pass calibration data as batches=, or choose a recipe that needs none"
+        )
     if batches is not None:
         if kwargs:
             raise QjaxError("batches are tuples of positional arguments; give the function without keyword arguments")

@@ -101,6 +101,7 @@ def prepare_block(
     who, notes = type(step).__name__, said(step, edits)
     static = [name for name in edits.smooth if isinstance(plan.decisions[name].inputs, Static)]
     if static:
+        notes = [n for n in notes if not n.startswith(tuple(f"{who}: {name}: factors" for name in static))]
         notes.append(
             f"{who}: not smoothed, because factors that nothing in front takes up cannot be kept beside constant "
             f"scales of inputs (static(..., smooth=...) finds both together): {', '.join(static)}"

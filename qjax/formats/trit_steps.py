@@ -117,10 +117,11 @@ def levels(scales: Array) -> Levels:
 
 def trits_of(code: AnyArray, planes: int) -> list[Array]:
     """Return t_k + 1 for k = 1 .. K, in the dtype of the code, from codes sum over k of 3**(K-k) (t_k + 1)."""
+    # By comparing, not dividing: XLA on CPU (jaxlib 0.10.2) divides uint8 wrongly where that is fused into a sum.
     rest, out = jnp.asarray(code), []
     for k in range(planes - 1):
         unit = 3 ** (planes - 1 - k)
-        out.append(rest // rest.dtype.type(unit))
+        out.append(sum((rest >= rest.dtype.type(n * unit)).astype(rest.dtype) for n in (1, 2)))
         rest = rest - out[-1] * rest.dtype.type(unit)
     return [*out, rest]
 

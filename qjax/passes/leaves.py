@@ -67,7 +67,7 @@ class Leaves:
         """Whether a pass may change this slice now: nothing outside the block that is at hand reads it."""
         return self._editable is None or self._editable(name, ordered(key))
 
-    def only(self, editable: Callable[[str, SliceKey], bool], formats: Mapping[str, Any]) -> Leaves:
+    def only(self, editable: Callable[[str, SliceKey], bool], formats: Mapping[str, Any] | None = None) -> Leaves:
         """The same leaves and edits, of which only some may be changed."""
         view = Leaves(self.names, self.values, editable, formats)
         view.values, view.edits = self.values, self.edits

@@ -88,3 +88,12 @@ def test_order_on_a_language_model(root):
         kl[fmt.name] = qjax.evaluate.divergence(net, params, model, model.params, tokens, show=False).kl
     assert kl["int4 g128"] < kl["trits2 g128"] < kl["int3 g128"], kl
     assert kl["trits3 g128"] < 1.2 * kl["int4 g128"], kl
+
+
+def test_the_report_says_what_the_weights_lost():
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((256, 64)), jnp.float32)
+    recipe = qjax.Recipe([qjax.Rule("**", weights=TritPlanes(group=64))])
+    model = qjax.quantize(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((2, 256)), recipe=recipe)
+    near = np.asarray(model.params["w"].dequantize(), np.float64)
+    want = 10 * np.log10(np.sum(np.square(w, dtype=np.float64)) / np.sum((np.asarray(w, np.float64) - near) ** 2))
+    assert abs(model.report.quantized[0].sqnr_db - want) < 0.01
