@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -43,16 +44,19 @@ class AutoRound:
     the float model. Activations are not rounded while it trains.
 
     Args:
-        iters: steps for each block, each on one batch.
+        iters: steps for each block.
         lr: length of the first step of ``V``; None is 1 / iters, as published.
         minmax_lr: the same of ``low`` and ``high``; None is lr.
         seed: draws the batches.
+        per_step: batches of each step, over which the error is averaged. They are drawn without repeats until too few
+            are left. The tool of the authors draws 8 rows: batches of 2 rows with ``per_step=4`` do the same.
     """
 
     iters: int = 200
     lr: float | None = None
     minmax_lr: float | None = None
     seed: int = 0
+    per_step: int = 1
 
     needs_batches: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
@@ -61,6 +65,8 @@ class AutoRound:
     def __post_init__(self) -> None:
         if isinstance(self.iters, bool) or not isinstance(self.iters, int) or self.iters < 1:
             raise FormatError(f"AutoRound: iters={self.iters!r}; a number of steps, such as 200")
+        if isinstance(self.per_step, bool) or not isinstance(self.per_step, int) or self.per_step < 1:
+            raise FormatError(f"AutoRound: per_step={self.per_step!r}; a number of batches, 1 or more")
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
@@ -133,29 +139,29 @@ class AutoRound:
         )
 
         @jax.jit
-        def loss(theta: Any, batch: Any, target: Any, weights: Any) -> Array:
+        def loss(theta: Any, drawn: Any, weights: Any) -> Array:
             rounded = {name: soft_rounded(w, formats[name], theta[name]) for name, w in weights.items()}
-            return squared_error(outputs(rounded, batch), target)
+            return sum(squared_error(outputs(rounded, batch), target) for batch, target in drawn) / len(drawn)
 
         @jax.jit
-        def step(theta: Any, state: Any, batch: Any, target: Any, weights: Any) -> Any:
-            value, slope = jax.value_and_grad(loss)(theta, batch, target, weights)
+        def step(theta: Any, state: Any, drawn: Any, weights: Any) -> Any:
+            value, slope = jax.value_and_grad(loss)(theta, drawn, weights)
             updates, state = optimizer.update(slope, state, theta)
             return value, _within(optax.apply_updates(theta, updates)), state
 
         start = {name: _start(w, formats[name]) for name, w in weights.items()}
         theta, state = start, optimizer.init(start)
         best, least = start, float("inf")
-        order = jax.random.randint(jax.random.key(self.seed), (self.iters,), 0, len(inputs)).tolist()
-        for at in order:
-            value, moved, state = step(theta, state, inputs[at](), targets[at], weights)
+        for chosen in _draws(len(inputs), self.per_step, self.iters, self.seed):
+            drawn = tuple((inputs[at](), targets[at]) for at in chosen)
+            value, moved, state = step(theta, state, drawn, weights)
             if float(value) < least:
                 best, least = theta, float(value)
             theta = moved
 
         def total(theta: Any) -> float:
             pairs = zip(inputs, targets, strict=True)
-            return sum(float(loss(theta, batch(), target, weights)) for batch, target in pairs)
+            return sum(float(loss(theta, ((batch(), target),), weights)) for batch, target in pairs)
 
         return min((start, best, theta), key=total)
 
@@ -201,6 +207,16 @@ def squared_error(outs: Sequence[Any], targets: Sequence[Any]) -> Array:
         ),
         start=jnp.float32(0),
     )
+
+
+def _draws(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """The batches of each step: all of them in a random order, and anew when fewer are left than a step takes."""
+    rng, size = np.random.default_rng(seed), min(size, count)
+    out: list[list[int]] = []
+    while len(out) < steps:
+        order = rng.permutation(count).tolist()
+        out += [order[at : at + size] for at in range(0, count - size + 1, size)]
+    return out[:steps]
 
 
 def _ranges(w: Array, fmt: Any, theta: Mapping[str, AnyArray]) -> Aux:
