@@ -43,6 +43,7 @@ def roundings(iters: int, rows: int) -> dict[str, Any]:
     """Those of qjax; ``rows`` of a batch."""
     return {
         "RTN": None,
+        "RTN, MSE range": qjax.RTN(qjax.MSE()),
         "GPTQ": qjax.GPTQ(),
         "GPTQ, static order, MSE range": qjax.GPTQ(actorder="static", observer=qjax.MSE()),
         "AutoRound": qjax.AutoRound(iters=iters, per_step=ROWS // rows),

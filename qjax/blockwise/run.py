@@ -32,7 +32,7 @@ from qjax.blockwise.placing import placed, where
 from qjax.blockwise.preparing import Smooth, formats_of, own_slices, pass_taps, prepare_block
 from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
-from qjax.blockwise.tuning import block_outputs, canonical_slice, tuned_slices
+from qjax.blockwise.tuning import block_outputs, canonical_slice, own_outputs, tuned_slices
 from qjax.calibration import State
 from qjax.errors import DataError, QjaxError
 from qjax.lazy import Lazy
@@ -443,6 +443,7 @@ class BlockQuantizer:
                 raise DataError(f"{rounding!r} trains on batches of one shape, and these have {len(self.shaped)}")
             reads = shaped.schedule.blocks[number].reads
             cache: dict[Any, Any] = {}
+            own = own_outputs(shaped.schedule.blocks[number], {p for p, _ in names})
 
             def inputs_of(at: int, batch: Any, cache: dict[Any, Any] = cache) -> Callable[[], Any]:
                 def inputs() -> Any:
@@ -452,13 +453,17 @@ class BlockQuantizer:
 
                 return inputs
 
-            def emit(values: Sequence[Any], takes: Sequence[Any], shaped: Shaped = shaped) -> Sequence[Any]:
+            def emit(
+                values: Sequence[Any], takes: Sequence[Any], shaped: Shaped = shaped, own: Sequence[int] = own
+            ) -> Sequence[Any]:
                 block = shaped.schedule.blocks[number]
-                return emit_block(Rewriter(shaped.program, {}, max_runs=1 << 30), block, values, takes)
+                outs = emit_block(Rewriter(shaped.program, {}, max_runs=1 << 30), block, values, takes)
+                return [outs[i] for i in own]
 
             batches = [inputs_of(at, batch) for at, batch in enumerate(self.batches())]
             outputs = block_outputs(emit, reads, plans, shapes, smooth)
-            found |= rounding.tune(outputs, weights, formats, batches, targets)
+            wanted = [[target[i] for i in own] for target in targets]
+            found |= rounding.tune(outputs, weights, formats, batches, wanted)
         return found
 
     def round(

@@ -6,13 +6,14 @@ What it returns for each weight is handed to its ``round`` as statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from qjax.applying.storage import LeafPlan
 from qjax.blockwise.placing import where
+from qjax.blockwise.schedule import Block
 from qjax.formats import canonical_matrix
 from qjax.formats.layout import weight_layout
 
@@ -29,6 +30,28 @@ def tuned_slices(plans: Mapping[int, LeafPlan], due: Sequence[Name]) -> dict[Any
         if getattr(rounding, "tunes", False):
             out.setdefault(rounding, []).append((position, key))
     return out
+
+
+def own_outputs(block: Block, trained: Collection[int]) -> tuple[int, ...]:
+    """Which outputs of a block the trained weights change by a path that leads through no other output.
+
+    What belongs to no later block's weights runs in this one, such as the sum of squares of the next layer's norm. It
+    follows from the residual, which is handed on as well; held against its float value beside it, it would outweigh it
+    by orders of magnitude.
+
+    Args:
+        block: the block.
+        trained: positions of leaves.
+
+    Returns:
+        Positions in ``block.gives``, in order; all of them where no output depends on the weights.
+    """
+    touched, given, own = set(trained), set(block.gives), set()
+    for item in block.items:
+        if any(use.value in touched for use in item.uses):
+            own.update(set(item.results) & given)
+            touched.update(set(item.results) - given)
+    return tuple(i for i, value in enumerate(block.gives) if value in own) or tuple(range(len(block.gives)))
 
 
 def canonical_slice(plan: LeafPlan, value: Any) -> Any:

@@ -10,9 +10,10 @@ from jax import lax
 
 import qjax
 from qjax.applying.storage import LeafPlan, Stored
-from qjax.blockwise.tuning import canonical_slice, from_canonical, with_weights
+from qjax.blockwise.schedule import blocks_of
+from qjax.blockwise.tuning import canonical_slice, from_canonical, own_outputs, with_weights
 from qjax.errors import DataError, FormatError, RecipeError
-from qjax.passes.autoround import soft_rounded
+from qjax.passes.autoround import _draws, soft_rounded
 
 D, LAYERS = 12, 2
 FMT = qjax.Int(3, group=6, symmetric=False)
@@ -188,3 +189,38 @@ def test_what_cannot_be_done_is_refused():
         )
     with pytest.raises(FormatError, match="offset"):
         qjax.AutoRound().round(np.ones((2, 6)), FMT)
+
+
+def test_what_follows_from_another_output_is_no_target():
+    """The sum of squares of the next layer's norm is large, and runs in this layer's block beside the residual."""
+
+    def normed(p, x):
+        for w in p["layers"]:
+            x = x + layer(x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True)), w)
+        return x
+
+    program = qjax.trace(normed, listed(params()), TEST)
+    first = next(block for block in blocks_of(program).blocks if block.name.endswith("0"))
+    assert len(first.gives) == 2
+    own = own_outputs(first, {use.value for use in first.reads})
+    given = [next(item for item in first.items if value in item.results) for value in first.gives]
+    assert [given[i].eqn.outvars[0].aval.shape for i in own] == [(200, D)]
+    assert own_outputs(first, set()) == (0, 1)
+
+
+def test_batches_are_drawn_without_repeats():
+    for count, size in [(8, 1), (8, 3), (2, 5)]:
+        draws = _draws(count, size, 9, seed=1)
+        assert len(draws) == 9 and all(len(set(d)) == len(d) == min(size, count) for d in draws)
+        turn = count // min(size, count)
+        for at in range(0, 9 - turn + 1, turn):
+            seen = [i for d in draws[at : at + turn] for i in d]
+            assert len(set(seen)) == len(seen)
+    with pytest.raises(FormatError, match="per_step"):
+        qjax.AutoRound(per_step=0)
+
+
+def test_several_batches_a_step():
+    model = qjax.quantize(scanned, params(), recipe=recipe(qjax.AutoRound(iters=30, per_step=2)), batches=BATCHES)
+    nearest = qjax.quantize(scanned, params(), *BATCHES[0], recipe=recipe(None))
+    assert error(model, scanned, params()) < 0.9 * error(nearest, scanned, params())
