@@ -141,7 +141,8 @@ class AutoRound:
         @jax.jit
         def loss(theta: Any, drawn: Any, weights: Any) -> Array:
             rounded = {name: soft_rounded(w, formats[name], theta[name]) for name, w in weights.items()}
-            return sum(squared_error(outputs(rounded, batch), target) for batch, target in drawn) / len(drawn)
+            errors = [squared_error(outputs(rounded, batch), target) for batch, target in drawn]
+            return sum(errors, start=jnp.float32(0)) / len(errors)
 
         @jax.jit
         def step(theta: Any, state: Any, drawn: Any, weights: Any) -> Any:
