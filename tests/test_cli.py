@@ -8,10 +8,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import qjax.report
 from qjax.cli import main
+from qjax.cli.output import print_rich
 from qjax.folders import fingerprint, load_folder
 
 LLAMA = {
@@ -148,6 +150,24 @@ def test_usage_errors_have_code_2(capsys):
 
 
 # -- inspect, recipes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env", [{"COLUMNS": "40"}, {"COLUMNS": ""}, {"TERM": "dumb", "FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}]
+)
+def test_a_row_in_a_pipe_is_a_line(capsys, monkeypatch, env):
+    for name in ("COLUMNS", "TERM", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    table = Table("a name", "why")
+    words = [" ".join(["word"] * n) for n in (1, 60)]
+    for text in words:
+        table.add_row("layers/0/" + "x" * 90, text)
+    print_rich(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and "\x1b" not in "".join(lines)
+    assert all("x" * 90 in line and text in line for line, text in zip(lines[3:], words, strict=False))
 
 
 def test_recipes(capsys):

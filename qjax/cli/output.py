@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,15 +26,25 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+LINE = 10_000
+"""Columns of a line in a file or pipe: so many that no row of a table is wrapped or cut."""
+
+
 def print_rich(thing: Any) -> None:
-    """Print a rich renderable on stdout: coloured on a terminal, plain text of 100 columns in a file or pipe."""
+    """Print a rich renderable on stdout: as wide as a terminal and coloured there, plain text in a file or pipe.
+
+    In a file or pipe a row of a table is a line, whatever COLUMNS, TERM or FORCE_COLOR say: what a script looks for is
+    never cut, and a log does not depend on the machine that wrote it.
+    """
     from rich.console import Console
 
     options: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False}
     if sys.stdout.isatty():
         Console(**options).print(thing)
         return
-    console = Console(file=io.StringIO(), width=max(60, shutil.get_terminal_size((100, 24)).columns), **options)
+    # Without a height, rich takes 80 columns where TERM is dumb.
+    plain: dict[str, Any] = {"width": LINE, "height": 100, "color_system": None, "force_terminal": False}
+    console = Console(file=io.StringIO(), legacy_windows=False, **plain, **options)
     with console.capture() as capture:
         console.print(thing)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))

@@ -87,7 +87,8 @@ def test_too_close_to_tell(capsys):
     assert "too close to tell, measure both" in out
 
 
-def test_measured_tables(capsys, tmp_path):
+def test_measured_tables(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "60")  # a pipe is not a narrow terminal
     model = {"params": 70.6e9, "layers": 80, "kv_heads": 8, "head_dim": 128}
     row = {
         "device": "H100",
