@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from qjax.cli.output import print_json, print_rich
+from qjax.cli.output import print_json, print_rich, table
 from qjax.errors import DeviceError
 from qjax.hardware import (
     Advice,
@@ -66,14 +66,15 @@ def _size(args: argparse.Namespace) -> ModelSize:
         "--head-dim": args.head_dim,
     }
     if args.folder is not None:
-        if any(value is not None for value in given.values()):
+        if any(value is not None for value in (*given.values(), args.context)):
             raise DeviceError("give the folder of a model or its sizes, not both")
         return size_of(args.folder)
     missing = [name for name, value in given.items() if value is None]
     if missing:
         raise DeviceError(f"give the folder of a model, or its sizes: {', '.join(missing)} missing")
     name = f"{args.parameters / 1e9:.3g}B"
-    return ModelSize(args.parameters, args.layers, args.kv_heads, args.head_dim, kept=args.kept, name=name)
+    sizes = (args.parameters, args.layers, args.kv_heads, args.head_dim)
+    return ModelSize(*sizes, kept=args.kept, name=name, context=args.context)
 
 
 def _recovery(text: str) -> tuple[str, float]:
@@ -89,75 +90,102 @@ def _recovery(text: str) -> tuple[str, float]:
 
 
 def _show(advice: Advice) -> None:
-    from rich.table import Table
-
     d, w = advice.device, advice.workload
     price = f", {d.price:g} an hour" if d.price else ""
     print(
-        f"{advice.size.name}: {advice.size.params / 1e9:,.3g} B parameters on {d.name} ({d.memory / 1e9:g} GB, "
-        f"{d.bandwidth / 1e12:g} TB/s{price}), {w.name} ({w.prompt} tokens in, {w.output} out), {advice.mode}\n"
+        f"{advice.size.name}: {_count(advice.size.params)} parameters on {d.name} ({d.memory / 1e9:g} GB, "
+        f"{d.bandwidth / 1e12:g} TB/s{price}), {w.name} ({w.prompt} tokens in, {w.output} out), {_MODES[advice.mode]}\n"
     )
     unit = "queries per unit of price" if d.price else "queries per device-hour"
-    table = Table(box=None, pad_edge=False)
-    for name in ("format", "devices", "batch", "latency", "queries/s", unit, "recovery", ""):
-        table.add_column(name, justify="left" if name in ("format", "") else "right")
-    for c in advice.candidates:
-        table.add_row(*_row(advice, c))
-    print_rich(table)
-    print()
-    best, other = advice.choice, advice.runner_up
-    how = f" (recipe {best.scheme.preset})" if best.scheme.preset else " (no quantization)"
-    if other is None:
-        print(f"Take {best.scheme.name}{how}: nothing else will do.")
-    elif advice.measure:
-        print(
-            f"{best.scheme.name}{how} is {100 * advice.margin:.0f} % ahead of {other.scheme.name}: too close to tell, "
-            "measure both."
-        )
-    else:
-        print(
-            f"Take {best.scheme.name}{how}: {100 * advice.margin:.0f} % more queries for the money than "
-            f"{other.scheme.name}."
-        )
+    heads = ("format", "devices", "batch", "latency", "queries/s", unit, "recovery", "", "")
+    print_rich(table(heads, (_row(advice, c) for c in advice.candidates), left=(0, 7, 8)))
+    print("\n" + _verdict(advice))
+    for note in advice.notes:
+        print(f"Note: {note}")
     e = advice.efficiency
     source = (
-        f"fitted to {advice.calibrated} measurements"
+        f"fitted to {advice.calibrated} measurement{'s' if advice.calibrated > 1 else ''}"
         if advice.calibrated
         else f"{d.name} is unmeasured: start values of the format study"
     )
     print(
         f"Efficiency: {e.bandwidth:.2f} of the bandwidth, {e.compute:.2f} of the peak, {1e3 * e.step:.1f} ms a step "
-        f"({source}). Recovery: published figures by size, unless marked measured."
+        f"({source})."
     )
+    said = [_SOURCES[s] for s in _SOURCES if any(c.source == s for c in advice.candidates)]
+    if said:
+        print(f"Recovery: {'; '.join(said)}.")
+
+
+EQUAL = 0.005
+"""Share of the cost below which two formats are said to come out equal."""
+
+_MODES = {"sync": "one query at a time", "async": "as many queries as fit", "rate": "queries at a given rate"}
+_SOURCES = {
+    "measured": "measured is what you gave",
+    "published": "published is that of Llama 3.1 of this size",
+    "interpolated": "interpolated is between sizes of Llama 3.1",
+    "extrapolated": "extrapolated is a guess from other sizes of Llama 3.1, so measure it (--measured-recovery)",
+}
+
+
+def _count(n: float) -> str:
+    scale, unit = next(((s, u) for s, u in ((1e9, " B"), (1e6, " M"), (1e3, " K")) if n >= s), (1, ""))
+    return f"{n / scale:,.3g}{unit}"
+
+
+def _verdict(advice: Advice) -> str:
+    best, other = advice.choice, advice.runner_up
+    take = f"Take {best.scheme.name} ({_how(best)})"
+    if other is None:
+        return f"{take}: nothing else will do."
+    if not advice.measure:
+        return f"{take}: {100 * advice.margin:.0f} % more queries for the money than {other.scheme.name}."
+    if not best.scheme.preset and advice.margin > -EQUAL:
+        return f"{take}: no format is faster."
+    first, second = (best, other) if advice.margin >= 0 else (other, best)
+    ahead = first.per_cost / second.per_cost - 1
+    close = (
+        f"{first.scheme.name} is {100 * ahead:.0f} % ahead of {second.scheme.name}: too close to tell, measure both."
+        if ahead >= EQUAL
+        else f"{first.scheme.name} and {second.scheme.name} come out equal: too close to tell, measure both."
+    )
+    kept = [c.recovery for c in (best, other)]
+    if None in kept or kept[0] == kept[1]:
+        return f"{close} Until then take {best.scheme.name} ({_how(best)})."
+    shown = f"{_percent(best)} against {_percent(other)}"
+    return f"{close} Until then take {best.scheme.name} ({_how(best)}), which keeps more of the scores ({shown})."
+
+
+def _how(c: Candidate) -> str:
+    return f"recipe {c.scheme.preset}" if c.scheme.preset else "no quantization"
+
+
+def _percent(c: Candidate) -> str:
+    return "unknown" if c.recovery is None else f"{c.recovery:.1f} %"
 
 
 def _row(advice: Advice, c: Candidate) -> list[str]:
-    recovery = "unknown" if c.recovery is None else f"{c.recovery:.1f} %{' measured' if c.measured else ''}"
     if c.reason:
-        return [c.scheme.name, "", "", "", "", "", recovery, c.reason]
+        return [c.scheme.name, "", "", "", "", "", _percent(c), c.source, c.reason]
     count = f"{c.devices}" if c.replicas == 1 else f"{c.replicas} x {c.devices}"
     note = {id(advice.choice): "choice", id(advice.runner_up): "runner-up"}.get(id(c), "")
     figures = [f"{c.batch:.3g}", f"{c.latency:.3g} s", f"{c.qps:.3g}", f"{c.per_cost:,.0f}"]
-    return [c.scheme.name, count, *figures, recovery, note]
+    return [c.scheme.name, count, *figures, _percent(c), c.source, note]
 
 
 def _list(args: argparse.Namespace) -> None:
-    from rich.table import Table
-
     if args.json:
         print_json({"devices": [_device(d) for d in devices().values()]})
         return
-    table = Table(box=None, pad_edge=False)
-    names = ("device", "GB", "TB/s", "measured", "bf16", "int8", "fp8", "capability", "B*")
-    for name in names:
-        table.add_column(name, justify="left" if name == "device" else "right")
+    rows = []
     for d in devices().values():
         peaks = [f"{d.peaks[k] / 1e12:g}" if k in d.peaks else "" for k in ("bf16", "int8", "fp8")]
         measured = f"{d.measured_bandwidth / 1e12:g}" if d.measured_bandwidth else ""
         capability = f"{d.capability:g}" if d.capability else ""
         speed = f"{d.bandwidth / 1e12:g}"
-        table.add_row(d.name, f"{d.memory / 1e9:g}", speed, measured, *peaks, capability, f"{d.crossover():.0f}")
-    print_rich(table)
+        rows.append([d.name, f"{d.memory / 1e9:g}", speed, measured, *peaks, capability, f"{d.crossover():.0f}"])
+    print_rich(table(("device", "GB", "TB/s", "measured TB/s", "bf16", "int8", "fp8", "capability", "B*"), rows))
     print("\nPeaks in dense TFLOP/s. B* is the number of sequences up to which 4-bit weights decode fastest.")
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,23 @@ def print_rich(thing: Any) -> None:
     with console.capture() as capture:
         console.print(thing)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> Any:
+    """A table for `print_rich`: columns of figures, right-aligned, but for those named in ``left``, which are words.
+
+    On a narrow terminal cells become taller; none is cut.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for n, head in enumerate(heads):
+        made.add_column(head, justify="left" if n in left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
 
 
 def say(text: str) -> None:

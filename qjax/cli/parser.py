@@ -252,6 +252,7 @@ def _advise(commands: argparse._SubParsersAction) -> None:
     sizes.add_argument(
         "--kept", type=float, default=0.0, metavar="P", help="parameters of embeddings and head, which stay 16-bit"
     )
+    sizes.add_argument("--context", type=_positive, metavar="N", help="most tokens that a sequence may have")
 
 
 def _search(commands: argparse._SubParsersAction) -> None:

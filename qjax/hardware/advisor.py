@@ -4,7 +4,8 @@ The steps are those of the study's derivation. Formats that the device has no ke
 where there is FP8 (as fast, needs no calibration, recovers better), unless formats are named. For each format the
 number of devices is the smallest power of two that holds it, or a doubling of that where it pays; the batch is the
 one with the most queries within memory and the latency limit. What is left with enough recovery is ranked by queries
-per unit of cost.
+per unit of cost. Formats within `MEASURE_BELOW` of the first cannot be told from it by such a model, and the one of
+them that keeps the most of the scores is the choice (decided here; the study ranks by cost alone).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from qjax.errors import DeviceError
 from qjax.hardware.devices import Device, device
-from qjax.hardware.recovery import prior
+from qjax.hardware.recovery import Source, prior, source
 from qjax.hardware.roofline import (
     Efficiency,
     Workload,
@@ -43,7 +44,7 @@ class Candidate:
         scheme: the format.
         reason: why it is out; "" where it is in.
         recovery: percent of the float model's scores, or None where unknown.
-        measured: whether the recovery was measured on this model, not looked up.
+        source: of the recovery: measured on this model, published for its size, or taken from other sizes.
         devices: that one copy of the model runs on.
         replicas: copies of the model; above 1 only where a rate is asked for.
         batch: sequences at a time, of one copy.
@@ -56,7 +57,7 @@ class Candidate:
     scheme: Scheme
     reason: str = ""
     recovery: float | None = None
-    measured: bool = False
+    source: Source = ""
     devices: int = 0
     replicas: int = 0
     batch: float = 0
@@ -78,7 +79,8 @@ class Advice:
 
     Attributes:
         size, device, workload, mode, floor: what was asked.
-        candidates: every format, the best first, those that are out last, with the reason.
+        candidates: every format: the choice, then those that can be used by their cost, then those that are out, with
+            the reason.
         efficiency: that the times were computed with.
         calibrated: how many measurements the efficiency was fitted to; 0: it is the study's start values.
     """
@@ -109,13 +111,27 @@ class Advice:
 
     @property
     def margin(self) -> float:
-        """By how much the choice is cheaper than the runner-up, as a share; infinite where there is none."""
+        """By how much the choice is cheaper than the runner-up, as a share; infinite where there is none.
+
+        Below 0 where the runner-up is cheaper by less than can be told, and the choice keeps more of the scores.
+        """
         return self.choice.per_cost / self.runner_up.per_cost - 1 if self.runner_up else math.inf
 
     @property
     def measure(self) -> bool:
         """Whether the margin is too small to be believed."""
         return self.margin < MEASURE_BELOW
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what was asked that the figures do not show."""
+        asked, most = self.workload.prompt + self.workload.output, self.size.context
+        if most is None or asked <= most:
+            return ()
+        return (
+            f"{self.size.name} takes sequences of at most {most:,} tokens, and a query of this workload has {asked:,}. "
+            "The figures are as if it took them; take a shorter workload or a model for longer sequences.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -131,6 +147,7 @@ class Advice:
             "runner_up": self.runner_up.scheme.name if self.runner_up else None,
             "margin": self.margin,
             "measure": self.measure,
+            "notes": list(self.notes),
             "efficiency": dataclasses.asdict(self.efficiency),
             "calibrated_on": self.calibrated,
             "candidates": [c.to_dict() for c in self.candidates],
@@ -216,11 +233,15 @@ def advise(
             reason = "its recovery is not known; measure it and pass it in"
         elif not reason and share is not None and share < floor:
             reason = f"recovers {share:.1f} % of the float model's scores, less than {floor:g} %"
-        found.append(dataclasses.replace(best, reason=reason, recovery=share, measured=known is not None))
+        known_from: Source = "measured" if known is not None else source(one.name, size.params)
+        found.append(dataclasses.replace(best, reason=reason, recovery=share, source=known_from))
     found.sort(key=lambda c: (bool(c.reason), -c.per_cost))
     if found[0].reason:
         why = "; ".join(f"{c.scheme.name}: {c.reason}" for c in found)
         raise DeviceError(f"no format serves {size.name} on {on.name} as asked. {why}")
+    level = [c for c in found if not c.reason and found[0].per_cost < c.per_cost * (1 + MEASURE_BELOW)]
+    choice = max(level, key=lambda c: (-math.inf if c.recovery is None else c.recovery, c.per_cost))
+    found = [choice, *(c for c in found if c is not choice)]
     return Advice(size, on, work, mode, floor, tuple(found), efficiency_of(efficiency), calibrated)
 
 

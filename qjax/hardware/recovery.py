@@ -5,9 +5,10 @@ the two leaderboards, HumanEval and HumanEval+, each taken as 100 at most, since
 left out: its standard error is one to two points. Between sizes the mean is interpolated in log P, and above the
 largest it stays.
 
-Below 8B parameters nothing was published, only that 4-bit weights lose two to five points at 1B to 3B. Decided here:
-with every halving of P the loss grows by half of what it is at 8B. That gives W4A16 a loss of 3.4 points at 3B and 5
-at 1B.
+The figures are of Llama 3.1 Instruct. For another size they are interpolated, or extrapolated, and `source` says which:
+a choice that hangs on it asks for a measurement. Below 8B parameters nothing was published, only that 4-bit weights
+lose two to five points at 1B to 3B. Decided here: with every halving of P the loss grows by half of what it is at 8B.
+That gives W4A16 a loss of 3.4 points at 3B and 5 at 1B.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ import math
 import tomllib
 from functools import cache
 from importlib import resources
+from typing import Literal
+
+Source = Literal["", "measured", "published", "interpolated", "extrapolated"]
+"""Where a recovery comes from; "" for the float model, whose recovery is 100 by definition, and for unknown ones."""
 
 _AVERAGED = ("v1", "v2", "humaneval", "humaneval_plus")
+_SAME_SIZE = 1.05
+"""Ratio of parameters up to which a model has the size of a published one."""
 
 
 @cache
@@ -52,3 +59,14 @@ def prior(scheme: str, params: float) -> float | None:
             share = (x - math.log2(p0)) / (math.log2(p1) - math.log2(p0))
             return r0 + share * (r1 - r0)
     raise AssertionError("the sizes are sorted")
+
+
+def source(scheme: str, params: float) -> Source:
+    """Return where `prior` takes the recovery from: a published size, between two of them, or beyond them."""
+    rows = published().get(scheme)
+    if rows is None:
+        return ""
+    sizes = [p for p, _ in rows]
+    if any(max(p / params, params / p) <= _SAME_SIZE for p in sizes):
+        return "published"
+    return "interpolated" if sizes[0] < params < sizes[-1] else "extrapolated"

@@ -23,6 +23,7 @@ class ModelSize:
         kept: parameters that stay in 16 bits (embeddings, head, norms).
         active: parameters that compute one token; those of a mixture of experts are fewer. None: all.
         experts, experts_per_token: of a mixture of experts; 1 and 1 where there are none.
+        context: most tokens of a sequence, prompt and output; None where it is not known.
     """
 
     params: float
@@ -34,6 +35,7 @@ class ModelSize:
     experts: int = 1
     experts_per_token: int = 1
     name: str = "model"
+    context: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("params", "layers", "kv_heads", "head_dim", "experts", "experts_per_token"):
@@ -44,6 +46,8 @@ class ModelSize:
             raise DeviceError(f"{self.name}: {self.kept:,} of {self.params:,} parameters cannot stay in 16 bits")
         if self.active is not None and not 0 < self.active <= self.params:
             raise DeviceError(f"{self.name}: {self.active:,} of {self.params:,} parameters cannot be active")
+        if self.context is not None and not 0 < self.context < float("inf"):
+            raise DeviceError(f"{self.name}: context is {self.context!r}; a positive number of tokens is needed")
         if self.experts_per_token > self.experts:
             raise DeviceError(f"{self.name}: {self.experts_per_token} of {self.experts} experts compute a token")
         if self.experts == self.experts_per_token and self.active not in (None, self.params):
@@ -117,4 +121,5 @@ def size_of(folder: str | Path) -> ModelSize:
         experts=count if count > used else 1,
         experts_per_token=used if count > used else 1,
         name=Path(folder).resolve().name,
+        context=getattr(config, "max_position_embeddings", None),
     )

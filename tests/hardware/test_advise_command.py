@@ -10,6 +10,7 @@ from qjax.cli import main
 from qjax.hardware import size_of
 
 SIZES = ["--parameters", "70.6e9", "--layers", "80", "--kv-heads", "8", "--head-dim", "128", "--kept", "2.1e9"]
+RECOVERS = ["--measured-recovery", "W8A8-INT=99.5"]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 128256,
@@ -84,7 +85,31 @@ def test_json(capsys):
 
 def test_too_close_to_tell(capsys):
     _, out, _ = ran(capsys, *SIZES, "--device", "a6000", "--mode", "async", "--max-batch", "32")
-    assert "too close to tell, measure both" in out
+    assert "W4A16-INT is 5 % ahead of W8A8-INT: too close to tell, measure both. Until then take W4A16-INT" in out
+    _, out, _ = ran(capsys, *SIZES, "--device", "a6000", "--mode", "async", "--max-batch", "32", *RECOVERS)
+    assert "too close to tell, measure both. Until then take W8A8-INT (recipe W8A8_INT), which keeps more" in out
+    assert "(99.5 % against 99.0 %)" in out and "published is that of Llama 3.1" in out
+
+
+def test_where_recoveries_come_from(capsys):
+    _, out, _ = ran(capsys, *SIZES[2:], "--parameters", "3e9", "--device", "h100")
+    assert "96.6 %  extrapolated" in out and "a guess from other sizes" in out
+    _, out, _ = ran(capsys, *SIZES[2:], "--parameters", "30e9", "--device", "h100")
+    assert "interpolated is between sizes" in out and "extrapolated" not in out
+
+
+def test_nothing_is_faster_than_a_tiny_model(capsys):
+    _, out, _ = ran(capsys, "--parameters", "260e3", *SIZES[2:-2], "--device", "h200")
+    assert "260 K parameters" in out and "Take BF16 (no quantization): no format is faster." in out
+
+
+def test_more_tokens_than_the_model_takes(capsys, folder):
+    _, out, _ = ran(capsys, *SIZES, "--device", "h100", "--workload", "summarization", "--context", "4096")
+    assert "takes sequences of at most 4,096 tokens, and a query of this workload has 4,608." in out
+    _, out, _ = ran(capsys, folder, "--device", "h200", "--workload", "2048/1")
+    assert "at most 2,048 tokens" in out, "a folder says how many"
+    _, out, _ = ran(capsys, folder, "--device", "h200", "--workload", "2047/1", "--json")
+    assert json.loads(out)["notes"] == []
 
 
 def test_measured_tables(capsys, monkeypatch, tmp_path):
@@ -101,9 +126,10 @@ def test_measured_tables(capsys, monkeypatch, tmp_path):
     }
     (tmp_path / "m.json").write_text(json.dumps({"serving": [row]}))
     _, out, _ = ran(capsys, *SIZES, "--device", "h100", "--measured", tmp_path)
-    assert "fitted to 1 measurements" in out
+    assert "fitted to 1 measurement)" in out
     _, out, _ = ran(capsys, *SIZES, "--device", "h100", "--measured-recovery", "w4a16-int=99.9", "--recovery", "99.5")
-    assert "99.9 % measured" in out and "Take W4A16-INT" in out
+    assert "99.9 % measured choice" in " ".join(out.split())
+    assert "Take W4A16-INT" in out and "measured is what you gave" in out
 
 
 def test_devices_are_listed(capsys):

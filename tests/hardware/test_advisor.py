@@ -15,7 +15,7 @@ import qjax
 from qjax.errors import DeviceError
 from qjax.hardware import SCHEMES, WORKLOADS, Device, Efficiency, ModelSize, advise, calibrate, device, workload
 from qjax.hardware.calibration import Measured, fit, read_measured
-from qjax.hardware.recovery import prior
+from qjax.hardware.recovery import prior, source
 from qjax.hardware.roofline import devices_needed, largest_batch, prefill_seconds, query_seconds, step_seconds
 
 L8 = ModelSize(8.03e9, 32, 8, 128, kept=1.05e9, name="8B")
@@ -155,6 +155,39 @@ def test_rule_asynchronous_on_a_middle_device_is_a_near_tie_below_the_crossover(
     assert advise(L8, "a6000", "chat", mode="async").choice.scheme.name == "W8A8-INT"
 
 
+@pytest.mark.parametrize("name", ["A6000", "L40S", "TPU-v5e"])
+@pytest.mark.parametrize("batch", [8, 32, 64, 128])
+@pytest.mark.parametrize("kept", [97.0, 99.9])
+def test_of_formats_that_cannot_be_told_apart_the_one_that_keeps_more(name, batch, kept):
+    recoveries = {"W8A8-INT": kept, "W8A8-FP": 98.5, "W4A16-INT": 98.0}
+    advice = advise(L8, name, "chat", mode="async", max_batch=batch, recoveries=recoveries)
+    first = max(c.per_cost for c in advice.ranked)
+    near = [c for c in advice.ranked if first / c.per_cost - 1 < 0.1]
+    assert advice.choice.recovery == max(c.recovery for c in near) and advice.choice in near
+    others = [c.per_cost for c in advice.ranked[1:]]
+    assert others == sorted(others, reverse=True) and advice.measure == (len(near) > 1)
+
+
+def test_where_a_recovery_comes_from():
+    assert [source("W4A16-INT", p) for p in (1e9, 8e9, 30e9, 72e9, 1e12)] == [
+        "extrapolated",
+        "published",
+        "interpolated",
+        "published",
+        "extrapolated",
+    ]
+    assert source("BF16", 8e9) == source("NF4", 8e9) == ""
+
+
+def test_longer_sequences_than_the_model_takes_are_noted():
+    short = dataclasses.replace(L8, context=4096)
+    assert advise(short, "h200", "3840/256").notes == () == advise(L8, "h200", "summarization").notes
+    (note,) = advise(short, "h200", "summarization").notes
+    assert "at most 4,096 tokens" in note and "4,608" in note
+    with pytest.raises(DeviceError, match="context is 0"):
+        dataclasses.replace(L8, context=0)
+
+
 def test_rule_a_high_floor_takes_fp8():
     advice = advise(L70, "h100", "chat", floor=99.5)
     assert advice.choice.scheme.name == "W8A8-FP" and advice.choice.scheme.preset == "W8A8_FP"
@@ -180,8 +213,8 @@ def test_no_quantization_is_a_choice():
 
 
 def test_measured_recoveries_go_first():
-    advice = advise(L8, "h100", floor=99, recoveries={"W4A16-INT": 99.4})
-    assert advice.choice.scheme.name == "W4A16-INT" and advice.choice.measured and advice.choice.recovery == 99.4
+    choice = advise(L8, "h100", floor=99, recoveries={"W4A16-INT": 99.4}).choice
+    assert (choice.scheme.name, choice.source, choice.recovery) == ("W4A16-INT", "measured", 99.4)
 
 
 def test_queries_per_price():
