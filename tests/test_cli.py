@@ -340,7 +340,7 @@ def test_calibration_that_cannot_be(capsys, folder, text, tmp_path):
 def test_study_of_a_language_model(capsys, folder, text, tmp_path):
     out_dir, other = tmp_path / "s", tmp_path / "other.txt"
     other.write_text("so long\n\na dog ran far away\n\nthe end of it\n")  # one block is in the other file too
-    recipes = ("--presets", "W8A16,FP8", "w4a16-int")
+    recipes = ("--recipes", "W8A16,FP8", "w4a16-int")
     data = ("--text", text, other, "--calibration", text, "--samples", "1", "--seed", "1")  # the dog
     code, out, err = run(capsys, "study", folder, *recipes, *data, "--out", out_dir, "--json")
     assert code == 0 and "1 rows that the model was calibrated on are left out" in err
@@ -364,17 +364,17 @@ def evaluated_tokens(folder, path):
 def test_study_of_images(capsys, vit_folder, pictures, tmp_path):
     data = ("--images", pictures, "--calibration", pictures, "--samples", "3")
     code, out, err = run(
-        capsys, "study", vit_folder, "--presets", "W8A8_INT,FP8", *data, "--out", tmp_path / "s", "--json"
+        capsys, "study", vit_folder, "--recipes", "W8A8_INT,FP8", *data, "--out", tmp_path / "s", "--json"
     )
     assert code == 0 and "3 rows" in err and out["counts"] == {"set.npz": [6, 6]}
     assert set(out["outcomes"][0]["scores"]["set.npz"]) == {"kl", "agreement", "top1", "nll"}
 
 
 def test_studies_that_cannot_be(capsys, folder, text, pictures, tmp_path):
-    assert "did you mean 'W4A16'" in fails(capsys, "study", folder, "--presets", "W4A61", "--text", text)
-    assert "--text FILE" in fails(capsys, "study", folder, "--presets", "W4A16")
-    assert "scored on --text" in fails(capsys, "study", folder, "--presets", "W4A16", "--images", pictures)
-    said = fails(capsys, "study", folder, "--presets", "W4A16,FP8", "--text", text, "--out", tmp_path / "s")
+    assert "did you mean 'W4A16'" in fails(capsys, "study", folder, "--recipes", "W4A61", "--text", text)
+    assert "--text FILE" in fails(capsys, "study", folder, "--recipes", "W4A16")
+    assert "scored on --text" in fails(capsys, "study", folder, "--recipes", "W4A16", "--images", pictures)
+    said = fails(capsys, "study", folder, "--recipes", "W4A16,FP8", "--text", text, "--out", tmp_path / "s")
     assert "give --calibration FILE" in said and not (tmp_path / "s").exists()
 
 

@@ -105,6 +105,11 @@ def counting(text: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: progress.update(task, completed=done, total=total, what=what)
 
 
+def listed(given: Iterable[str]) -> list[str]:
+    """The names in arguments such as ``["W4A16,W8A16", "mine.toml"]``."""
+    return [part.strip() for text in given for part in text.split(",") if part.strip()]
+
+
 def with_article(noun: str) -> str:
     """``an image classifier``, ``a text encoder``."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -17,7 +17,7 @@ examples:
   qjax quantize models/stories260k --recipe W8A16       writes ./stories260k-W8A16
   qjax eval stories260k-W8A16 --text stories.txt        perplexity, KL to the float model, agreement
   qjax eval vit-tiny-W8A8 --images imagenet-sample      top-1 and top-5
-  qjax study models/stories260k --presets W8A16,W4A16 --text stories.txt
+  qjax study models/stories260k --recipes W8A16,W4A16 --text stories.txt
                                                         recipes side by side
   qjax generate stories260k-W8A16 --prompt "Once upon a time"
   qjax advise models/llama --device h200 --workload chat  which format to deploy
@@ -69,7 +69,9 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
         "  qjax inspect models/stories260k --json | jq '.sites[].name'",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--recipe", help="preset or .toml file: also say what it would do")
+    parser.add_argument(
+        "--recipe", help="preset in any case (`qjax recipes` lists them), or a .toml file: also say what it would do"
+    )
 
 
 def _quantize(commands: argparse._SubParsersAction) -> None:
@@ -145,17 +147,11 @@ def _study(commands: argparse._SubParsersAction) -> None:
         "\nnever scored.",
         "  qjax study models/llama --text stories.txt --calibration book.txt\n"
         "                                                 the three formats of arXiv 2411.02355\n"
-        "  qjax study models/llama --presets W8A16,W4A16,NF4,mine.toml --text stories.txt book.txt --out study\n"
+        "  qjax study models/llama --recipes W8A16,W4A16,NF4,mine.toml --text stories.txt book.txt --out study\n"
         "  qjax study models/vit-tiny --images imagenet-sample --calibration imagenet-sample --samples 32",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        default=["W8A8_FP,W8A8_INT,W4A16_INT"],
-        metavar="A,B,C",
-        help="presets or .toml files (default: W8A8_FP,W8A8_INT,W4A16_INT)",
-    )
+    _recipes_argument(parser, "W8A8_FP,W8A8_INT,W4A16_INT")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts to score on, each a task")
     parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to score on")
     _calibrating(parser, "text or images for recipes that need calibration data")
@@ -264,9 +260,9 @@ def _search(commands: argparse._SubParsersAction) -> None:
         "\nchooses exactly. No quantization is always a choice. The folder gets recipe.toml for `qjax quantize`,"
         "\nsensitivities.json, front.json and front.svg. Killed, it goes on where it was; another budget on the same"
         "\nfolder measures nothing again.",
-        '  qjax search models/stories260k --budget "6 bits" --choices W4A16,W8A16 --text stories.txt\n'
+        '  qjax search models/stories260k --budget "6 bits" --recipes W4A16,W8A16 --text stories.txt\n'
         '  qjax search models/stories260k --budget "200 kB" --text stories.txt --by fisher\n'
-        '  qjax search models/vit-tiny --budget "5 MB" --choices W4A16,W8A8 --images imagenet-sample\n'
+        '  qjax search models/vit-tiny --budget "5 MB" --recipes W4A16,W8A8 --images imagenet-sample\n'
         '  qjax search models/llama --budget "9 ms" --device h100 --rows 1 --text text.txt --out found\n'
         "  qjax quantize models/stories260k --recipe stories260k-search/recipe.toml",
     )
@@ -277,9 +273,7 @@ def _search(commands: argparse._SubParsersAction) -> None:
         metavar="B",
         help="'6 bits' (average of the weights, scales included), '10 MB' (all parameters), '2 ms', '5 mJ'",
     )
-    parser.add_argument(
-        "--choices", default="W4A16,W8A16", metavar="R,R", help="presets or .toml files (default: W4A16,W8A16)"
-    )
+    _recipes_argument(parser, "W4A16,W8A16")
     parser.add_argument(
         "--by",
         choices=("kl", "output", "fisher"),
@@ -299,6 +293,11 @@ def _search(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
     parser.add_argument("--out", type=Path, help="folder to write and to go on in (default: ./NAME-search)")
     _data(parser, "UTF-8 text to measure on", "images to measure on")
+
+
+def _recipes_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    more = f"presets in any case (`qjax recipes` lists them), or .toml files (default: {default})"
+    parser.add_argument("--recipes", nargs="+", default=[default], metavar="R,R", help=more)
 
 
 def _data(parser: argparse.ArgumentParser, text: str, images: str) -> None:

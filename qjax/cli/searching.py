@@ -9,7 +9,7 @@ from typing import Any
 
 import qjax
 from qjax.cli.calibrating import draw
-from qjax.cli.output import counting, print_json, print_rich, waiting
+from qjax.cli.output import counting, listed, print_json, print_rich, waiting
 from qjax.cli.scoring import check_data
 from qjax.errors import DataError, ModelError, SearchError
 from qjax.folders import is_saved, load_float
@@ -27,14 +27,17 @@ def run(args: argparse.Namespace) -> None:
         raise DataError("search needs data: give --text FILE for a language model or --images DIR for a classifier")
     if is_saved(args.folder):
         raise ModelError(f"{args.folder} is quantized already; give the folder of the float model")
-    choices = {_name(c): qjax.recipe(c) for c in _listed(args.choices)}
+    names = listed(args.recipes)
+    choices = {_name(c): qjax.recipe(c) for c in names}
+    if len(choices) < len(names):
+        raise SearchError(f"--recipes {','.join(names)}: two have one name; give each a name of its own")
     out = args.out or Path(f"{args.folder.resolve().name}-search")
     with waiting("reading weights"):
         loaded = load_float(args.folder)
     check_data(loaded, args)
     args.calibration = args.text or args.images
     drawn = draw(loaded, args)
-    tie = [_listed(t) for t in args.tie]
+    tie = [listed([t]) for t in args.tie]
     sizes = sensitivities(loaded.fn, loaded.params, drawn.batches, choices, by=(), tie=tie)
     check_budget(sizes, budget, on=args.device, rows=args.rows)  # not after an hour of measuring
     out.mkdir(parents=True, exist_ok=True)
@@ -60,10 +63,6 @@ def run(args: argparse.Namespace) -> None:
         print_json({"model": loaded.name, **best.to_dict(), "out": str(out), "seconds": seconds})
     else:
         _show(loaded.name, best, out, args)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _name(choice: str) -> str:

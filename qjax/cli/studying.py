@@ -12,7 +12,7 @@ import numpy as np
 import qjax
 from qjax import evaluate, models
 from qjax.cli.calibrating import Calibration, calibration, left_out, text_blocks
-from qjax.cli.output import counting, print_json, print_rich, say, waiting
+from qjax.cli.output import counting, listed, print_json, print_rich, say, table, waiting
 from qjax.cli.scoring import check_data
 from qjax.errors import DataError, ModelError
 from qjax.folders import Loaded, fingerprint, is_saved, load_float
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     """Apply each recipe to a Hugging Face folder, score it, and write tables and plots."""
     if is_saved(args.folder):
         raise ModelError(f"{args.folder} is quantized already; give the folder of the float model")
-    recipes = [qjax.recipe(name) for given in args.presets for name in given.split(",") if name]
+    recipes = [qjax.recipe(name) for name in listed(args.recipes)]
     if args.text is None and args.images is None:
         raise DataError("study needs data: give --text FILE for a language model or --images DIR for a classifier")
     with waiting("reading weights"):
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
         print_json({**result.to_dict(), "out": str(out)})
         return
     print(f"{loaded.name}, {len(result.outcomes)} recipes\n")
-    print_rich(_rich(result.columns(), result.rows()))
-    print_rich(_rich(result.size_columns(), result.size_rows()))
+    print_rich(table(result.columns(), result.rows()))
+    print_rich(table(result.size_columns(), result.size_rows()))
     print(f"\nSaved in {out} ({out / 'study.html'} has the plots and the paired tests)")
 
 
@@ -99,15 +99,3 @@ def _sentence(drawn: Calibration | None) -> str:
         return ""
     record = drawn.record
     return f"Calibrated on {len(record.rows)} rows of {Path(record.data).name}, drawn by seed {record.seed}."
-
-
-def _rich(heads: list[str], rows: list[list[str]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for n, head in enumerate(heads):
-        table.add_column(head, justify="left" if n == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table

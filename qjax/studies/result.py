@@ -17,7 +17,7 @@ VERSION = 1
 """Version of the JSON form."""
 
 SURE = 0.01
-"""p-value below which two presets are said to differ."""
+"""p-value below which two recipes are said to differ."""
 
 Scores = Mapping[str, Mapping[str, Estimate]]
 

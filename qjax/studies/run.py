@@ -3,7 +3,7 @@
 A study's folder holds
 
     job/              what is studied: model, tasks, calibration data, by their digests
-    presets/NAME-…/   the result of one recipe: figures, and every single unit that was scored
+    recipes/NAME-…/   the result of one recipe: figures, and every single unit that was scored
     work/NAME-…/      finished blocks of a recipe that is being applied block by block
     study.md, .json, .html
 
@@ -189,7 +189,7 @@ def _once(folder: Path | None, key: str, make: Callable[[], _Kept]) -> _Kept:
     """A result that is there already, or made and kept."""
     if folder is None:
         return make()
-    path = folder / "presets" / key
+    path = folder / "recipes" / key
     found = load_part(path)
     if found is None:
         made = make()

@@ -54,7 +54,7 @@ def ran(capsys, *args):
 
 def test_search_then_quantize(capsys, folder, tmp_path):
     text, out = folder.parent / "text.txt", tmp_path / "found"
-    args = (folder, "--choices", "W4A16,W8A16", "--text", text, "--samples", "2", "--out", out)
+    args = (folder, "--recipes", "W4A16,W8A16", "--text", text, "--samples", "2", "--out", out)
     code, said, err = ran(capsys, *args, "--budget", "7.2 bits", "--tie", "q_proj,k_proj,v_proj")
     assert code == 0, err
     assert "5 groups of layers, budget 7.2 bits" in said and "the best there is" in said and "recipe.toml" in said
@@ -85,7 +85,8 @@ def test_search_then_quantize(capsys, folder, tmp_path):
         (("--budget", "2 ms", "--text", "TEXT"), "needs --device"),
         (("--budget", "1 bits", "--text", "TEXT", "--samples", "1"), "below the smallest possible"),
         (("--budget", "2 ms", "--device", "h300", "--text", "TEXT", "--samples", "1"), "unknown device 'h300'"),
-        (("--budget", "6 bits", "--text", "TEXT", "--choices", "W5"), "W5"),
+        (("--budget", "6 bits", "--text", "TEXT", "--recipes", "W5"), "W5"),
+        (("--budget", "6 bits", "--text", "TEXT", "--recipes", "W4A16,w4a16"), "two have one name"),
         (("--budget", "6 bits", "--text", "TEXT", "--samples", "99"), "ask for fewer"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_killed_study_goes_on(moment, done, tmp_path, root, monkeypatch):
     command = [sys.executable, killed_study.__file__, moment, str(out), *RECIPES]
     job = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert job.returncode == -signal.SIGKILL, job.stderr
-    assert sorted(p.name.split("-")[0] for p in (out / "presets").iterdir()) == ["W4A16", "W8A16", "float"]
+    assert sorted(p.name.split("-")[0] for p in (out / "recipes").iterdir()) == ["W4A16", "W8A16", "float"]
     begun = list((out / "work").rglob("CURRENT"))
     assert bool(begun) == (moment == "within") and not (out / "study.md").exists()
     applied = counted(monkeypatch)
@@ -155,7 +155,7 @@ def test_a_foreign_or_damaged_folder_is_refused(done, tmp_path):
     with pytest.raises(CheckpointError, match="holds other things"):
         run(out=tmp_path / "notes")
     copy = shutil.copytree(done[1], tmp_path / "copy")
-    part = next(p for p in (copy / "presets").iterdir() if p.name.startswith("W4A16-"))
+    part = next(p for p in (copy / "recipes").iterdir() if p.name.startswith("W4A16-"))
     victim = max((f for f in part.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError):
@@ -182,7 +182,7 @@ def test_a_recipe_that_does_not_fit_stands_in_the_table_with_the_reason(tmp_path
     result = run(("W8A16", misfit), out=tmp_path / "out")
     assert [o.name for o in result.applied] == ["W8A16"] and "matches no site" in result.outcomes[1].refused
     assert "cannot be applied: rule 0" in result.markdown() and "cannot be applied" in result.html()
-    assert not any(p.name.startswith("misfit") for p in (tmp_path / "out" / "presets").iterdir())
+    assert not any(p.name.startswith("misfit") for p in (tmp_path / "out" / "recipes").iterdir())
 
 
 def test_forms(done):
