@@ -7,6 +7,8 @@ exactly that sentence and no traceback.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -59,7 +61,9 @@ class QjaxWarning(UserWarning):
 
 
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Return a hint ``"; did you mean 'a' or 'b'?"`` with the nearest known names, or an empty string.
+    """Return a hint ``" (did you mean 'a' or 'b'?)"`` with the nearest known names, or an empty string.
+
+    It stands behind the name that was given, and the sentence may go on after it.
 
     Args:
         name: what was given.
@@ -71,4 +75,20 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     close = difflib.get_close_matches(name.lower(), list(lowered), n=count, cutoff=0.45)
     if not close:
         return ""
-    return "; did you mean " + " or ".join(repr(lowered[c]) for c in close) + "?"
+    return " (did you mean " + " or ".join(repr(lowered[c]) for c in close) + "?)"
+
+
+def warn(message: str) -> None:
+    """Give a `QjaxWarning` that points at the line which called qjax, however deep inside of it this is.
+
+    Frames of qjax and of jax, through which its functions are traced, are passed over. ``warnings.warn`` can skip files
+    by itself from Python 3.12 on; counting the frames does the same on every version.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, QjaxWarning, stacklevel=level)
+
+
+_INSIDE = ("qjax", "jax", "jaxlib", "contextlib", "functools")
+"""Packages whose lines a user can do nothing about."""

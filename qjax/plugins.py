@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import threading
-import warnings
 
-from qjax.errors import QjaxWarning
+from qjax.errors import warn
 
 GROUP = "qjax.plugins"
 
@@ -40,11 +39,7 @@ def load() -> list[str]:
                     if callable(plugin):
                         plugin()
                 except Exception as error:  # whatever a stranger's module raises
-                    warnings.warn(
-                        f"plugin {entry.name!r} ({entry.value}) was not loaded: {type(error).__name__}: {error}",
-                        QjaxWarning,
-                        stacklevel=2,
-                    )
+                    warn(f"plugin {entry.name!r} ({entry.value}) was not loaded: {type(error).__name__}: {error}")
                 else:
                     _loaded.append(entry.name)
         return list(_loaded)

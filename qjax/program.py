@@ -8,6 +8,7 @@ gives the table of sites.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -154,7 +155,13 @@ def trace_flat(fn: Callable[..., Any], signature: Signature, arrays: Sequence[An
         return fn(params, *args, **kwargs)
 
     avals = [abstract(a) for a in arrays]
-    closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*avals)
+    try:
+        closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*avals)
+    except TypeError as error:
+        said = _lacking(fn, signature, error)
+        if not said:
+            raise
+        raise TraceError(said) from error
     leaf_avals = tuple(avals[: signature.n_params])
     shapes = [tuple(a.shape) for a in leaf_avals]
     names = _distinct(signature.names)
@@ -170,6 +177,33 @@ def trace_flat(fn: Callable[..., Any], signature: Signature, arrays: Sequence[An
         sites=tuple(sites),
         slices=tuple(slices),
         analysis=analysis,
+    )
+
+
+def _lacking(fn: Callable[..., Any], signature: Signature, error: TypeError) -> str:
+    """What is wrong with a call that lacks arguments; "" where a TypeError has another cause."""
+    treedef = signature.treedef
+    params, args, kwargs = jax.tree.unflatten(treedef, [None] * treedef.num_leaves)
+    why = str(error)
+    try:
+        takes = inspect.signature(fn)
+    except ValueError:  # a function that does not tell
+        takes = None
+    try:
+        if takes is not None:
+            takes.bind(params, *args, **kwargs)
+    except TypeError as mismatch:
+        why = str(mismatch)
+    else:
+        passes_on = takes is None or any(p.kind is p.VAR_POSITIONAL for p in takes.parameters.values())
+        if args or kwargs or not passes_on:
+            return ""
+    name = getattr(fn, "__qualname__", type(fn).__name__)
+    given = f"{len(args) + len(kwargs)} arguments" if args or kwargs else "no example arguments"
+    return (
+        f"{name} cannot be traced with params and {given}: {why}. qjax follows one call of the function to find its "
+        "products: give what the function takes behind params, as arrays or jax.ShapeDtypeStruct of any batch size and "
+        "length, such as fn, params, tokens"
     )
 
 

@@ -472,9 +472,9 @@ def nearest(pattern: str, names: Sequence[str]) -> str:
     segments = dict.fromkeys(segment for name in names for segment in name.split("/"))
     for segment in pattern.removeprefix("re:").split("/"):
         if segment and "*" not in segment and segment not in segments and (hint := near(segment, segments)):
-            return f" (no site has the segment {segment!r}{hint.rstrip('?')})"
+            return f"; no site has the segment {segment!r}{hint}"
     hint = near(pattern.replace("**/", "").replace("/**", ""), names)
-    return hint.rstrip("?") or f"; sites are named like {', '.join(map(repr, names[:3]))}"
+    return hint or f"; sites are named like {', '.join(map(repr, names[:3]))}"
 
 
 def recipe(name: str) -> Recipe:

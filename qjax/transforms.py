@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from qjax.applying.reporting import build_report, explain_row
 from qjax.applying.static import constants_of, with_constants
 from qjax.applying.storage import WEIGHT_OPS, input_prefix
 from qjax.blockwise import BlockQuantizer, blocks_of, job_cost
-from qjax.errors import QjaxError, QjaxWarning, RecipeError, TraceError
+from qjax.errors import QjaxError, RecipeError, TraceError, warn
 from qjax.formats import is_quantized
 from qjax.lazy import Lazy
 from qjax.observed import argument_tuples, calibrate
@@ -271,7 +270,7 @@ def quantize(
             raise QjaxError("batches and state are two sources of the same scales; give one of them")
         args = args or next(argument_tuples(batches), ())
         if not recipe.needs_batches:
-            warnings.warn("the recipe needs no calibration data: batches are not looked at", QjaxWarning, stacklevel=2)
+            warn("the recipe needs no calibration data: batches are not looked at")
         elif _by_blocks(recipe, params, blocks, resume):
             return _quantize_by_blocks(
                 fn, params, recipe, batches, name, donate, max_runs, implementation, progress, blocks, resume

@@ -325,13 +325,36 @@ def test_calibration_on_images(capsys, vit_folder, pictures, tmp_path):
 
 def test_calibration_that_cannot_be(capsys, folder, text, tmp_path):
     quantize = (capsys, "quantize", folder, "--recipe", "FP8")
-    assert "give --calibration FILE, a text" in fails(*quantize)
-    said = fails(*quantize, "--calibration", text, "--out", tmp_path / "q")
-    assert "has 3 blocks and --samples asks for 32" in said
+    assert "FP8 needs calibration data: give --calibration FILE, a text that" in fails(*quantize)
+    said = fails(*quantize, "--calibration", text, "--samples", "4", "--out", tmp_path / "q")
+    assert "has 3 blocks and --samples asks for 4" in said
+    code, _, err = run(capsys, *quantize[1:], "--calibration", text, "--out", tmp_path / "q")
+    assert code == 0 and "all 3 blocks, fewer than the usual 32, 40 tokens" in err
     code, _, err = run(capsys, "quantize", folder, "--recipe", "W8A16", "--calibration", text, "--out", tmp_path / "w")
     assert code == 0 and "W8A16 needs no calibration data" in err
     every = ("--calibration", text, "--samples", "3", "--text", text)
-    assert "every block of" in fails(*quantize, *every, "--out", tmp_path / "q")
+    assert "none is left to score on" in fails(*quantize, *every, "--out", tmp_path / "q")
+
+
+def test_calibration_lengths_are_few_and_lose_little():
+    from qjax.cli.calibrating import cut_lengths
+
+    lengths = np.random.default_rng(0).integers(40, 512, 32)
+    cut = cut_lengths(lengths)
+    assert len(set(cut)) == 4 and all(0 <= n - c for n, c in zip(lengths, cut, strict=True))
+    assert sum(cut) > 0.75 * lengths.sum()
+    assert cut_lengths([512] * 5) == [512] * 5 and set(cut_lengths([511, 512, 512])) == {511}
+
+
+def test_progress_in_a_pipe_is_a_line_at_times(capsys, monkeypatch):
+    from qjax.cli import output
+
+    clock = iter([0.0, 4.0, 12.0, 15.0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    with output.counting("quantizing") as progress:
+        for n in range(1, 4):
+            progress(n, 3, f"layers/{n}")
+    assert capsys.readouterr().err == "quantizing: 2 of 3 done after 12 s (layers/2)\n"
 
 
 # -- study -------------------------------------------------------------------------------------------------------------

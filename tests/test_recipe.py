@@ -112,7 +112,7 @@ def test_bad_patterns_are_refused():
         ({}, "neither skips nor quantizes"),
         ({"rounding": qjax.RTN()}, "neither skips nor quantizes"),
         ({"skip": True, "weights": INT8}, "skip leaves the sites in float, so weights cannot be set"),
-        ({"skip": True, "op": "lineer"}, "unknown op 'lineer'; did you mean 'linear'"),
+        ({"skip": True, "op": "lineer"}, "unknown op 'lineer' .did you mean 'linear'"),
         ({"skip": True, "op": ()}, "empty tuple"),
         ({"weights": INT8, "op": "attention"}, "a site of op 'attention' has no weights"),
         ({"inputs": TOKEN, "op": "embedding"}, "a site of op 'embedding' has no inputs"),
@@ -196,10 +196,10 @@ def test_linear_means_products_with_a_parameter():
     [
         (
             [Rule("**/mpl/**", weights=INT8)],
-            r"rule 0 \('\*\*/mpl/\*\*'\) matches no site \(no site has the segment 'mpl'; did you mean 'mlp'",
+            r"rule 0 \('\*\*/mpl/\*\*'\) matches no site; no site has the segment 'mpl' .did you mean 'mlp'",
         ),
         ([Rule("layers/*/attn/q_prj/kernel", weights=INT8)], "did you mean 'q_proj'"),
-        ([Rule("re:layer/1/.*", weights=INT8)], "'layer'; did you mean 'layers'"),
+        ([Rule("re:layer/1/.*", weights=INT8)], "'layer' .did you mean 'layers'"),
         ([Rule("zzz*", weights=INT8)], "sites are named like 'layers/0"),
         ([Rule("embed/**", weights=INT8)], "names of 1 sites, such as 'embed/embedding', but their op is embedding"),
         ([Rule("**", op="softmax", outputs=TOKEN)], "no site of that op .it has attention, dot, embedding"),
@@ -301,11 +301,11 @@ def test_settings_of_roundings_and_observers_survive():
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("nam = 'x'", "the recipe has the unknown key 'nam'; did you mean 'name'"),
+        ("nam = 'x'", "the recipe has the unknown key 'nam' .did you mean 'name'"),
         ("name = 'x'", "has no rules"),
         ("rules = 3\n", "has no rules"),
         ("[[rules]]\nskip = true", "rule 0 has no match"),
-        ("[[rules]]\nmatch = '**'\nwieghts = {}", "rule 0 has the unknown key 'wieghts'; did you mean 'weights'"),
+        ("[[rules]]\nmatch = '**'\nwieghts = {}", "rule 0 has the unknown key 'wieghts' .did you mean 'weights'"),
         ("[[rules]]\nmatch = '**'\nskip = 'yes'", "skip is true or false, not 'yes'"),
         ("[[rules]]\nmatch = '**'\nop = 3\nskip = true", "op is a name or a list of names"),
         ("[[rules]]\nmatch = '**'\nweights = 'int8'", "rule 0: weights is a table"),
@@ -404,7 +404,7 @@ class Doubled:
 
 
 def test_unknown_presets_and_those_that_need_calibration():
-    with pytest.raises(RecipeError, match="no preset is named 'W4A17'; did you mean 'W4A16'"):
+    with pytest.raises(RecipeError, match="no preset is named 'W4A17' .did you mean 'W4A16'"):
         qjax.recipe("W4A17")
     with pytest.raises(RecipeError, match="there are W8A16, W8A8"):
         qjax.recipe("zzzzz")

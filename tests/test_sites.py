@@ -226,6 +226,17 @@ def test_abstract_arguments_are_enough_to_trace():
     assert sorted(s.name for s in qjax.trace(scanned, *abstract).sites) == EXPECTED
 
 
+def test_missing_arguments_are_named():
+    with pytest.raises(TraceError, match=r"no example arguments: missing .*'t'.*jax.ShapeDtypeStruct"):
+        qjax.quantize(scanned, stacked(), recipe="W8A16")
+    with pytest.raises(TraceError, match=r"1 arguments: missing .*'y'"):
+        qjax.trace(lambda p, x, y: x @ p, np.ones((2, 2), np.float32), np.ones(2, np.float32))
+    with pytest.raises(TraceError, match=r"no example arguments: .*missing 1 required"):  # an adapter passes them on
+        qjax.trace(lambda p, *args: (lambda x: x @ p)(*args), np.ones((2, 2), np.float32))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        qjax.trace(lambda p: p + None, np.ones((2, 2), np.float32))
+
+
 def test_a_site_that_is_not_there_offers_the_nearest():
     with pytest.raises(TraceError, match="did you mean 'layers/2/mlp/up'"):
         qjax.trace(scanned, stacked(), TOKENS).site("layers/2/mlp/upp")

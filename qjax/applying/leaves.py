@@ -13,7 +13,6 @@ import collections
 import functools
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from qjax._compat import explicit_sharding
 from qjax.applying.smoothing import smoothing
 from qjax.applying.storage import LeafPlan, Slices, Stored, alike, assignment
 from qjax.calibration import State
-from qjax.errors import DataError, QjaxError, QjaxWarning, RecipeError
+from qjax.errors import DataError, QjaxError, RecipeError, warn
 from qjax.formats import SMOOTH, Aux, Format, QStack, assemble, canonical_matrix
 from qjax.formats.numerics import finite_part
 from qjax.formats.rotation import SIGNS, unrotate
@@ -157,7 +156,7 @@ def _warn_of_data(plan: LeafPlan, slices: Slices, seen: Seen, warned: set[str]) 
         for kind, text in doubts(_merged_readers(stored.rounding, seen[key], where)):
             if kind not in warned:
                 warned.add(kind)
-                warnings.warn(f"{where}: {text} (said of the first such weight only)", QjaxWarning, stacklevel=2)
+                warn(f"{where}: {text} (said of the first such weight only)")
 
 
 def _check_finite(name: str, leaf: Any) -> None:

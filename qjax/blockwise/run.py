@@ -440,7 +440,10 @@ class BlockQuantizer:
             weights |= {name: weights[name] * factors for name, factors in smooth.items()}
             shaped, _ = self.shaped_for(self.first)
             if len(self.shaped) > 1:
-                raise DataError(f"{rounding!r} trains on batches of one shape, and these have {len(self.shaped)}")
+                raise DataError(
+                    f"{rounding!r} trains on batches of one shape, and these have {len(self.shaped)}; give batches of "
+                    "one shape (on the command line --protocol B does)"
+                )
             reads = shaped.schedule.blocks[number].reads
             cache: dict[Any, Any] = {}
             own = own_outputs(shaped.schedule.blocks[number], {p for p, _ in names})

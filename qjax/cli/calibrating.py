@@ -18,12 +18,13 @@ import numpy as np
 from qjax import evaluate, models
 from qjax.cli.output import say
 from qjax.errors import DataError, RecipeError
+from qjax.evaluate.text import bucket_ends
 from qjax.folders import Loaded
 
 IMAGES_PER_BATCH = 8
-CUT = 64
-"""Blocks of a text are cut to multiples of so many tokens: observed padding would widen the ranges, and each length is
-compiled once."""
+LENGTHS = 4
+"""Blocks of a text are cut to so many lengths at most: each is compiled once, and padding would be observed too."""
+TOKENS_PER_BATCH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,24 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Batches, and the record of them."""
+    """Batches, the record of them, how many rows there were to draw from, and what to tell of the draw."""
 
     batches: list[tuple[Any, ...]]
     record: Record
+    available: int
+    said: str
+
+    def check_rest(self, path: Path | None) -> None:
+        """Refuse to score on data of which calibration has taken every row; said before the work and not after it.
+
+        Raises:
+            DataError: it has.
+        """
+        if path is not None and len(self.record.rows) == self.available and self.record.digest == _digest(path):
+            raise DataError(
+                f"calibration takes all {self.available} rows of {path}, and none is left to score on; score on other "
+                "data, or leave some out with --samples"
+            )
 
 
 def calibration(loaded: Loaded, recipe: Any, args: argparse.Namespace) -> Calibration | None:
@@ -64,7 +79,10 @@ def calibration(loaded: Loaded, recipe: Any, args: argparse.Namespace) -> Calibr
     if args.calibration is None:
         if recipe.needs_batches:
             kind = "FILE, a text" if loaded.reads_text else "DIR, a set of images"
-            raise RecipeError(f"{recipe.needs_batches}, which need calibration data: give --calibration {kind}")
+            raise RecipeError(
+                f"{recipe.name or args.recipe} needs calibration data: give --calibration {kind} that is like what the "
+                f"model will see ({recipe.needs_batches})"
+            )
         return None
     if not recipe.needs_batches:
         say(f"{args.recipe} needs no calibration data: --calibration is not looked at")
@@ -82,26 +100,52 @@ def draw(loaded: Loaded, args: argparse.Namespace) -> Calibration:
 
 
 def _rows(count: int, args: argparse.Namespace, what: str) -> np.ndarray:
-    if args.samples > count:
-        raise DataError(f"{args.calibration} has {count} {what} and --samples asks for {args.samples}; ask for fewer")
-    return np.sort(np.random.default_rng(args.seed).choice(count, args.samples, replace=False))
+    """Which rows are drawn: as many as asked for, or the usual number as far as there are so many."""
+    wanted = min(count, args.usual_samples) if args.samples is None else args.samples
+    if wanted > count:
+        raise DataError(f"{args.calibration} has {count} {what} and --samples asks for {wanted}; ask for fewer")
+    return np.sort(np.random.default_rng(args.seed).choice(count, wanted, replace=False))
+
+
+def _drawn(rows: np.ndarray, count: int, args: argparse.Namespace, what: str) -> str:
+    few = f", fewer than the usual {args.usual_samples}" if args.samples is None and count < args.usual_samples else ""
+    return f"{args.calibration}: " + (f"all {count} {what}{few}" if len(rows) == count else f"{len(rows)} {what} drawn")
 
 
 def _from_text(loaded: Loaded, args: argparse.Namespace) -> Calibration:
     blocks = text_blocks(loaded, args.calibration, args)
     rows = _rows(len(blocks.blocks), args, "blocks")
+    lengths = cut_lengths([len(blocks.blocks[row]) for row in rows])
     by_length: dict[int, list[np.ndarray]] = {}
-    for row in rows:
-        ids = blocks.blocks[row]
-        length = len(ids) - len(ids) % CUT if len(ids) > CUT else len(ids)
-        by_length.setdefault(length, []).append(ids[:length])
-    per_batch = max(1, 1024 // max(by_length))
-    batches = [
-        (np.stack(group[at : at + per_batch]),)
-        for group in by_length.values()
-        for at in range(0, len(group), per_batch)
-    ]
-    return Calibration(batches, _record(args, rows, blocks.protocol, blocks.context))
+    for row, length in zip(rows, lengths, strict=True):
+        by_length.setdefault(length, []).append(blocks.blocks[row][:length])
+    batches = []
+    for length, group in by_length.items():
+        size = _batch_size(len(group), max(1, TOKENS_PER_BATCH // length))
+        batches += [(np.stack(group[at : at + size]),) for at in range(0, len(group), size)]
+    said = f"{_drawn(rows, len(blocks.blocks), args, 'blocks')}, {sum(lengths):,} tokens"
+    if len(by_length) > 1:
+        shown = ", ".join(map(str, sorted(by_length)))
+        said += f", cut to the lengths {shown}: each is compiled by itself (--protocol B gives all blocks one length)"
+    return Calibration(batches, _record(args, rows, blocks.protocol, blocks.context), len(blocks.blocks), said)
+
+
+def cut_lengths(lengths: Sequence[int], most: int = LENGTHS) -> list[int]:
+    """To which length each block is cut, so that there are few lengths and few tokens are lost.
+
+    Args:
+        lengths: tokens of the blocks, 1 or more each.
+        most: how many lengths there may be.
+    """
+    top = max(lengths) + 1
+    short = np.array([top - n for n in lengths])  # cutting to few lengths is padding of what lacks to the longest
+    ends = np.array(bucket_ends(short, most, least=0.03 * sum(lengths)))
+    return [top - int(ends[np.searchsorted(ends, n)]) for n in short]
+
+
+def _batch_size(rows: int, most: int) -> int:
+    """The largest number of rows, ``most`` at most, that divides all: another last batch would be compiled again."""
+    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
 
 
 def _from_images(loaded: Loaded, args: argparse.Namespace) -> Calibration:
@@ -110,7 +154,7 @@ def _from_images(loaded: Loaded, args: argparse.Namespace) -> Calibration:
     prepare = models.image_processor(loaded.folder)
     pixels = np.asarray(prepare(data.only(rows.tolist()).images))
     batches = [(pixels[at : at + IMAGES_PER_BATCH],) for at in range(0, len(pixels), IMAGES_PER_BATCH)]
-    return Calibration(batches, _record(args, rows))
+    return Calibration(batches, _record(args, rows), len(data), _drawn(rows, len(data), args, "images"))
 
 
 def _record(args: argparse.Namespace, rows: np.ndarray, protocol: str = "", context: int = 0) -> Record:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,9 +87,9 @@ def waiting(text: str) -> Iterator[None]:
 
 @contextmanager
 def counting(text: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr, moved by calling ``(done, total, what)``; nothing where stderr is no terminal."""
+    """A progress bar on stderr, moved by calling ``(done, total, what)``; on no terminal, a line at times."""
     if not sys.stderr.isatty():
-        yield lambda done, total, what: None
+        yield _lines(text)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -108,6 +109,23 @@ def counting(text: str) -> Iterator[Callable[[int, int, str], None]]:
 def listed(given: Iterable[str]) -> list[str]:
     """The names in arguments such as ``["W4A16,W8A16", "mine.toml"]``."""
     return [part.strip() for text in given for part in text.split(",") if part.strip()]
+
+
+SECONDS_PER_LINE = 10.0
+"""Least time between two lines of progress in a file or pipe."""
+
+
+def _lines(text: str) -> Callable[[int, int, str], None]:
+    begun = last = time.monotonic()
+
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_PER_LINE:
+            last = now
+            print(f"{text}: {done} of {total} done after {now - begun:.0f} s ({what})", file=sys.stderr, flush=True)
+
+    return line
 
 
 def with_article(noun: str) -> str:

@@ -97,7 +97,11 @@ def _quantize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder to write (default: ./NAME-RECIPE); an older qjax folder is replaced"
     )
-    _calibrating(parser, "text or images on which constant activation scales are calibrated (recipes such as FP8)")
+    _calibrating(
+        parser,
+        "text or images to calibrate on, for recipes that look at activations: constant scales (FP8), roundings with"
+        " data (W4A16_INT: GPTQ, AWQ, ..), prepare passes (SmoothQuant)",
+    )
     parser.add_argument(
         "--resume",
         type=Path,
@@ -289,7 +293,13 @@ def _search(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--device", help="of budgets in time and energy: name or .toml file")
     parser.add_argument("--rows", type=_positive, metavar="N", help="tokens at a time there (default: as measured on)")
-    parser.add_argument("--samples", type=_positive, default=16, metavar="N", help="blocks or images (default: 16)")
+    parser.add_argument(
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help="blocks or images (default: 16, or all where there are fewer)",
+    )
+    parser.set_defaults(usual_samples=16)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
     parser.add_argument("--out", type=Path, help="folder to write and to go on in (default: ./NAME-search)")
     _data(parser, "UTF-8 text to measure on", "images to measure on")
@@ -309,8 +319,12 @@ def _data(parser: argparse.ArgumentParser, text: str, images: str) -> None:
 def _calibrating(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE|DIR", help=what)
     parser.add_argument(
-        "--samples", type=_positive, default=32, metavar="N", help="blocks or images to calibrate on (default: 32)"
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help="blocks or images to calibrate on (default: 32, or all where there are fewer)",
     )
+    parser.set_defaults(usual_samples=32)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
 
 

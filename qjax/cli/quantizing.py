@@ -37,6 +37,9 @@ def run(args: argparse.Namespace) -> None:
         loaded = load_float(args.folder, lazy=args.low_memory)
     check_data(loaded, args)
     drawn = calibration(loaded, recipe, args)
+    if drawn is not None:
+        drawn.check_rest(args.text or args.images)
+        say(drawn.said)
     model = _quantized(loaded, recipe, drawn.batches if drawn else None, name, args)
     record = dataclasses.asdict(drawn.record) if drawn else None
     report, scored = replace(model.report, recipe=recipe_name), None

@@ -9,7 +9,7 @@ from typing import Any
 
 import qjax
 from qjax.cli.calibrating import draw
-from qjax.cli.output import counting, listed, print_json, print_rich, waiting
+from qjax.cli.output import counting, listed, print_json, print_rich, say, waiting
 from qjax.cli.scoring import check_data
 from qjax.errors import DataError, ModelError, SearchError
 from qjax.folders import is_saved, load_float
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     check_data(loaded, args)
     args.calibration = args.text or args.images
     drawn = draw(loaded, args)
-    tie = [listed([t]) for t in args.tie]
+from qjax.cli.output import counting, listed, print_json, print_rich, say, waiting
     sizes = sensitivities(loaded.fn, loaded.params, drawn.batches, choices, by=(), tie=tie)
     check_budget(sizes, budget, on=args.device, rows=args.rows)  # not after an hour of measuring
     out.mkdir(parents=True, exist_ok=True)

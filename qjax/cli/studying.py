@@ -36,11 +36,14 @@ def run(args: argparse.Namespace) -> None:
     elif args.calibration is not None:
         say("none of the recipes needs calibration data: --calibration is not looked at")
     out = args.out or Path(f"{loaded.name}-study")
+    tasks = list(_tasks(loaded, drawn, args))
+    if drawn is not None:
+        say(drawn.said)
     with counting("studying") as progress:
         result = qjax.study(
             loaded.fn,
             loaded.params,
-            list(_tasks(loaded, drawn, args)),
+            tasks,
             recipes,
             batches=drawn.batches if drawn else None,
             out=out,

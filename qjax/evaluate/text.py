@@ -110,12 +110,13 @@ class TextBlocks:
         return Batch(inputs, targets, mask)
 
 
-def bucket_ends(lengths: np.ndarray, most: int) -> tuple[int, ...]:
+def bucket_ends(lengths: np.ndarray, most: int, least: float | None = None) -> tuple[int, ...]:
     """Choose at most `most` padded lengths that add the fewest padding tokens, by dynamic programming.
 
     Args:
         lengths: positive integers [n].
-        most: number of buckets; fewer are returned where one more would save less than 3 % of all tokens.
+        most: number of buckets; fewer are returned where one more would save less than ``least``.
+        least: tokens that a bucket has to save; None is 3 % of all.
 
     Returns:
         Ascending bucket lengths; the last is the longest of `lengths`.
@@ -138,7 +139,7 @@ def bucket_ends(lengths: np.ndarray, most: int) -> tuple[int, ...]:
         cost = best
         cuts.append(cut)
         totals.append(cost[n])
-    useful = 0.03 * float((values * counts).sum())
+    useful = 0.03 * float((values * counts).sum()) if least is None else least
     k = 0
     while k + 1 < len(totals) and totals[k] - totals[k + 1] > useful:
         k += 1

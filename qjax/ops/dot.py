@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from qjax import _compat
-from qjax.errors import LayoutError, QjaxWarning
+from qjax.errors import LayoutError, warn
 from qjax.formats import Aux, Float8, Format, Int, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.formats.rotation import check_prepared
@@ -202,11 +201,7 @@ def _check_choice(problem: Problem, implementation: str | None, at: str) -> None
         key = (at, wanted)
         if key not in _warned:
             _warned.add(key)
-            warnings.warn(
-                f"{at}{problem} is computed in float: {next(filter(None, reasons), 'no kernel fits')}",
-                QjaxWarning,
-                stacklevel=3,
-            )
+            warn(f"{at}{problem} is computed in float: {next(filter(None, reasons), 'no kernel fits')}")
 
 
 def _entries(name: str) -> list[Any]:

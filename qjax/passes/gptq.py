@@ -20,7 +20,6 @@ for the factor, and sums are taken over what was there instead of over what was 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -30,7 +29,7 @@ import numpy as np
 from jax import Array, lax
 
 from qjax.calibration import Observer
-from qjax.errors import FormatError, QjaxWarning
+from qjax.errors import FormatError, warn
 from qjax.formats import Aux, Format
 from qjax.formats.numerics import AnyArray
 from qjax.statistics import SecondMoment, Statistic
@@ -315,10 +314,8 @@ def _factor_in_float64(h: Any) -> np.ndarray:
     else:
         lower = np.eye(len(h), dtype=np.float32)
     if extra:
-        warnings.warn(
+        warn(
             f"a second moment of {len(h)} inputs is singular, and {extra:.0e} of its mean was added to its "
-            "diagonal; give more calibration data, or a dampening_frac above 0",
-            QjaxWarning,
-            stacklevel=1,
+            "diagonal; give more calibration data, or a dampening_frac above 0"
         )
     return lower

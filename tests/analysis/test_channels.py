@@ -190,7 +190,7 @@ def test_rotary_positions_fix_the_order_of_keys():
 
 def test_bad_requests():
     program = case("llama").program
-    with pytest.raises(QjaxError, match="no site is named 'layers/0/mlp/dwn/kernel'; did you mean"):
+    with pytest.raises(QjaxError, match="no site is named 'layers/0/mlp/dwn/kernel' .did you mean"):
         channel_group(program, "layers/0/mlp/dwn/kernel")
     with pytest.raises(QjaxError, match="without a weight of its own"):
         channel_group(program, next(s.name for s in program.sites if s.op == "softmax"))

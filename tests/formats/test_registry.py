@@ -27,7 +27,7 @@ def test_built_in_formats_are_there():
         ({"format": "in"}, "did you mean 'int'"),
         ({"bits": 4}, "key 'format'"),
         pytest.param("int4", "key 'format'", marks=WRONG_TYPE),
-        ({"format": "int", "bits": 4, "grop": 3}, "no setting 'grop'; did you mean 'group'"),
+        ({"format": "int", "bits": 4, "grop": 3}, "no setting 'grop' .did you mean 'group'"),
         ({"format": "int"}, "missing 1 required positional argument: 'bits'"),
         pytest.param({"format": "int", "bits": "4"}, "2 to 8", marks=WRONG_TYPE),
         ({"format": "mxfp4", "block": 16}, "it has none"),

@@ -260,7 +260,7 @@ def test_as_json():
     ("given", "says"),
     [
         ({"on": "h300"}, "unknown device 'h300'"),
-        ({"work": "chatt"}, "unknown workload 'chatt'; did you mean 'chat'.*summarization"),
+        ({"work": "chatt"}, "unknown workload 'chatt' .did you mean 'chat'.*summarization"),
         ({"work": "0/5"}, "prompt is 0"),
         ({"mode": "slow"}, "sync, async, rate"),
         ({"mode": "rate"}, "needs the queries a second"),

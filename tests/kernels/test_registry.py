@@ -35,7 +35,7 @@ def test_a_named_lowering_runs_or_says_why_not():
     w = quantize_array(jnp.ones((32, 8)), NF4(group=32), in_axes=0)
     with pytest.raises(LoweringError, match=r"int_dot.*not quantized.*implementation=None"):
         ops.q_dot(jnp.ones((2, 32)), w, implementation="int_dot")
-    with pytest.raises(LoweringError, match="'dequantise' of dot; did you mean 'dequantize'"):
+    with pytest.raises(LoweringError, match="'dequantise' of dot .did you mean 'dequantize'"):
         ops.q_dot(jnp.ones((2, 32)), w, implementation="dequantise")
     aux = ops.activation_aux(jnp.ones((2, 32)), TOKEN)
     with pytest.raises(LoweringError, match="nf4 g32 codes are no integers"):

@@ -143,7 +143,7 @@ def test_too_few_rows_are_said_once_and_named():
     recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(4), rounding=qjax.GPTQ())])
     with pytest.warns(QjaxWarning) as told:
         qjax.quantize(fn, params, recipe=recipe, batches=[jnp.asarray(rng.standard_normal((9, k)), jnp.float32)])
-    assert len(told) == 1
+    assert len(told) == 1 and told[0].filename == __file__  # the line that called, not one of qjax or jax
     for part in ("first: 9 rows", "16 inputs", "16 rows or more, better 128", "first such weight only"):
         assert part in str(told[0].message)
     with warnings.catch_warnings():
