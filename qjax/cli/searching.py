@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     check_data(loaded, args)
     args.calibration = args.text or args.images
     drawn = draw(loaded, args)
-from qjax.cli.output import counting, listed, print_json, print_rich, say, waiting
+    say(drawn.said)
+    tie = [listed([t]) for t in args.tie]
     sizes = sensitivities(loaded.fn, loaded.params, drawn.batches, choices, by=(), tie=tie)
     check_budget(sizes, budget, on=args.device, rows=args.rows)  # not after an hour of measuring
     out.mkdir(parents=True, exist_ok=True)
