@@ -112,7 +112,7 @@ def test_bad_patterns_are_refused():
         ({}, "neither skips nor quantizes"),
         ({"rounding": qjax.RTN()}, "neither skips nor quantizes"),
         ({"skip": True, "weights": INT8}, "skip leaves the sites in float, so weights cannot be set"),
-        ({"skip": True, "op": "lineer"}, "unknown op 'lineer' .did you mean 'linear'"),
+        ({"skip": True, "op": "lineer"}, "unknown op 'lineer' (did you mean 'linear'"),
         ({"skip": True, "op": ()}, "empty tuple"),
         ({"weights": INT8, "op": "attention"}, "a site of op 'attention' has no weights"),
         ({"inputs": TOKEN, "op": "embedding"}, "a site of op 'embedding' has no inputs"),
