@@ -28,7 +28,7 @@ from qjax.applying.planning import Plan
 from qjax.applying.static import taps_of
 from qjax.blockwise.schedule import Block, Schedule, nbytes, result_avals, sharing
 from qjax.formats import is_quantized
-from qjax.passes import rounding_statistics
+from qjax.passes import rounding_flops, rounding_statistics
 
 ROUNDING_COPIES = 4
 """float32 copies of a weight while it is rounded: itself, in canonical order, its codes before packing, its error."""
@@ -212,14 +212,16 @@ def _gathering_flops(plan: Plan, name: str, batches: int) -> float:
 
 
 def _rounding_flops(plan: Plan) -> float:
-    """Of roundings by second moments: K³ for the factor of each weight and 3 K² N for carrying errors."""
+    """Of roundings by second moments."""
     total = 0.0
     for leaf in plan.leaves.values():
         k = math.prod(leaf.shape[a] for a in leaf.in_axes)
-        n = math.prod(leaf.shape) / max(k * math.prod(leaf.shape[a] for a in leaf.key_axes), 1)
+        keyed = math.prod(leaf.shape[a] for a in leaf.key_axes)
+        stacked = math.prod(leaf.shape[a] for a in leaf.stack_axes if a not in leaf.key_axes)
+        n = math.prod(leaf.shape) // max(k * keyed * stacked, 1)
         for stored in leaf.slices.values():
             if stored.fmt is not None and rounding_statistics(stored.rounding):
-                total += 2 * k**3 + 3 * k**2 * n
+                total += stacked * rounding_flops(stored.rounding, n, k, stored.fmt)
     return total
 
 

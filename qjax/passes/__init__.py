@@ -18,7 +18,7 @@ from qjax.passes.qoq import QoQ
 from qjax.passes.qoq_channels import DGQSmooth, Reorder, SmoothAttention, SmoothOutputs
 from qjax.passes.rotate import Rotate
 from qjax.passes.rotated import Rotated
-from qjax.passes.rounding import RTN, Rounding, rounding_statistics
+from qjax.passes.rounding import RTN, Rounding, rounding_flops, rounding_statistics
 from qjax.passes.smoothquant import SmoothQuant
 from qjax.passes.sparsegpt import SparseGPT
 from qjax.passes.two_bit import TwoBit
@@ -49,6 +49,7 @@ __all__ = [
     "TwoBit",
     "awq_clip",
     "awq_scales",
+    "rounding_flops",
     "rounding_statistics",
     "run_passes",
     "split_passes",

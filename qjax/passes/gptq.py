@@ -102,6 +102,17 @@ class GPTQ:
                 f"dampening_frac={self.dampening_frac}",
             )
 
+    def flops(self, n: int, k: int, fmt: Format) -> float:
+        """Return floating-point operations of products in rounding a matrix [n, k].
+
+        K³/3 for the factor; for the errors, 2 N for each pair of columns of different blocks, and the square of a block
+        within it, once more where groups are fitted as they are reached.
+        """
+        group = fmt.group if self.actorder is None and fmt.per == "group" and fmt.group is not None else 0
+        size = _block_size(self.block_size, group, k)
+        within = 2 * (size + min(_SMALL, size)) + (2 * size + group if group else 0)
+        return k**3 / 3 + k * n * (k - size + within)
+
     def round(
         self,
         w: AnyArray,

@@ -23,7 +23,7 @@ from qjax.errors import FormatError, RecipeError
 from qjax.formats import SIGNS, SMOOTH, Aux, Format, hadamard
 from qjax.formats.numerics import AnyArray
 from qjax.formats.rotation import random_signs, rotate
-from qjax.passes.rounding import RTN, Rounding, rounding_statistics
+from qjax.passes.rounding import RTN, Rounding, rounding_flops, rounding_statistics
 from qjax.statistics import Statistic
 
 
@@ -97,6 +97,10 @@ class Rotated:
         """Yield what makes the inner rounding doubt the statistics of a weight."""
         inner = getattr(self.inner, "doubts", None)
         yield from inner(state) if inner is not None else ()
+
+    def flops(self, n: int, k: int, fmt: Format) -> float:
+        """Return those of the inner rounding; the rotation is small beside them."""
+        return rounding_flops(self.inner, n, k, fmt)
 
     def kept(self, length: int) -> Aux:
         """What is kept with a weight of rows of this length: {"input.signs": int8 [1, width]}."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax.errors import FormatError, QjaxWarning, RecipeError
+from qjax.passes import rounding_flops
 
 
 def inputs(rows: int, k: int, seed: int) -> np.ndarray:
@@ -149,6 +150,18 @@ def test_too_few_rows_are_said_once_and_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qjax.quantize(fn, params, recipe=recipe, batches=[jnp.asarray(rng.standard_normal((k, k)), jnp.float32)])
+
+
+@pytest.mark.parametrize(
+    ("fmt", "order"), [(qjax.Int(4), None), (qjax.Int(4, group=64), None), (qjax.Int(4), "static")]
+)
+@pytest.mark.parametrize("inside", [lambda r: r, qjax.Rotated])
+def test_the_work_is_that_of_one_factor_and_of_each_error_brought_in_once(fmt, order, inside):
+    n, k = 300, 2048
+    least = k**3 / 3 + sum(2 * j * n for j in range(k))  # column j takes in the errors of the j before it
+    said = rounding_flops(inside(qjax.GPTQ(actorder=order)), n, k, fmt)
+    assert least <= said <= 1.3 * least, "whole blocks are multiplied, of which about half counts"
+    assert rounding_flops(qjax.SparseGPT(), n, k, fmt) > said, "which inverts"
 
 
 def test_recipes_survive_toml():
