@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import qjax
 from qjax.cli.calibrating import draw
-from qjax.cli.output import counting, listed, print_json, print_rich, say, waiting
+from qjax.cli.output import counting, listed, print_json, print_rich, say, table, waiting
 from qjax.cli.scoring import check_data
 from qjax.errors import DataError, ModelError, SearchError
 from qjax.folders import is_saved, load_float
+from qjax.report.text import size
 from qjax.search import Assignment, Budget, assign, check_budget, plot_front, save_front, sensitivities
 from qjax.search.assigning import amount
 
@@ -70,22 +70,25 @@ def _name(choice: str) -> str:
     return Path(choice).stem if choice.endswith(".toml") else choice.upper()
 
 
-def _show(name: str, best: Assignment, out: Path, args: argparse.Namespace) -> None:
-    from rich.table import Table
+_LOSS = {"kl": "KL to float in nats", "fisher": "second-order KL to float in nats", "output": "error of its outputs"}
 
-    rows = best.sensitivities.rows
-    print(f"{name}: {len(rows)} groups of layers, budget {best.budget}, least {best.by}\n")
-    table: Any = Table(box=None, pad_edge=False)
-    for column in ("group", "choice", *best.sensitivities.choices[:-1]):
-        table.add_column(column, justify="left" if column in ("group", "choice") else "right")
+
+def _show(name: str, best: Assignment, out: Path, args: argparse.Namespace) -> None:
+    rows, choices = best.sensitivities.rows, best.sensitivities.choices[:-1]
+    print(f"{name}: {len(rows)} groups of layers, budget {best.budget}")
+    print(f"{_LOSS[best.by]}, with one group alone in each recipe:\n")
+    shown = []
     for row in rows:
-        losses = (row.losses[best.by].get(c) for c in best.sensitivities.choices[:-1])
-        table.add_row(row.name, best.choices[row.name], *("" if v is None else f"{v:.2e}" for v in losses))
-    print_rich(table)
+        losses = (row.losses[best.by].get(c) for c in choices)
+        shown.append([row.name, best.choices[row.name], *("" if v is None else f"{v:.2e}" for v in losses)])
+    print_rich(table(("group", "choice", *choices), shown, left=(0, 1)))
     counts = ", ".join(f"{n} × {c}" for c, n in best.counts.items())
-    proof = "the best there is" if best.exact else f"at most {best.loss - best.bound:.2g} above the best"
-    print(
-        f"\n{counts}: {amount(best.budget.kind, best.cost)}, {best.bits:.3f} bits per weight, "
-        f"{best.stored_bytes / 1e6:,.3f} MB in all; {best.by} {best.loss:.3g}, sum of single ones ({proof})"
+    # What is stored is said in any case; a budget in bits or bytes is not said twice.
+    spent = "" if best.budget.kind in ("bits", "bytes") else f"{amount(best.budget.kind, best.cost)}, "
+    proof = (
+        "the least that the budget allows" if best.exact else f"at most {best.loss - best.bound:.2g} above the least"
     )
-    print(f"Saved in {out}. Next: qjax quantize {args.folder} --recipe {out / 'recipe.toml'}")
+    print(f"\n{counts}: {spent}{best.bits:.3f} bits per weight, {size(best.stored_bytes)} in all")
+    print(f"Sum of the groups, each by itself: {best.loss:.3g} ({proof})")
+    print(f"Saved in {out} ({out / 'front.svg'} shows other budgets).")
+    print(f"Next: qjax quantize {args.folder} --recipe {out / 'recipe.toml'}")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
+
+from qjax.report.page import CSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,11 +53,16 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def style() -> Any:
-    """A context in which matplotlib draws in the page's style."""
+LIGHT = dict(re.findall(r"--(\w+): (#\w+)", CSS.split("@media")[0]))
+"""The roles' colours on the light page, for pictures that are files of their own."""
+
+
+def style(colours: Mapping[str, str] = ROLES) -> Any:
+    """A context in which matplotlib draws in the page's style; `LIGHT` as colours for a file of its own."""
     import matplotlib
 
-    return matplotlib.rc_context(STYLE)
+    drawn = {ROLES[role]: colours[role] for role in ROLES}
+    return matplotlib.rc_context({k: drawn.get(v, v) if isinstance(v, str) else v for k, v in STYLE.items()})
 
 
 def figure(width: float, height: float) -> tuple[Figure, Axes]:

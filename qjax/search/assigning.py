@@ -168,8 +168,7 @@ def assign(
     """Choose for each group, so that the sum of losses is least within a budget. The result is exact.
 
     Losses are taken as additive: errors of different groups are small and independent of one another. Of equal losses
-        the
-    cheaper assignment is taken, then the choice that stands earlier.
+    the cheaper assignment is taken, then the choice that stands earlier.
 
     Args:
         sensitivities: from `qjax.search.sensitivities`.

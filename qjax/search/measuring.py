@@ -73,7 +73,7 @@ def sensitivities(
 
     Args:
         fn: any JAX function ``fn(params, *args)``.
-        params: its float parameters.
+        params: its float parameters, in memory; with ``by=()`` they may be `qjax.Lazy`.
         batches: argument tuples, as `qjax.calibrate` takes them. Recipes that need data are calibrated on them too.
         choices: recipes by name, or a list of presets. "float" is always a choice, with loss 0.
         by: what to measure, some of "kl", "output", "fisher"; () measures nothing and gives sizes alone.
@@ -87,7 +87,7 @@ def sensitivities(
         Losses and sizes, for `qjax.search.assign`.
 
     Raises:
-        SearchError: nothing to choose, measures that are not known, parameters that are quantized.
+        SearchError: nothing to choose, measures that are not known, parameters that are quantized or lazy.
         DataError: batches that cannot be used.
         CheckpointError: ``resume`` is the folder of another job.
     """
@@ -97,8 +97,12 @@ def sensitivities(
             raise SearchError(f"by={name!r}; what can be measured is {', '.join(MEASURES)}")
     if any(is_quantized(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)):
         raise SearchError("these parameters are quantized already; pass the float parameters")
-    if any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(params)):
-        raise SearchError("a search runs the whole function again and again; load the parameters without lazy=True")
+    if wanted and any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(params)):
+        raise SearchError(
+            "these parameters are read from disk when they are needed, and a search runs the whole function for every "
+            "group and choice: load them without lazy=True, in dtype=jnp.bfloat16 where float32 is too much for memory "
+            "(by=() gives the sizes without running anything)"
+        )
     recipes = resolve_choices(choices)
     first = next(argument_tuples(batches), None)
     if first is None:

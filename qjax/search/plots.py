@@ -5,18 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qjax.report import svg
 from qjax.search.assigning import Assignment, amount
+from qjax.search.groups import FLOAT
 
-_UNITS = {"bits": (1.0, "bits per weight"), "bytes": (1e6, "MB"), "seconds": (1e-3, "ms"), "joules": (1e-3, "mJ")}
-_LOSS = {
-    "kl": "KL to float, sum of groups (nats)",
-    "output": "output error, sum of groups",
-    "fisher": "second-order KL",
+_UNITS = {
+    "bits": ((1.0, "bits per weight"),),
+    "bytes": ((1e9, "GB as stored"), (1e6, "MB as stored"), (1e3, "kB as stored"), (1.0, "bytes as stored")),
+    "seconds": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "joules": ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")),
 }
+_LOSS = {
+    "kl": "KL to float, nats, sum of groups",
+    "output": "output error, sum of groups",
+    "fisher": "second-order KL, nats, sum of groups",
+}
+_ROOM = 1.06
+"""How far beyond the last point of interest the picture goes."""
 
 
 def plot_front(found: Assignment, path: str | Path) -> None:
     """Draw what can be had for what, and the assignment among it.
+
+    The picture ends where every group is quantized, or at the budget if that is more: on the way from there to float
+    little is lost and the axis would be given to it. The axis says what float costs.
 
     Args:
         found: from `qjax.search.assign`.
@@ -24,33 +36,65 @@ def plot_front(found: Assignment, path: str | Path) -> None:
     """
     import matplotlib
 
-    matplotlib.rcParams["svg.hashsalt"] = "qjax"  # equal fronts give equal files
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    unit, name = _UNITS[found.budget.kind]
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11}):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.plot(
-            [p.cost / unit for p in found.front], [p.loss for p in found.front], "o-", ms=3, label="front (convex)"
+    front = [p for p in found.front if p.loss > 0] or list(found.front)
+    unit, name = _unit(found.budget.kind, max(found.cost, found.front[0].cost))
+    first, last = _range(found)
+    with svg.style(svg.LIGHT), matplotlib.rc_context({"svg.hashsalt": "qjax", "figure.facecolor": svg.LIGHT["paper"]}):
+        figure, axes = svg.figure(6.8, 4.2)
+        axes.plot([p.cost / unit for p in front], [p.loss for p in front], "o-", ms=3.5, lw=1.4, color=svg.LIGHT["c0"])
+        inside = [p.loss for p in front if first <= p.cost <= last] + [found.loss]
+        inside = [loss for loss in inside if loss > 0]
+        if inside:  # else float is all there is to see
+            axes.set_yscale("log")
+            axes.set_ylim(min(inside) / 2.5, max(inside) * 2.5)
+        axes.set_xlim(first / unit, last / unit)
+        axes.axvline(found.budget.amount / unit, color=svg.LIGHT["muted"], lw=1, ls="--")
+        note: dict[str, Any] = {"textcoords": "offset points", "color": svg.LIGHT["muted"], "fontsize": 10}
+        if first <= found.budget.amount <= last:
+            at, bottom = found.budget.amount / unit, axes.get_xaxis_transform()
+            left = found.budget.amount < (first + last) / 2
+            axes.annotate(
+                "budget",
+                (at, 0),
+                xycoords=bottom,
+                xytext=(4 if left else -4, 5),
+                ha="left" if left else "right",
+                **note,
+            )
+        for point in front:
+            if len(point.counts) == 1 and first <= point.cost <= last:
+                left = point.cost < last - 0.2 * (last - first)
+                spot: dict[str, Any] = {"xytext": (7, 4) if left else (-6, -5), "ha": "left" if left else "right"}
+                axes.annotate(f"all {next(iter(point.counts))}", (point.cost / unit, point.loss), **spot, **note)
+        if found.loss > 0:
+            axes.plot([found.cost / unit], [found.loss], "o", ms=9, color=svg.LIGHT["c1"], zorder=3)
+        counts = ", ".join(f"{n} × {c}" for c, n in found.counts.items())
+        axes.set_title(
+            f"{counts}: {amount(found.budget.kind, found.cost)}, loss {found.loss:.2g}", loc="left", fontsize=11
         )
-        axes.axvline(found.budget.amount / unit, color="0.6", lw=1, ls="--")
-        what = ", ".join(f"{n} {c}" for c, n in found.counts.items())
-        axes.plot(
-            [found.cost / unit],
-            [found.loss],
-            "s",
-            color="tab:red",
-            label=f"{amount(found.budget.kind, found.cost)}: {what}",
-        )
-        positive = [p.loss for p in found.front if p.loss > 0]
-        if positive:
-            axes.set_yscale("symlog", linthresh=min(positive))
-        axes.set_xlabel(name)
+        axes.set_xlabel(name + _beyond(found, last))
         axes.set_ylabel(_LOSS.get(found.by, found.by))
-        axes.grid(True, lw=0.4)
-        axes.legend(frameon=False)
-        more: dict[str, Any] = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {}
+        more: dict[str, Any] = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {"dpi": 150}
         figure.savefig(path, **more)
+
+
+def _unit(kind: str, value: float) -> tuple[float, str]:
+    """The largest unit that is not larger than a cost."""
+    return next((u for u in _UNITS[kind] if value >= u[0]), _UNITS[kind][-1])
+
+
+def _range(found: Assignment) -> tuple[float, float]:
+    """Costs at the left and right end."""
+    costs = [p.cost for p in found.front]
+    quantized = [p.cost for p in found.front if FLOAT not in p.counts]
+    last = max([*quantized, min(found.budget.amount, costs[-1]), found.cost])
+    room = max(last - costs[0], 1e-3 * last) * (_ROOM - 1)
+    return costs[0] - room, last + 2 * room
+
+
+def _beyond(found: Assignment, last: float) -> str:
+    """What the axis says of float where the picture ends before it."""
+    dearest = found.front[-1]
+    if dearest.cost <= last or tuple(dearest.counts) != (FLOAT,):
+        return ""
+    return f" (float: {amount(found.budget.kind, dearest.cost)})"

@@ -279,7 +279,19 @@ def test_the_front(found, tmp_path):
     for name in ("a.svg", "b.svg", "c.png"):
         plot_front(best, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert "bits per weight" in (tmp_path / "a.svg").read_text() and (tmp_path / "c.png").stat().st_size > 1000
+    text = (tmp_path / "a.svg").read_text()
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    assert all(part in text for part in ("bits per weight (float: 32 bits)", "all W4", "all W8", "budget", "loss "))
+    plot_front(assign(found, "40 bits"), tmp_path / "float.svg")  # then the picture goes on to float
+    assert "(float" not in (tmp_path / "float.svg").read_text()
+
+
+def test_lazy_parameters_have_sizes_and_no_losses(found):
+    lazy = jax.tree.map(lambda a: qjax.Lazy(a.shape, a.dtype, lambda: pytest.fail("nothing is read")), PARAMS)
+    sizes = sensitivities(fn, lazy, BATCHES, [W4, W8], by=())
+    assert [r.bytes for r in sizes.rows] == [r.bytes for r in found.rows] and sizes.other_bytes == found.other_bytes
+    with pytest.raises(SearchError, match="load them without lazy=True"):
+        sensitivities(fn, lazy, BATCHES, [W4, W8], by="output")
 
 
 def test_sensitivities_as_a_file(found, tmp_path):

@@ -57,7 +57,8 @@ def test_search_then_quantize(capsys, folder, tmp_path):
     args = (folder, "--recipes", "W4A16,W8A16", "--text", text, "--samples", "2", "--out", out)
     code, said, err = ran(capsys, *args, "--budget", "7.2 bits", "--tie", "q_proj,k_proj,v_proj")
     assert code == 0, err
-    assert "5 groups of layers, budget 7.2 bits" in said and "the best there is" in said and "recipe.toml" in said
+    assert "5 groups of layers, budget 7.2 bits" in said and "the least that the budget allows" in said
+    assert "recipe.toml" in said and said.count("bits per weight") == 1 and " kB in all" in said
     files = {"recipe.toml", "sensitivities.json", "front.json", "front.svg"}
     assert {p.name for p in out.iterdir()} == {"measured", *files}
     recipe = qjax.recipe(str(out / "recipe.toml"))
