@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -55,8 +56,22 @@ def recipe(rounding: str) -> qjax.Recipe:
     return qjax.Recipe([qjax.Rule("layers/**", weights=qjax.Int(4, group=128), rounding=ROUNDINGS[rounding])])
 
 
-def model(scale: int, layers: int) -> tuple[Any, Any, int]:
-    """The function, its lazy parameters, and the bytes of one layer."""
+def on_host(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Random numbers of unit variance."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def model(
+    scale: int, layers: int, draw: Callable[[tuple[int, ...], int], Any] = on_host, scan: bool = True
+) -> tuple[Any, Any, int]:
+    """The function, its lazy parameters, and the bytes of one layer.
+
+    Args:
+        scale: divides all widths.
+        layers: how many.
+        draw: numbers of a shape by a seed, which is the number of the layer.
+        scan: scan over the layers, whose parameters are stacked.
+    """
     config = LlamaConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -70,12 +85,11 @@ def model(scale: int, layers: int) -> tuple[Any, Any, int]:
         }
     )
     unrolled = LanguageModel(config)
-    fn = dataclasses.replace(unrolled, scan_layers=True)
     shapes = unrolled.abstract_params(jnp.float32)
     bytes_of_layer = sum(a.size * 4 for a in jax.tree.leaves(shapes["layers"][0]))
 
-    def made(shape: tuple[int, ...], seed: int) -> np.ndarray:
-        numbers = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    def made(shape: tuple[int, ...], seed: int) -> Any:
+        numbers = draw(shape, seed)
         return numbers if len(shape) == 1 else numbers / np.float32(np.sqrt(shape[0]))
 
     def stack(*leaves: Any) -> qjax.Lazy:
@@ -83,9 +97,15 @@ def model(scale: int, layers: int) -> tuple[Any, Any, int]:
         whole = lambda: np.stack([made(shape, i) for i in range(layers)])  # noqa: E731
         return qjax.Lazy((layers, *shape), np.float32, whole, lambda i: made(shape, i))
 
-    stacked = jax.tree.map(stack, *shapes["layers"])
     rest = jax.tree.map(lambda a: jnp.asarray(made(a.shape, 0)), {k: v for k, v in shapes.items() if k != "layers"})
-    return fn, {**rest, "layers": stacked}, bytes_of_layer
+    if scan:
+        fn = dataclasses.replace(unrolled, scan_layers=True)
+        return fn, {**rest, "layers": jax.tree.map(stack, *shapes["layers"])}, bytes_of_layer
+
+    def layer(i: int) -> Any:
+        return jax.tree.map(lambda a: qjax.Lazy(a.shape, np.float32, lambda: made(a.shape, i)), shapes["layers"][i])
+
+    return unrolled, {**rest, "layers": [layer(i) for i in range(layers)]}, bytes_of_layer
 
 
 def private_bytes() -> int:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -18,7 +20,7 @@ class Lazy:
     Args:
         shape: of the array.
         dtype: of the array.
-        read: returns the whole array; called once for each use.
+        read: returns the whole array; called once for each use. An array on a device stays there.
         read_slice: returns slice i of the leading axis; without it the whole array is read and sliced.
     """
 
@@ -52,17 +54,22 @@ class Lazy:
         return f"Lazy({self.dtype.name}[{','.join(map(str, self.shape))}])"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Read the array."""
-        return self._checked(self._read(), self.shape, dtype)
+        """Read the array, to the host."""
+        return np.asarray(self._checked(self._read(), self.shape, dtype))
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __jax_array__(self) -> jax.Array:
+        """Read the array, to the default device."""
+        return jnp.asarray(self._checked(self._read(), self.shape))
+
+    def __getitem__(self, index: int) -> np.ndarray | jax.Array:
         """Read one slice of the leading axis."""
         if self._read_slice is None:
-            return np.asarray(self)[index]
-        return self._checked(self._read_slice(int(index)), self.shape[1:], None)
+            return self._checked(self._read(), self.shape)[index]
+        return self._checked(self._read_slice(int(index)), self.shape[1:])
 
-    def _checked(self, found: Any, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        found = np.asarray(found)
+    def _checked(self, found: Any, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray | jax.Array:
+        found = found if isinstance(found, jax.Array) else np.asarray(found)
         if found.shape != shape:
             raise ValueError(f"{self!r}: what was read has shape {found.shape} and not {shape}")
-        return found.astype(self.dtype if dtype is None else dtype, copy=False)
+        wanted = np.dtype(self.dtype if dtype is None else dtype)
+        return found if found.dtype == wanted else found.astype(wanted)
