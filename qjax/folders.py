@@ -6,6 +6,8 @@ The second kind holds everything that running it takes:
     config.json, tokenizer.json …   copied from the source folder
     checkpoint/                     the packed weights, by qjax.save
     report.json, .html, .txt
+    README.md                       a card: base model, recipe, sizes, how to run it
+    README.original.md              the card of the float model, where it had one
 
 It is written beside its place and moved there when it is complete, so a kill leaves the older folder, or none.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +27,14 @@ from typing import Any
 import qjax
 from qjax.errors import CheckpointError, ModelError
 from qjax.report import Report
+from qjax.report.card import render_card
 
 MANIFEST = "qjax.json"
 VERSION = 1
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
-_NOT_COPIED = (MANIFEST, "model.safetensors.index.json", "report.json", "report.txt")
+_NOT_COPIED = (MANIFEST, "model.safetensors.index.json", "report.json", "report.txt", "README.md")
+ORIGINAL_CARD = "README.original.md"
+"""What the float model's card is called beside ours."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,9 @@ def save_folder(out: Path, source: Path, model: Any, report: Report, calibration
             for file in source.glob(pattern):
                 if file.is_file() and file.name not in _NOT_COPIED:
                     shutil.copyfile(file, partial / file.name)
+        if (source / "README.md").is_file():
+            shutil.copyfile(source / "README.md", partial / ORIGINAL_CARD)
+        (partial / "README.md").write_text(_card(partial, model, report, calibration), encoding="utf-8")
         qjax.save(partial / "checkpoint", model)
         report.save(partial)
         manifest = {
@@ -210,6 +219,42 @@ def save_folder(out: Path, source: Path, model: Any, report: Report, calibration
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _card(folder: Path, model: Any, report: Report, calibration: dict[str, Any] | None) -> str:
+    """The README of a folder that is being written."""
+    original = folder / ORIGINAL_CARD
+    license = ""
+    if original.is_file():
+        front = re.match(r"---\n(.*?)\n---\n", original.read_text("utf-8", errors="replace"), re.DOTALL)
+        license = "\n".join(re.findall(r"^license\w*:.*$", front[1], re.MULTILINE)) if front else ""
+    return render_card(
+        report,
+        version=qjax.__version__,
+        recipe=model.recipe.to_toml(),
+        runs=_RUNS,
+        license=license,
+        original=ORIGINAL_CARD if original.is_file() else "",
+        calibration=calibration,
+    )
+
+
+_RUNS = """
+fn, abstract, config = qjax.models.abstract(folder)
+model = qjax.load(f"{folder}/checkpoint", fn, like=abstract)
+out = model(model.params, inputs)                      # inputs: tokens [batch, length], or pixels
+"""
+
+
+def source_size(folder: Path) -> tuple[int, str]:
+    """Bytes of the parameters as a Hugging Face folder stores them, and their dtypes; only headers are read."""
+    import jax
+
+    from qjax import models
+    from qjax.applying.reporting import dtypes_of
+
+    leaves = jax.tree.leaves(models.load(folder, dtype=None, lazy=True)[1])
+    return sum(leaf.nbytes for leaf in leaves), dtypes_of(leaves)
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 over config and weights of a Hugging Face folder."""
     total = hashlib.sha256()
@@ -218,3 +263,8 @@ def fingerprint(folder: Path) -> str:
         with file.open("rb") as f:
             total.update(hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the packed weights in a quantized folder."""
+    return sum(file.stat().st_size for file in (folder / "checkpoint").rglob("*") if file.is_file())

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import qjax.report
 from qjax.cli import main
 from qjax.cli.output import print_rich
-from qjax.folders import fingerprint, load_folder
+from qjax.folders import fingerprint, load_folder, source_size
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -70,6 +70,7 @@ def folder(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
     )
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A float model\n")
     write_weights(folder, 3)
     return folder
 
@@ -204,6 +205,9 @@ def test_a_saved_folder_is_sufficient(saved, folder):
         "report.txt",
     } <= names
     assert "model.safetensors" not in names
+    card = (saved / "README.md").read_text()
+    assert "license: mit" in card and "# tiny, quantized" in card and "qjax.load" in card
+    assert (saved / "README.original.md").read_text().endswith("# A float model\n")
     manifest = json.loads((saved / "qjax.json").read_text())
     assert (manifest["model"], manifest["recipe"]) == ("tiny", "W8A16")
     assert manifest["source_fingerprint"] == fingerprint(folder)
@@ -216,6 +220,7 @@ def test_quantize_says_what_it_did(capsys, folder, tmp_path, text):
     )
     assert code == 0 and out["stored_bytes"] < out["float_bytes"] and out["out"] == str(tmp_path / "q")
     assert out["quantized_sites"] == 14 and out["bits_per_weight"] < 10
+    assert (out["source_bytes"], "float32") == source_size(folder) and out["disk_bytes"] > 0
     assert 0 <= out["kl"] < 0.01 and out["agreement"] > 0.8 and abs(out["recovery"] - 100) < 2
     code, out, _ = run(capsys, "inspect", tmp_path / "q", "--json")
     assert out["scores"]["kl"] >= 0 and any("text.txt" in n for n in out["notes"])

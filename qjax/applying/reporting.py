@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+import jax.numpy as jnp
 
 from qjax import ops
 from qjax.analysis.naming import Site
 from qjax.applying.planning import Plan
 from qjax.applying.storage import LeafPlan, Stored
-from qjax.formats import QArray, QStack, is_quantized
+from qjax.formats import SMOOTH, QArray, QStack, is_quantized
 from qjax.program import Program
 from qjax.report.data import Report, SiteRow
 from qjax.sources import Dynamic
@@ -65,6 +68,7 @@ def build_report(
         rows.append(row)
     notes = sorted(n for where in ("loops",) for n in rewriter.notes.get(where, ()))
     notes += [f"dequantized at run time: {n}" for n in sorted(rewriter.notes.get("dequantized", ()))]
+    notes += _of_sqnr(plan)
     return Report(
         model=name,
         recipe=recipe,
@@ -73,7 +77,29 @@ def build_report(
         float_bytes=plan.float_bytes,
         stored_bytes=sum(a.nbytes if is_quantized(a) else math.prod(a.shape) * a.dtype.itemsize for a in stored),
         notes=tuple(notes),
+        float_dtype=dtypes_of(program.leaf_avals),
     )
+
+
+def dtypes_of(leaves: Sequence[Any]) -> str:
+    """The float dtypes of leaves, that of most bytes first: ``bfloat16, float32``."""
+    total: Counter[str] = Counter()
+    for leaf in leaves:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            total[leaf.dtype.name] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return ", ".join(name for name, _ in total.most_common())
+
+
+def _of_sqnr(plan: Plan) -> list[str]:
+    """What SQNR does not say of weights whose rounding has looked at activations."""
+    used = {s.rounding for leaf in plan.leaves.values() for s in leaf.slices.values() if s.fmt is not None}
+    names = sorted({type(r).__name__ for r in used if getattr(r, "needs_batches", False)})
+    if not names:
+        return []
+    return [
+        f"SQNR is that of the weights. {' and '.join(names)} rounded them for what the layers put out, which is worth "
+        "a lower SQNR: compare it with other roundings by KL divergence, not by SQNR"
+    ]
 
 
 def _free_row(site: Site, plan: Plan) -> SiteRow:
@@ -131,7 +157,7 @@ def _leaf_row(
     nbytes = _slice_bytes(part, leaf, key)
     where = rewriter.where(site.read)
     choice = rewriter.choices.get((where, stored.fmt.name), ROWS if site.op == "embedding" else NO_CHOICE)
-    notes = [stored.note, choice.note, *sorted(rewriter.notes.get(site.name, ()))]
+    notes = [stored.note, *_of_inputs(part), choice.note, *sorted(rewriter.notes.get(site.name, ()))]
     row = SiteRow(
         name=site.name,
         op=site.op,
@@ -149,6 +175,16 @@ def _leaf_row(
         flops=site.flops,
     )
     return row, key
+
+
+def _of_inputs(part: Any) -> list[str]:
+    """What is stored beside codes and scales to change the activations, which a format's name does not tell."""
+    if not isinstance(part, QArray) or SMOOTH not in part.aux:
+        return []
+    return [
+        "activations are divided by a factor for each input channel as they pass (input.smooth, float32, counted in "
+        "the bits)"
+    ]
 
 
 def _slice_value(value: Any, leaf: LeafPlan, key: tuple[int, ...]) -> Any:

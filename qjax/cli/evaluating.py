@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 from qjax.cli.output import print_json, print_rich, say, waiting
 from qjax.cli.scoring import Scored, as_json, check_data, score
@@ -41,16 +42,7 @@ def run(args: argparse.Namespace) -> None:
 def scored_report(report: Report, scored: Scored) -> Report:
     """The report with these scores in place of older ones, and a note of what they were measured on."""
     notes = tuple(n for n in report.notes if not n.startswith(NOTE))
-    return Report(
-        report.model,
-        report.recipe,
-        report.rows,
-        report.other_bytes,
-        report.float_bytes,
-        report.stored_bytes,
-        (*notes, f"{NOTE}{scored.on}"),
-        scored.scores,
-    )
+    return replace(report, notes=(*notes, f"{NOTE}{scored.on}"), scores=scored.scores)
 
 
 def _original(loaded: Loaded, args: argparse.Namespace) -> Loaded | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import qjax
+from qjax.applying.reporting import dtypes_of
 from qjax.cli.output import print_json, print_rich, waiting
 from qjax.errors import ModelError
 from qjax.folders import is_saved, read_manifest
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.folder.resolve().name}: {config.architecture}, {count:,} parameters{on_disk}\n")
     print(program)
     if plan:
-        print(f"\n{plan.recipe.name} would store {plan}")
+        print(f"\n{plan.recipe.name or args.recipe}, from {dtypes_of(leaves)}: {plan}")
 
 
 def example_input(config: Any) -> Any:

@@ -17,8 +17,9 @@ from qjax.cli.inspecting import example_input
 from qjax.cli.output import counting, print_json, print_rich, say, waiting
 from qjax.cli.scoring import check_data, score
 from qjax.errors import ModelError
-from qjax.folders import Loaded, check_destination, is_saved, load_float, save_folder
+from qjax.folders import Loaded, check_destination, is_saved, load_float, save_folder, size_on_disk, source_size
 from qjax.report import Report
+from qjax.report.text import size
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
         say(drawn.said)
     model = _quantized(loaded, recipe, drawn.batches if drawn else None, name, args)
     record = dataclasses.asdict(drawn.record) if drawn else None
-    report, scored = replace(model.report, recipe=recipe_name), None
+    held, dtype = source_size(args.folder)
+    report, scored = replace(model.report, recipe=recipe_name, source_bytes=held, source_dtype=dtype), None
     if args.text or args.images:
         manifest = {"calibration": record} if record else {}
         quantized = replace(loaded, fn=model, params=model.params, model=model, manifest=manifest)
@@ -53,10 +55,11 @@ def run(args: argparse.Namespace) -> None:
     if args.resume is not None:
         remove_job(args.resume)  # the result is safe
     if args.json:
-        print_json({**_as_json(report), "out": str(out), "seconds": round(time.monotonic() - start, 2)})
+        where = {"out": str(out), "disk_bytes": size_on_disk(out)}
+        print_json({**_as_json(report), **where, "seconds": round(time.monotonic() - start, 2)})
     else:
         print_rich(report)
-        print(f"Saved in {out} ({out / 'report.html'} has the plots)")
+        print(f"Saved in {out}, {size(size_on_disk(out))} of weights on disk ({out / 'report.html'} has the plots)")
 
 
 def _quantized(loaded: Loaded, recipe: qjax.Recipe, batches: Any, name: str, args: argparse.Namespace) -> qjax.Model:
@@ -78,6 +81,7 @@ def _as_json(report: Report) -> dict[str, Any]:
         "model": report.model,
         "recipe": report.recipe,
         "float_bytes": report.float_bytes,
+        "source_bytes": report.source_bytes,
         "stored_bytes": report.stored_bytes,
         "compression": report.compression,
         "bits_per_weight": report.bits(report.quantized),

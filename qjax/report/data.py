@@ -113,6 +113,10 @@ class Report:
         stored_bytes: bytes of all parameters as stored now.
         notes: what concerns the whole model.
         scores: name to number; see `LOWER_IS_BETTER` and the pairing rule in the module's docstring.
+        float_dtype: what the parameters were before: ``float32``; several, the one of most bytes first.
+        source_bytes: bytes of the parameters in the folder that they were read from, which may hold fewer bits each;
+            0 where that is not known.
+        source_dtype: what they are there: ``bfloat16``.
     """
 
     model: str = ""
@@ -123,6 +127,9 @@ class Report:
     stored_bytes: int = 0
     notes: tuple[str, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
+    float_dtype: str = ""
+    source_bytes: int = 0
+    source_dtype: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -166,6 +173,11 @@ class Report:
         """Bytes before divided by bytes after; 1 for an empty model."""
         return self.float_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
+    @property
+    def widened(self) -> bool:
+        """Whether the folder held the parameters in fewer bytes than they were quantized from."""
+        return 0 < self.source_bytes < self.float_bytes
+
     def bits(self, rows: tuple[SiteRow, ...] | None = None) -> float | None:
         """Average stored bits per weight over `rows` (all sites when None), scales included; None without weights."""
         rows = self.rows if rows is None else rows
@@ -200,6 +212,9 @@ class Report:
             "float_bytes": int(self.float_bytes),
             "stored_bytes": int(self.stored_bytes),
             "other_bytes": int(self.other_bytes),
+            "float_dtype": self.float_dtype,
+            "source_bytes": int(self.source_bytes),
+            "source_dtype": self.source_dtype,
             "scores": {k: _plain(float(v)) for k, v in self.scores.items()},
             "notes": list(self.notes),
             "rows": [r.to_dict() for r in self.rows],

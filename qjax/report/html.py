@@ -15,7 +15,7 @@ from qjax.report.data import Report, SiteRow
 from qjax.report.groups import Group, group_rows
 from qjax.report.scores import score_lines, score_pairs, score_title, score_value
 from qjax.report.svg import SERIES
-from qjax.report.text import decibel, said_of_inputs, shape_text, size, span, why
+from qjax.report.text import beside_source, decibel, said_of_inputs, shape_text, size, span, why
 
 _HEADS = (
     ("Site", "site"),
@@ -66,9 +66,15 @@ def _lead(report: Report) -> str:
 
 def _cards(report: Report) -> str:
     cards = [
-        (f"{size(report.float_bytes)} → {size(report.stored_bytes)}", "parameters, before and after"),
+        (
+            f"{size(report.float_bytes)} → {size(report.stored_bytes)}",
+            f"parameters, before{f' ({report.float_dtype})' if report.float_dtype else ''} and after",
+        ),
         (f"{report.compression:.2f}×", "smaller"),
     ]
+    if report.widened:
+        times, _, rest = beside_source(report).partition("x ")
+        cards.append((f"{times}×", rest))
     all_bits, own = report.bits(), report.bits(report.quantized)
     if own is not None:
         more = "" if all_bits is None or f"{all_bits:.2f}" == f"{own:.2f}" else f"; {all_bits:.2f} over all sites"

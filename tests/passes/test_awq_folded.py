@@ -68,6 +68,7 @@ def test_weights_that_read_the_same_activations_share_factors_that_go_into_the_n
     assert any(note.startswith("AWQ: a, b: factors") and note.endswith("norm") for note in notes), notes
     assert any(note.startswith("AWQ: down: factors") and "beside" in note and "gelu" in note for note in notes), notes
     assert SMOOTH in folded.params["down"].aux and SMOOTH not in folded.params["a"].aux
+    assert "input.smooth" in folded.report.row("down").note and not folded.report.row("a").note
     # The same factors in both, and their reciprocals in the norm; a power of what was seen, so the outliers are larger.
     s = p["norm"] / folded.params["norm"]
     for name in ("a", "b"):

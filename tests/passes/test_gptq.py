@@ -149,7 +149,9 @@ def test_too_few_rows_are_said_once_and_named():
         assert part in str(told[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        qjax.quantize(fn, params, recipe=recipe, batches=[jnp.asarray(rng.standard_normal((k, k)), jnp.float32)])
+        batches = [jnp.asarray(rng.standard_normal((k, k)), jnp.float32)]
+        model = qjax.quantize(fn, params, recipe=recipe, batches=batches)
+    assert [note for note in model.report.notes if note.startswith("SQNR") and "GPTQ" in note]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from qjax.report import Report, SiteRow
+from qjax.report.card import render_card
 from qjax.report.groups import group_rows, ranges
 from qjax.report.scores import score_lines, score_value
 from qjax.report.text import size
@@ -241,3 +242,40 @@ def test_equal_reports_give_equal_pages(small_report):
 
 def test_page_of_nothing():
     _Page(Report("m", "W8A16").html())
+
+
+def test_sizes_are_compared_with_what_was_quantized_and_with_the_folder():
+    report = Report(
+        "m", "W8A16", (_row("w"),), 0, 64, 20, float_dtype="float32", source_bytes=32, source_dtype="bfloat16"
+    )
+    assert report == Report.from_dict(report.to_dict())
+    for form in (report.text(), report.html()):
+        assert "float32" in form and "smaller than in its folder, which holds 32 B (bfloat16)" in form
+    assert "64 B (float32) → 20 B (3.20x smaller)" in report.text() and "1.60x" in report.text()
+    same = Report("m", "W8A16", (_row("w"),), 0, 64, 20, float_dtype="float32", source_bytes=64, source_dtype="float32")
+    assert "folder" not in same.text()
+
+
+def test_the_card_says_what_it_is_and_how_to_run_it(small_report):
+    said = {"data": "/some/where/text.txt", "rows": [1, 2], "seed": 3}
+    card = render_card(
+        small_report,
+        version="9.9",
+        recipe='name = "x"',
+        runs="run(it)",
+        license="license: mit",
+        original="R.md",
+        calibration=said,
+    )
+    assert card.startswith("---\nlibrary_name: qjax\n") and "\nlicense: mit\n---\n" in card
+    for part in (
+        "qjax 9.9",
+        "[R.md](R.md)",
+        "run(it)",
+        'name = "x"',
+        "2 rows of text.txt, drawn by seed 3",
+        "quantized, ",
+    ):
+        assert part in card
+    long = render_card(small_report, version="9.9", recipe="a = 1\n" * 100, runs="run(it)")
+    assert "toml" not in long and "The card of" not in long
