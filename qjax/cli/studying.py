@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(f"{loaded.name}, {len(result.outcomes)} recipes\n")
     print_rich(table(result.columns(), result.rows()))
+    print()
     print_rich(table(result.size_columns(), result.size_rows()))
     print(f"\nSaved in {out} ({out / 'study.html'} has the plots and the paired tests)")
 

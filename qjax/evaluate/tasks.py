@@ -43,6 +43,7 @@ class Task(Protocol):
         name: for tables.
         score: the metric that recovery is taken of; "" where the task has none.
         metrics: the arrays of units that are figures, the most sensitive first.
+        unit: what is counted, in the plural.
     """
 
     @property
@@ -51,6 +52,8 @@ class Task(Protocol):
     def score(self) -> str: ...
     @property
     def metrics(self) -> tuple[str, ...]: ...
+    @property
+    def unit(self) -> str: ...
 
     def digest(self) -> str:
         """SHA-256 over everything that is scored."""
@@ -131,6 +134,7 @@ class TextTask:
 
     score = "perplexity"
     metrics = ("kl", "agreement", "nll")
+    unit = "tokens"
 
     def digest(self) -> str:
         """SHA-256 over the blocks."""
@@ -177,6 +181,7 @@ class ImageTask:
 
     score = "top1"
     metrics = ("kl", "agreement", "correct", "nll")
+    unit = "images"
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or not len(self.labels):
@@ -238,6 +243,7 @@ class SentenceTask:
 
     score = ""
     metrics = ("output_error", "cosine_drift")
+    unit = "pairs of sentences"
 
     def digest(self) -> str:
         """SHA-256 over the pairs."""

@@ -8,7 +8,7 @@ from html import escape
 
 from qjax.report import page, svg
 from qjax.report.scores import score_title
-from qjax.studies.result import READING, Study, order_words
+from qjax.studies.result import READING, Study
 
 
 def render_page(study: Study) -> str:
@@ -37,7 +37,9 @@ def render_page(study: Study) -> str:
         _table(study.size_columns(), study.size_rows()),
     ]
     for task in study.tasks:
-        body += [f"<h2>Order on {escape(task)}</h2>", _order(study, task)]
+        said = f"Each compared with the one above it, {escape(study.units.get(task, 'units'))} one by one."
+        body += [f"<h2>Order on {escape(task)}</h2>", f'<p class="muted">{said}</p>']
+        body += [_table(study.order_columns(task), study.order_rows(task), words=(4,))]
     head = f'<meta charset="utf-8">\n<title>{escape(study.model)}</title>\n'
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n{head}'
@@ -47,6 +49,9 @@ def render_page(study: Study) -> str:
 
 
 _CSS = """
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(390px, 100%), 1fr)); align-items: start; }
+.fit { width: fit-content; max-width: 100%; }
+.fit + p { margin-top: 10px; max-width: 90ch; }
 table.study { width: auto; }
 table.study th { position: static; padding: 6px 10px; white-space: nowrap; }
 table.study th.n, table.study td { padding: 5px 10px; white-space: nowrap; }
@@ -61,26 +66,28 @@ def distance_plot(study: Study, task: str) -> str:
     found = [(o, e) for o, e in found if e.mean > 0 and math.isfinite(e.mean)]
     if not found:
         return ""
+    scale, unit, _ = study.size_unit()
     with svg.style():
         figure, axes = svg.figure(5.4, 3.7)
         for n, (outcome, e) in enumerate(found):
             colour = svg.ROLES[f"c{n % svg.SERIES}"]
             error = e.stderr if e.stderr < e.mean else 0.0
-            megabytes = outcome.stored_bytes / 1e6
-            axes.errorbar([megabytes], [e.mean], [error], fmt="o", markersize=6, color=colour, elinewidth=1.2)
+            axes.errorbar(
+                [outcome.stored_bytes / scale], [e.mean], [error], fmt="o", markersize=6, color=colour, elinewidth=1.2
+            )
         axes.set_yscale("log")
         axes.margins(0.12)
-        axes.set_xlabel("stored, MB")
-        axes.set_ylabel("KL to float, nats" if metric == "kl" else metric.replace("_", " "))
+        axes.set_xlabel(f"stored, {unit}")
+        axes.set_ylabel(study.order_columns(task)[1])
         axes.figure.canvas.draw()
-        _label(axes, [(o.stored_bytes / 1e6, e.mean, o.name) for o, e in found])
+        _label(axes, [(o.stored_bytes / scale, e.mean, o.name) for o, e in found])
         return svg.render(figure, f"distance-{_slug(task)}")
 
 
 def recovery_plot(study: Study, task: str) -> str:
     """Recovery of each recipe as a bar from 100 percent, with its standard error."""
     score = study.tasks[task]
-    found = [o for o in study.applied if math.isfinite(o.recovery[task].mean)]
+    found = [o for o in study.ordered if not o.refused and math.isfinite(o.recovery[task].mean)]
     if not found:
         return ""
     with svg.style():
@@ -101,15 +108,17 @@ def recovery_plot(study: Study, task: str) -> str:
 
 def size_plot(study: Study) -> str:
     """Bytes of the float model and of each recipe."""
-    names = ["float", *(o.name for o in study.applied)]
-    sizes = [study.float_bytes / 1e6, *(o.stored_bytes / 1e6 for o in study.applied)]
+    scale, unit, digits = study.size_unit()
+    shown = [o for o in study.ordered if not o.refused]
+    names = ["float", *(o.name for o in shown)]
+    sizes = [study.float_bytes / scale, *(o.stored_bytes / scale for o in shown)]
     with svg.style():
         figure, axes = svg.figure(5.4, 0.8 + 0.32 * len(names))
         spots = list(range(len(names)))[::-1]
         colours = [svg.ROLES["c7"]] + [svg.ROLES["c0"]] * (len(names) - 1)
         axes.barh(spots, sizes, height=0.6, color=colours)
         for y, value in zip(spots, sizes, strict=True):
-            axes.text(value + 0.01 * max(sizes), y, f"{value:.3g} MB", va="center", color=svg.ROLES["ink"])
+            axes.text(value + 0.01 * max(sizes), y, f"{value:,.{digits}f} {unit}", va="center", color=svg.ROLES["ink"])
         axes.set_yticks(spots)
         axes.set_yticklabels(names, color=svg.ROLES["ink"])
         axes.set_xlim(0, 1.16 * max(sizes))
@@ -146,24 +155,21 @@ def _label(axes: object, points: Sequence[tuple[float, float, str]]) -> None:
         )
 
 
-def _order(study: Study, task: str) -> str:
-    lines = []
-    for outcome, c in study.ranking(task):
-        said = f' <span class="muted">({escape(order_words(c))})</span>' if c else ""
-        lines.append(f"<li>{escape(outcome.name)}{said}</li>")
-    by = f"By {escape(study.metrics[task][0].replace('_', ' '))}, each compared with the one above it, unit by unit."
-    return f'<p class="muted">{by}</p><ol>{"".join(lines)}</ol>'
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
+    """A table of names and figures; columns in ``words`` are words too."""
 
+    def cell(n: int, text: str, tag: str = "td") -> str:
+        return f"<{tag}>{escape(text)}</{tag}>" if n in (0, *words) else f'<{tag} class="n">{escape(text)}</{tag}>'
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def row(cells: Sequence[str]) -> str:
         if len(cells) < len(heads):
             return f'<td>{escape(cells[0])}</td><td class="refused" colspan="{len(heads) - 1}">{escape(cells[1])}</td>'
-        return f"<td>{escape(cells[0])}</td>" + "".join(f'<td class="n">{escape(c)}</td>' for c in cells[1:])
+        return "".join(cell(n, c) for n, c in enumerate(cells))
 
-    head = "<th></th>" + "".join(f'<th class="n">{escape(h)}</th>' for h in heads[1:])
+    head = "".join(cell(n, h, "th") for n, h in enumerate(heads))
     body = "".join(f"<tr>{row(cells)}</tr>" for cells in rows)
-    return f'<div class="frame"><table class="study"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    shown = f'<table class="study"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="frame fit">{shown}</div>'
 
 
 def _slug(text: str) -> str:

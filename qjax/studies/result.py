@@ -11,7 +11,6 @@ from typing import Any
 
 from qjax.evaluate.paired import Estimate, Paired
 from qjax.report.scores import score_title
-from qjax.report.text import size
 
 VERSION = 1
 """Version of the JSON form."""
@@ -87,6 +86,7 @@ class Study:
         outcomes: in the order that was asked for.
         comparisons: every pair of applied recipes, on the most sensitive metric of each task.
         calibration: a sentence on the calibration data; "" without.
+        units: task -> what is counted.
     """
 
     model: str
@@ -98,52 +98,85 @@ class Study:
     outcomes: tuple[Outcome, ...]
     comparisons: tuple[Comparison, ...]
     calibration: str = ""
+    units: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def applied(self) -> tuple[Outcome, ...]:
         """Outcomes of recipes that could be applied."""
         return tuple(o for o in self.outcomes if not o.refused)
 
+    @property
+    def ordered(self) -> tuple[Outcome, ...]:
+        """Outcomes from best to worst: by their mean rank over the tasks, those that were refused last."""
+        ranks = {id(o): 0.0 for o in self.applied}
+        for task in self.tasks:
+            for rank, (outcome, _) in enumerate(self.ranking(task)):
+                ranks[id(outcome)] += rank
+        return tuple(sorted(self.outcomes, key=lambda o: ranks.get(id(o), math.inf)))
+
     def columns(self) -> list[str]:
-        """Headers of the recovery table."""
-        heads = ["", *(["average recovery"] if sum(map(bool, self.tasks.values())) > 1 else [])]
+        """Headers of the recovery table, with units."""
+        heads = ["", *(["average recovery, %"] if sum(map(bool, self.tasks.values())) > 1 else [])]
         for task, score in self.tasks.items():
             where = f"{task}: " if len(self.tasks) > 1 else ""
-            heads += [f"{where}{score_title(score).lower()}", f"{where}recovery"] if score else []
-            heads += [where + _metric_title(m) for m in self.metrics[task] if m not in ("nll", "correct")]
+            heads += [where + _title(score), f"{where}{_title('recovery')}"] if score else []
+            heads += [where + _title(m) for m in self.metrics[task] if m not in ("nll", "correct")]
         return heads
 
     def rows(self) -> list[list[str]]:
-        """The recovery table: the float model, then every recipe."""
+        """The recovery table: the float model, then every recipe, the best first."""
         several = sum(map(bool, self.tasks.values())) > 1
         rows = []
-        for outcome in (None, *self.outcomes):
+        for outcome in (None, *self.ordered):
             name, scores = (outcome.name, outcome.scores) if outcome else ("float", self.float_scores)
             cells = [name]
             if outcome is not None and outcome.refused:
                 rows.append([name, f"cannot be applied: {outcome.refused}"])
                 continue
-            cells += [_percent(outcome.average if outcome else 100.0)] if several else []
+            cells += [_percent(outcome.average) if outcome else "100"] if several else []
             for task, score in self.tasks.items():
                 if score:
                     cells += [_shown(score, scores[task][score])]
-                    cells += [_shown("recovery", outcome.recovery[task]) if outcome else _percent(100.0)]
+                    cells += [_shown("recovery", outcome.recovery[task]) if outcome else "100"]
                 shown = [m for m in self.metrics[task] if m not in ("nll", "correct")]
                 cells += [_shown(m, scores[task][m]) if outcome else "" for m in shown]
             rows.append(cells)
         return rows
 
+    def size_unit(self) -> tuple[float, str, int]:
+        """The unit that all sizes are shown in: its bytes, its name, and decimals."""
+        least = min([self.float_bytes, *(o.stored_bytes for o in self.applied)])
+        scale, name = next(((s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if least >= s), (1.0, "B"))
+        return scale, name, 0 if scale == 1 else max(0, 2 - math.floor(math.log10(least / scale)))
+
     def size_columns(self) -> list[str]:
-        """Headers of the size table."""
-        return ["", "stored", "of float", "bits per quantized weight", "bits over all weights", "seconds"]
+        """Headers of the size table, with units."""
+        stored = f"stored, {self.size_unit()[1]}"
+        return ["", stored, "of float, %", "bits per quantized weight", "bits over all weights", "seconds to quantize"]
 
     def size_rows(self) -> list[list[str]]:
         """The size table: bytes as stored, embeddings and norms included."""
-        rows = [["float", size(self.float_bytes), "100 %", "", "", ""]]
-        for o in self.applied:
+        scale, _, digits = self.size_unit()
+        rows = [["float", f"{self.float_bytes / scale:,.{digits}f}", "100", "", "", ""]]
+        for o in self.ordered:
+            if o.refused:
+                continue
             bits = ["" if b is None else f"{b:.3f}" for b in (o.bits, o.bits_all)]
-            part = f"{100 * o.stored_bytes / self.float_bytes:.1f} %"
-            rows.append([o.name, size(o.stored_bytes), part, *bits, f"{o.seconds:.0f}"])
+            seconds = f"{o.seconds:.0f}" if o.seconds >= 10 else f"{o.seconds:.1f}"
+            part = f"{100 * o.stored_bytes / self.float_bytes:.1f}"
+            rows.append([o.name, f"{o.stored_bytes / scale:,.{digits}f}", part, *bits, seconds])
+        return rows
+
+    def order_columns(self, task: str) -> list[str]:
+        """Headers of the order on a task."""
+        return ["", _title(self.metrics[task][0]), "more than the one above", "p", ""]
+
+    def order_rows(self, task: str) -> list[list[str]]:
+        """The order on a task: each recipe compared with the one above it, unit by unit."""
+        metric, rows = self.metrics[task][0], []
+        for outcome, c in self.ranking(task):
+            cells = [outcome.name, _shown(metric, outcome.scores[task][metric])]
+            rows.append(cells + (["", "", ""] if c is None else _compared(metric, c)))
         return rows
 
     def comparison(self, task: str, a: str, b: str) -> Comparison | None:
@@ -170,7 +203,7 @@ class Study:
         parts += [_markdown_table(self.columns(), self.rows()), "", READING, "", "## Sizes", ""]
         parts += [_markdown_table(self.size_columns(), self.size_rows()), ""]
         for task in self.tasks:
-            parts += [f"## Order on {task}", "", *_order_lines(self, task), ""]
+            parts += [f"## Order on {task}", "", _markdown_table(self.order_columns(task), self.order_rows(task)), ""]
         return "\n".join(parts)
 
     def about(self) -> list[str]:
@@ -178,7 +211,7 @@ class Study:
         lines = []
         for task, (units, clusters) in self.counts.items():
             pieces = f" in {clusters:,} blocks" if clusters != units else ""
-            lines.append(f"Scored on {task}: {units:,} units{pieces}.")
+            lines.append(f"Scored on {task}: {units:,} {self.units.get(task, 'units')}{pieces}.")
         return [*lines, *([self.calibration] if self.calibration else [])]
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,50 +245,55 @@ class Study:
 
 READING = (
     "Behind ± stand standard errors. Recovery is 100 · score / float score (for perplexity, float in percent of "
-    "quantized): above 100 it is noise. Perplexity and accuracy tell formats apart badly; KL divergence and the paired "
-    "tests below do, and a ranking on one task holds for that task."
+    "quantized): above 100 it is noise. Recipes stand in the order of their distance to float, which tells them apart "
+    "where perplexity and accuracy do not; the paired tests below say how surely. An order on one task holds for that "
+    "task."
 )
 
+_TITLES = {
+    "kl": "KL to float, nats",
+    "agreement": "agreement, %",
+    "top1": "top-1, %",
+    "recovery": "recovery, %",
+    "output_error": "output error, relative",
+    "cosine_drift": "cosine drift",
+}
+_PERCENT = ("top1", "agreement", "correct")
 
-def order_words(c: Comparison) -> str:
-    """What a comparison says, of the second recipe against the first."""
-    gap = f"{-c.test.difference:+.2g} ± {c.test.stderr:.1g}"
+
+def _title(metric: str) -> str:
+    """A metric or score with its unit, as the head of a column."""
+    return _TITLES.get(metric) or score_title(metric).lower()
+
+
+def _compared(metric: str, c: Comparison) -> list[str]:
+    """What a comparison says of the second recipe: how much more than the first, p, and a word where it is unsure."""
+    factor = 100.0 if metric in _PERCENT else 1.0
+    gap = _figure(-factor * c.test.difference, factor * c.test.stderr, "+")
     if math.isnan(c.test.p):
-        return f"{gap}, no test possible"
-    p = f"p = {c.test.p:.2g}" if c.test.p >= 1e-12 else "p < 1e-12"
-    return f"{gap}, {p}" + ("" if c.sure else ": no difference that these data show")
-
-
-def _order_lines(study: Study, task: str) -> list[str]:
-    metric = study.metrics[task][0]
-    lines = [f"By {_metric_title(metric)}, each compared with the one above it, unit by unit:", ""]
-    for n, (outcome, c) in enumerate(study.ranking(task), 1):
-        said = f" ({order_words(c)})" if c else ""
-        lines.append(f"{n}. {outcome.name}: {_shown(metric, outcome.scores[task][metric])}{said}")
-    return lines
-
-
-def _metric_title(metric: str) -> str:
-    titles = {"kl": "KL to float", "agreement": "agreement", "output_error": "output error"}
-    return titles.get(metric, metric.replace("_", " "))
+        return [gap, "", "no test possible"]
+    p = f"{c.test.p:.2g}" if c.test.p >= 1e-12 else "< 1e-12"
+    return [gap, p, "" if c.sure else "no difference that these data show"]
 
 
 def _shown(metric: str, found: Estimate) -> str:
+    """A figure in the unit of its column."""
+    factor = 100.0 if metric in _PERCENT else 1.0
+    return _figure(factor * found.mean, factor * found.stderr)
+
+
+def _figure(value: float, error: float, sign: str = "") -> str:
     """A figure with as many digits as its error leaves sure."""
-    factor, unit = (
-        (100.0, " %") if metric in ("top1", "agreement", "correct") else (1.0, " %" if metric == "recovery" else "")
-    )
-    value, error = factor * found.mean, factor * found.stderr
     if not math.isfinite(value):
         return str(value)
     if not error > 0 or not math.isfinite(error):
-        return f"{value:.4g}{unit}"
+        return f"{value:{sign}.4g}"
     digits = max(0, min(8, 1 - math.floor(math.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}{unit}"
+    return f"{value:{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def _percent(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.2f} %"
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def _markdown_table(heads: list[str], rows: list[list[str]]) -> str:

@@ -152,6 +152,7 @@ def study(
         model=name or "model",
         tasks={t.name: t.score for t in tasks},
         metrics={t.name: t.metrics for t in tasks},
+        units={t.name: t.unit for t in tasks},
         counts={t.name: (e.count, e.clusters) for t in tasks for e in [float_scores[t.name][t.metrics[0]]]},
         float_bytes=base.said["stored_bytes"],
         float_scores=float_scores,

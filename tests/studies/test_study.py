@@ -189,7 +189,8 @@ def test_forms(done):
     result, out = done
     text = (out / "study.md").read_text()
     assert text == result.markdown() and "| W4A16_INT | " in text and "On letters." in text
-    assert re.search(r"1\. W8A16: .*\n2\. W4A16(_INT)?: .* \(\+.* ± .*, p = ", text)
+    order = text[text.index("## Order on letters") :].splitlines()[4:]
+    assert re.match(r"\| W8A16 \| .* \|  \|  \|", order[0]) and re.match(r"\| W4A16(_INT)? \| .* \| \+.* ± ", order[1])
     data = json.loads((out / "study.json").read_text())
     assert data["outcomes"][0]["scores"]["letters"]["kl"]["clusters"] == len(BLOCKS.blocks)
     page = (out / "study.html").read_text()
@@ -198,6 +199,23 @@ def test_forms(done):
         ElementTree.fromstring(svg)
     assert len(set(re.findall(r'\bid="([^"]+)"', page))) == len(re.findall(r'\bid="([^"]+)"', page))
     assert not list((out / "work").iterdir()), "finished recipes leave no work behind"
+
+
+def test_tables_go_from_the_best_to_the_worst_and_have_units(done):
+    result, _ = done
+    assert [o.name for o in result.outcomes] == list(RECIPES), "the data stay as they were asked for"
+    kl = {o.name: o.scores["letters"]["kl"].mean for o in result.outcomes}
+    wanted = sorted(RECIPES, key=kl.get)
+    for rows in (result.rows()[1:], result.size_rows()[1:], result.order_rows("letters")):
+        assert [r[0] for r in rows] == wanted
+    assert result.rows()[0][0] == result.size_rows()[0][0] == "float"
+    assert result.columns() == ["", "perplexity", "recovery, %", "KL to float, nats", "agreement, %"]
+    scale, unit, digits = result.size_unit()
+    assert result.size_columns()[1] == f"stored, {unit}"
+    for row, name in zip(result.size_rows()[1:], wanted, strict=True):
+        stored = next(o.stored_bytes for o in result.outcomes if o.name == name)
+        assert float(row[1].replace(",", "")) * scale == pytest.approx(stored, abs=scale * 10.0**-digits)
+    assert "tokens in" in result.markdown() and "one by one" in result.html()
 
 
 def test_the_presets_of_the_study_keep_what_it_says():
@@ -234,7 +252,7 @@ def test_images_and_the_average_over_tasks():
         assert kept.stderr == pytest.approx(100 * np.sqrt((terms**2).sum() / (len(terms) - 1) / len(terms)))
         assert result.counts[task] == (part.stop - part.start,) * 2
     assert found.average == pytest.approx(sum(e.mean for e in found.recovery.values()) / 2)
-    assert "average recovery" in result.columns() and result.html().count("<svg") == 5
+    assert "average recovery, %" in result.columns() and result.html().count("<svg") == 5
 
 
 def test_sentences():
