@@ -116,6 +116,29 @@ def test_text_encoder(capsys, folder_of, tmp_path):
     assert (code, nothing) == (2, None) and "holds a text encoder; generate needs a language model" in err
 
 
+def test_study_of_a_text_encoder(capsys, folder_of, tmp_path):
+    folder, pairs, calibration = folder_of("bert"), tmp_path / "pairs.txt", tmp_path / "calibration.txt"
+    pairs.write_text("the cat\ta dog\nfar away\tso near\n\nhi there\toh\nran off\tcame back\n")
+    calibration.write_text("it ran far away\n\nhi\n")
+    asked = ("study", folder, "--recipes", "W8A16,FP8", "--text", pairs, "--out", tmp_path / "study")
+    code, out, err = run(capsys, *asked, "--calibration", calibration, "--samples", 2)
+    assert code == 0 and "1 pairs of" in err and out["counts"] == {"pairs.txt": [3, 3]}
+    assert out["units"] == {"pairs.txt": "pairs of sentences"} and out["tasks"] == {"pairs.txt": ""}
+    kept = {o["name"]: o["scores"]["pairs.txt"] for o in out["outcomes"]}
+    assert all(set(scores) == {"output_error", "cosine_drift"} for scores in kept.values())
+    assert 0 < kept["W8A16"]["cosine_drift"]["mean"] < 0.05
+    page = (tmp_path / "study" / "study.md").read_text()
+    assert "| float | 0 | 0 |" in page and "3 pairs of sentences." in page
+    code, _, err = run(capsys, *asked[:-3], pairs, "--images", tmp_path)
+    assert code == 2 and "not both" in err
+    calibration.write_text("the cat far away hi there ran off")
+    code, _, err = run(capsys, *asked, "--calibration", calibration, "--context", 40)
+    assert code == 2 and "more than the 32 tokens" in err
+    calibration.write_text("the cat far away\n\nhi there ran off")
+    code, _, err = run(capsys, *asked, "--calibration", calibration)
+    assert code == 2 and "every pair of sentences of" in err
+
+
 GPTQ = """
 [[rules]]
 match = "**/lm_head/**"

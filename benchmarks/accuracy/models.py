@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qjax
-from qjax.evaluate import ImageTask, SentenceTask, TextTask, read_images, read_text, text_blocks
+from qjax.evaluate import ImageTask, SentenceTask, TextTask, read_images, read_text, sentence_pairs, text_blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +122,7 @@ def minilm(data: Path, quick: bool) -> Case:
     folder = data / "models/all-minilm-l6-v2"
     fn, params, _ = qjax.models.load(folder)
     tokenizer = qjax.models.tokenizer(folder)
-    pairs = sentence_pairs(data, 12 if quick else 150)
+    pairs = book_pairs(data, 12 if quick else 150)
     count, length = (16, 32) if quick else (128, 64)
     with gzip.open(data / "text/books/train.txt.gz", "rt") as file:
         ids = tokenizer.encode(file.read()[: count * length * 8], special=False)
@@ -144,19 +143,11 @@ def minilm(data: Path, quick: bool) -> Case:
     )
 
 
-def sentence_pairs(data: Path, count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Pairs of sentences, ``count`` from each of two texts: half neighbours, half drawn at random."""
-    pairs: list[tuple[str, str]] = []
+def book_pairs(data: Path, count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Pairs of sentences, ``count`` from each of two texts."""
     rng = np.random.default_rng(seed)
-    for name in ("text/books/valid.txt", "text/tinystories-sample.txt"):
-        flat = " ".join(read_text(data / name).split())
-        found = [s.strip() for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", flat)]
-        found = [s for s in found if 4 <= len(s.split()) <= 30]
-        near = rng.choice(len(found) - 1, count // 2, replace=False)
-        pairs += [(found[i], found[i + 1]) for i in near]
-        far = rng.choice(len(found), (count - count // 2, 2), replace=False)
-        pairs += [(found[i], found[j]) for i, j in far]
-    return pairs
+    names = ("text/books/valid.txt", "text/tinystories-sample.txt")
+    return [pair for name in names for pair in sentence_pairs(read_text(data / name), count, rng)]
 
 
 def resnet(data: Path, quick: bool) -> Case:

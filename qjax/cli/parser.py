@@ -152,11 +152,19 @@ def _study(commands: argparse._SubParsersAction) -> None:
         "  qjax study models/llama --text stories.txt --calibration book.txt\n"
         "                                                 the three formats of arXiv 2411.02355\n"
         "  qjax study models/llama --recipes W8A16,W4A16,NF4,mine.toml --text stories.txt book.txt --out study\n"
-        "  qjax study models/vit-tiny --images imagenet-sample --calibration imagenet-sample --samples 32",
+        "  qjax study models/vit-tiny --images imagenet-sample --calibration imagenet-sample --samples 32\n"
+        "  qjax study models/all-minilm-l6-v2 --recipes W8A8,W4A16 --text stories.txt\n"
+        "                                                 256 pairs of sentences: how far their cosines move",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
     _recipes_argument(parser, "W8A8_FP,W8A8_INT,W4A16_INT")
-    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts to score on, each a task")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts to score on, each a task; of a text encoder their sentences in pairs",
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="labelled images to score on")
     _calibrating(parser, "text or images for recipes that need calibration data")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the study (default: ./NAME-study)")
@@ -339,7 +347,7 @@ def _cut(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=_positive, metavar="N", help="tokens per block (default: the model's, at most 2048)"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N blocks or images")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N blocks or images, or N pairs")
 
 
 def _positive(text: str) -> int:

@@ -23,19 +23,28 @@ class Scored:
     facts: dict[str, Any]
 
 
-def check_data(loaded: Loaded, args: argparse.Namespace) -> None:
+def check_data(loaded: Loaded, args: argparse.Namespace, pairs: bool = False) -> None:
     """Refuse data that this kind of model cannot be scored on.
 
+    Args:
+        loaded: the model.
+        args: with text and images.
+        pairs: whether text encoders are scored, on pairs of sentences of the text.
+
     Raises:
-        ModelError: text for a classifier, images for a language model, or both; either for a text encoder.
+        ModelError: text for a classifier, images for a language model, or both; for a text encoder images, and text
+            where no pairs are made of it.
     """
     if args.text and args.images:
         raise ModelError("give --text or --images, not both")
     if loaded.kind == "text encoder":
-        if args.text or args.images:
+        if pairs and args.images:
+            raise ModelError(f"{loaded.folder} holds a text encoder, which is scored on --text FILE")
+        if not pairs and (args.text or args.images):
             raise ModelError(
                 f"{loaded.folder} holds a text encoder ({loaded.config.architecture}), which has no perplexity and no "
-                "classes to be scored on; compare vectors of texts with qjax.models.sentence_embedding"
+                "classes to be scored on; `qjax study` scores recipes on pairs of sentences, and "
+                "qjax.models.sentence_embedding gives the vectors of texts"
             )
         return
     needed = "--text FILE" if loaded.is_language_model else "--images DIR"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from qjax.cli.scoring import check_data
 from qjax.errors import DataError, ModelError
 from qjax.folders import Loaded, fingerprint, is_saved, load_float
 
+PAIRS = 256
+"""Pairs of sentences that a text encoder is scored on, without --limit."""
+
 
 def run(args: argparse.Namespace) -> None:
     """Apply each recipe to a Hugging Face folder, score it, and write tables and plots."""
@@ -24,10 +28,12 @@ def run(args: argparse.Namespace) -> None:
         raise ModelError(f"{args.folder} is quantized already; give the folder of the float model")
     recipes = [qjax.recipe(name) for name in listed(args.recipes)]
     if args.text is None and args.images is None:
-        raise DataError("study needs data: give --text FILE for a language model or --images DIR for a classifier")
+        raise DataError(
+            "study needs data: give --text FILE for a language model or a text encoder, --images DIR for a classifier"
+        )
     with waiting("reading weights"):
         loaded = load_float(args.folder)
-    check_data(loaded, args)
+    check_data(loaded, args, pairs=True)
     wanting = [recipe for recipe in recipes if recipe.needs_batches]
     drawn = None
     if wanting:
@@ -35,6 +41,9 @@ def run(args: argparse.Namespace) -> None:
         drawn = calibration(loaded, wanting[0], args)
     elif args.calibration is not None:
         say("none of the recipes needs calibration data: --calibration is not looked at")
+    if drawn is not None and loaded.kind == "text encoder":  # as its task calls it: with a mask of what counts
+        masked = [(tokens, np.ones(tokens.shape, bool)) for (tokens,) in drawn.batches]
+        drawn = dataclasses.replace(drawn, batches=masked)
     out = args.out or Path(f"{loaded.name}-study")
     tasks = list(_tasks(loaded, drawn, args))
     if drawn is not None:
@@ -75,10 +84,31 @@ def _tasks(loaded: Loaded, drawn: Calibration | None, args: argparse.Namespace) 
         yield evaluate.ImageTask(args.images.name, pixels[keep], np.asarray(data.labels)[keep])
         return
     for path in args.text:
+        if loaded.kind == "text encoder":
+            yield _sentences(loaded, path, drawn, args)
+            continue
         blocks = text_blocks(loaded, path, args)
         blocks = blocks.only(left_out(marked, path, len(blocks.blocks), blocks.protocol, blocks.context))
         keep = _unseen(blocks.blocks, [row for (batch,) in drawn.batches for row in batch] if drawn else [], path)
         yield evaluate.TextTask(path.name, blocks.only(keep).first(args.limit))
+
+
+def _sentences(loaded: Loaded, path: Path, drawn: Calibration | None, args: argparse.Namespace) -> Any:
+    """Pairs of sentences of a text, without those that stand in the calibration data."""
+    encode, longest = models.tokenizer(loaded.folder).encode, loaded.config.max_position_embeddings
+    used = ["".join(f" {i}" for i in row) + " " for batch in drawn.batches for row in batch[0]] if drawn else []
+    pairs, count = [], PAIRS if args.limit is None else args.limit
+    found = evaluate.sentence_pairs(evaluate.read_text(path), count, args.seed)
+    for pair in found:
+        inner = [encode(sentence, special=False) for sentence in pair]
+        if any("".join(f" {i}" for i in ids) + " " in row for ids in inner for row in used):
+            continue
+        pairs.append(tuple(ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in map(encode, pair)))
+    if not pairs:
+        raise DataError(f"every pair of sentences of {path} is among the calibration data; score on other data")
+    if len(pairs) < len(found):
+        say(f"{len(found) - len(pairs)} pairs of {path} with sentences of the calibration data are left out")
+    return evaluate.SentenceTask(path.name, pairs)
 
 
 def _unseen(rows: Any, used: list[np.ndarray], path: Path) -> list[int]:

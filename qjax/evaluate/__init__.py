@@ -9,6 +9,7 @@ from qjax.evaluate.language import Divergence, Perplexity, divergence, logit_div
 from qjax.evaluate.metrics import recovery, sqnr_db
 from qjax.evaluate.paired import Estimate, Paired, estimate, paired_test
 from qjax.evaluate.progress import track
+from qjax.evaluate.sentences import sentence_pairs
 from qjax.evaluate.tasks import ImageTask, SentenceTask, TextTask
 from qjax.evaluate.text import TextBlocks, read_text, text_blocks
 
@@ -32,6 +33,7 @@ __all__ = [
     "read_images",
     "read_text",
     "recovery",
+    "sentence_pairs",
     "sqnr_db",
     "text_blocks",
     "track",

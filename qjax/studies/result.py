@@ -139,7 +139,7 @@ class Study:
                     cells += [_shown(score, scores[task][score])]
                     cells += [_shown("recovery", outcome.recovery[task]) if outcome else "100"]
                 shown = [m for m in self.metrics[task] if m not in ("nll", "correct")]
-                cells += [_shown(m, scores[task][m]) if outcome else "" for m in shown]
+                cells += [_shown(m, scores[task][m]) if outcome else _OF_FLOAT.get(m, "0") for m in shown]
             rows.append(cells)
         return rows
 
@@ -258,6 +258,8 @@ _TITLES = {
     "output_error": "output error, relative",
     "cosine_drift": "cosine drift",
 }
+_OF_FLOAT = {"agreement": "100"}
+"""What the float model is from itself: all distances are 0."""
 _PERCENT = ("top1", "agreement", "correct")
 
 
