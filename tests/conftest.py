@@ -13,6 +13,8 @@ from types import ModuleType
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Most of the time of the tests is the compiler's; .ci/run runs them a second time with all optimizations.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if os.environ.get("QJAX_BEARTYPE"):  # check every annotation of qjax at every call; before its first import

@@ -31,14 +31,16 @@ def test_killed_at_random_moments(kind, tmp_path, root):
         _, errors = job.communicate(timeout=300)
         assert job.returncode == 0, errors
 
-    begun = time.monotonic()
-    ended(start("alone", "alone.npz"))
+    alone = start("alone", "alone.npz")
+    begun = time.monotonic()  # what comes before, importing, is no part of the job
+    ended(alone)
     length = time.monotonic() - begun
-    draw, killed, reached = random.Random(0), 0, set()
-    for _ in range(KILLS):
+    draw, killed, reached, attempts = random.Random(0), 0, set(), 0
+    while killed < KILLS and attempts < 4 * KILLS:
+        attempts += 1
         job = start("killed", "killed.npz")
         try:
-            job.wait(draw.uniform(0, 0.8 * length))
+            job.wait(draw.uniform(0, 0.5 * length))
         except subprocess.TimeoutExpired:
             job.send_signal(signal.SIGKILL)
             job.communicate()
@@ -52,7 +54,7 @@ def test_killed_at_random_moments(kind, tmp_path, root):
         reached.add(len(list((tmp_path / "killed").rglob("CURRENT"))))
     ended(start("killed", "killed.npz"))
     same(tmp_path / "alone.npz", tmp_path / "killed.npz")
-    assert killed > KILLS / 2, killed
+    assert killed == KILLS, f"{killed} of {attempts} jobs were killed before their end"
     assert kind == "calibrate" or len(reached) > 2, "the job was killed before it had done anything"
 
 
