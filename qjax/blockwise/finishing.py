@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from qjax.analysis.naming import SliceKey
 from qjax.applying.storage import LeafPlan
 from qjax.calibration import State
+from qjax.passes.finish import checked_finish
 from qjax.passes.leaves import Leaves, ordered
 from qjax.passes.prepare import lay_over, verified
 from qjax.program import Program
+
+if TYPE_CHECKING:
+    from qjax.blockwise.run import BlockQuantizer
 
 
 class Finisher:
@@ -93,3 +97,18 @@ class Finisher:
         return [f"{who}: {count} sites" for who, count in self.done.items()] + [
             f"{who}: left alone, because {reason}: {', '.join(names)}" for (who, reason), names in left
         ]
+
+
+def finish_block(job: BlockQuantizer, number: int, live: list[dict[int, Any]]) -> Finisher:
+    """What tells the finishing passes of each weight of a block, with what they ask for gathered.
+
+    Args:
+        job: the job.
+        number: of the block.
+        live: what it takes, by batch.
+    """
+    steps = checked_finish(job.recipe.finish)
+    found = [job.gathered(number, live, f"finish {at}", step) for at, step in enumerate(steps)]
+    leaves = job.leaves.only(job.own(number)) if found else job.leaves
+    inside = set(job.shaped_for(job.first)[0].schedule.blocks[number].sites)
+    return Finisher(job.recipe.finish, job.plan.program, leaves, found, inside)

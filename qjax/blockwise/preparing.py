@@ -6,7 +6,7 @@ A pass may edit what the block at hand alone reads: earlier blocks are packed, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from qjax.passes.prepare import lay_over, pass_statistics, said, verified
 from qjax.program import Program
 from qjax.rewriting.taps import Tap
 from qjax.sources import Static
+
+if TYPE_CHECKING:
+    from qjax.blockwise.run import BlockQuantizer
 
 Smooth = dict[tuple[int, tuple[int, ...]], Any]
 """(position of a leaf, positions along its key axes) -> factors [K] that are kept beside that slice."""
@@ -71,7 +74,7 @@ def formats_of(plan: Plan, sites: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def prepare_block(
+def edit_block(
     step: Any,
     program: Program,
     leaves: Leaves,
@@ -117,3 +120,32 @@ def prepare_block(
     for where, factors in found.items():
         smooth[where] = factors * smooth.get(where, 1.0)
     return notes
+
+
+def prepare_block(
+    job: BlockQuantizer, number: int, live: list[dict[int, Any]]
+) -> tuple[dict[tuple[int, Any], Any], list[str]]:
+    """Run the passes that look at activations on a block: what they changed that is not packed, and their notes.
+
+    Args:
+        job: the job, whose leaves are edited.
+        number: of the block.
+        live: what it takes, by batch.
+    """
+    notes: list[str] = []
+    steps = job.passes[1]
+    if not steps:
+        return {}, notes
+    program, plan, due = job.plan.program, job.plan, job.due[number]
+    leaves = job.leaves.only(job.own(number), formats_of(plan, job.chosen_in(number)))
+    before = _flat(leaves.edits)
+    for at, step in enumerate(steps):
+        seen = job.gathered(number, live, f"prepare {at}", step)
+        notes += edit_block(step, program, leaves, list(seen), seen, plan, due, job.smooth)
+    packed = {(p, tuple(zip(plan.leaves[p].key_axes, key, strict=True))) for p, key in due}
+    changed = {at: value for at, value in _flat(leaves.edits).items() if before.get(at) is not value}
+    return {at: value for at, value in changed.items() if at not in packed}, notes
+
+
+def _flat(edits: Mapping[int, Mapping[Any, Any]]) -> dict[tuple[int, Any], Any]:
+    return {(position, key): value for position, found in edits.items() for key, value in found.items()}

@@ -19,25 +19,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.analysis.naming import LINEAR
+from qjax.analysis.naming import LINEAR, SliceKey
 from qjax.applying.leaves import begin_leaf
 from qjax.applying.planning import Plan, plan_program
 from qjax.applying.readers import readers_of, seen_states
 from qjax.applying.static import constants_of, taps_of, with_constants
 from qjax.applying.storage import LeafPlan
 from qjax.blockwise.emit import Compiled, emit_block
-from qjax.blockwise.finishing import Finisher
+from qjax.blockwise.finishing import Finisher, finish_block
 from qjax.blockwise.join import joined
 from qjax.blockwise.placing import placed, where
-from qjax.blockwise.preparing import Smooth, formats_of, own_slices, pass_taps, prepare_block
+from qjax.blockwise.preparing import Smooth, own_slices, pass_taps, prepare_block
 from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
-from qjax.blockwise.tuning import block_outputs, canonical_slice, own_outputs, tuned_slices
+from qjax.blockwise.tuning import tune_block
 from qjax.calibration import State
 from qjax.errors import DataError, QjaxError
 from qjax.lazy import Lazy
 from qjax.passes import run_passes, split_passes
-from qjax.passes.finish import checked_finish
 from qjax.passes.leaves import Leaves
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
@@ -155,6 +154,23 @@ class BlockQuantizer:
         """Names of the sites whose weights are quantized."""
         return [name for name, d in self.plan.decisions.items() if d.weights is not None and not d.skip]
 
+    def chosen_in(self, number: int) -> list[str]:
+        """Those of a block that passes can look at and edit: linear products."""
+        inside = set(self.shaped_for(self.first)[0].schedule.blocks[number].sites)
+        return [n for n in self.chosen if n in inside and self.plan.program.by_name[n].op in LINEAR]
+
+    def own(self, number: int) -> Callable[[str, SliceKey], bool]:
+        """Whether a slice of a leaf is read by a block and by no other."""
+        return own_slices(self.plan.program, [shaped.schedule for shaped in self.shaped.values()], number)
+
+    def gathered(self, number: int, live: list[dict[int, Any]], what: str, step: Any) -> dict[str, State]:
+        """What a pass asks for, at the chosen sites of a block that some batch reached."""
+        chosen = self.chosen_in(number)
+        taps = pass_taps(step, chosen)
+        leaders = sharing(self.plan.program, taps)
+        states = self.observe(number, live, (what, taps, leaders))[0]
+        return {name: states[leaders[name]] for name in chosen if leaders[name] in states}
+
     @cached_property
     def leaves(self) -> Leaves:
         """The parameter leaves in program order, after the passes that look at no activations."""
@@ -198,11 +214,11 @@ class BlockQuantizer:
                 for (position, key), value in edited.items():
                     self.leaves.put(position, key, value)
             else:
-                edited, notes = self.prepare(number, live)
+                edited, notes = prepare_block(self, number, live)
                 states, outs = self.observe(number, live, hands_on=not self.recipe.sequential and not floats)
                 after = after if floats else outs
-                finisher = self.finisher(number, live)
-                pieces, figures = self.round(number, states, self.tune(number, live, targets), finisher)
+                finisher = finish_block(self, number, live)
+                pieces, figures = self.round(number, states, tune_block(self, number, live, targets), finisher)
                 edited, notes = {**edited, **finisher.edited}, notes + finisher.notes()
                 if done is not None:
                     done.save(number, block.name, pieces, figures, edited, notes)
@@ -292,42 +308,6 @@ class BlockQuantizer:
         """A slice of a float leaf, its key axes kept with size 1."""
         at = tuple(zip(plan.key_axes, key, strict=True))
         return jnp.expand_dims(jnp.asarray(self.leaves.part(position, at)), plan.key_axes)
-
-    def prepare(self, number: int, live: list[dict[int, Any]]) -> tuple[dict[tuple[int, Any], Any], list[str]]:
-        """Run the passes that look at activations on a block: what they changed that is not packed, and their notes."""
-        notes: list[str] = []
-        if not self.passes[1]:
-            return {}, notes
-        program, inside = self.plan.program, set(self.shaped_for(self.first)[0].schedule.blocks[number].sites)
-        schedules = [shaped.schedule for shaped in self.shaped.values()]
-        chosen = [name for name in self.chosen if name in inside and program.by_name[name].op in LINEAR]
-        leaves = self.leaves.only(own_slices(program, schedules, number), formats_of(self.plan, chosen))
-        before = _flat(leaves.edits)
-        for at, step in enumerate(self.passes[1]):
-            taps = pass_taps(step, chosen)
-            leaders = sharing(program, taps)
-            states = self.observe(number, live, (f"prepare {at}", taps, leaders))[0]
-            seen = {name: states[leaders[name]] for name in chosen if leaders[name] in states}
-            reached = [name for name in chosen if name in seen]
-            notes += prepare_block(step, program, leaves, reached, seen, self.plan, self.due[number], self.smooth)
-        packed = {(p, tuple(zip(self.plan.leaves[p].key_axes, key, strict=True))) for p, key in self.due[number]}
-        changed = {at: value for at, value in _flat(leaves.edits).items() if before.get(at) is not value}
-        return {at: value for at, value in changed.items() if at not in packed}, notes
-
-    def finisher(self, number: int, live: list[dict[int, Any]]) -> Finisher:
-        """What tells the finishing passes of each weight of a block, with what they ask for gathered."""
-        program, shaped = self.plan.program, self.shaped_for(self.first)[0]
-        inside = set(shaped.schedule.blocks[number].sites)
-        chosen = [name for name in self.chosen if name in inside and program.by_name[name].op in LINEAR]
-        found = []
-        for at, step in enumerate(checked_finish(self.recipe.finish)):
-            taps = pass_taps(step, chosen)
-            leaders = sharing(program, taps)
-            states = self.observe(number, live, (f"finish {at}", taps, leaders))[0]
-            found.append({name: states[leaders[name]] for name in chosen if leaders[name] in states})
-        schedules = [shaped.schedule for shaped in self.shaped.values()]
-        leaves = self.leaves.only(own_slices(program, schedules, number)) if found else self.leaves
-        return Finisher(self.recipe.finish, program, leaves, found, inside)
 
     def observe(
         self,
@@ -426,49 +406,6 @@ class BlockQuantizer:
         """Whether some rounding is trained on the outputs of blocks."""
         return any(getattr(rule.rounding, "tunes", False) for rule in self.recipe.rules)
 
-    def tune(
-        self, number: int, live: list[dict[int, Any]], targets: Sequence[Sequence[Any]]
-    ) -> dict[tuple[int, Key], Any]:
-        """Train the roundings of a block that are trained: what each found for its weights."""
-        plans, found = self.plan.leaves, {}
-        for rounding, names in tuned_slices(plans, self.due[number]).items():
-            slices = {(p, key): self.float_slice(p, plans[p], key) for p, key in names}
-            weights = {(p, key): canonical_slice(plans[p], value) for (p, key), value in slices.items()}
-            shapes = {name: value.shape for name, value in slices.items()}
-            formats = {(p, key): plans[p].slices[key].fmt for p, key in names}
-            smooth = {name: jnp.asarray(self.smooth[name]) for name in names if name in self.smooth}
-            weights |= {name: weights[name] * factors for name, factors in smooth.items()}
-            shaped, _ = self.shaped_for(self.first)
-            if len(self.shaped) > 1:
-                raise DataError(
-                    f"{rounding!r} trains on batches of one shape, and these have {len(self.shaped)}; give batches of "
-                    "one shape (on the command line --protocol B does)"
-                )
-            reads = shaped.schedule.blocks[number].reads
-            cache: dict[Any, Any] = {}
-            own = own_outputs(shaped.schedule.blocks[number], {p for p, _ in names})
-
-            def inputs_of(at: int, batch: Any, cache: dict[Any, Any] = cache) -> Callable[[], Any]:
-                def inputs() -> Any:
-                    other, arrays = self.shaped_for(batch)
-                    block = other.schedule.blocks[number]
-                    return self.reads(block, arrays, cache), [live[at][v] for v in block.takes]
-
-                return inputs
-
-            def emit(
-                values: Sequence[Any], takes: Sequence[Any], shaped: Shaped = shaped, own: Sequence[int] = own
-            ) -> Sequence[Any]:
-                block = shaped.schedule.blocks[number]
-                outs = emit_block(Rewriter(shaped.program, {}, max_runs=1 << 30), block, values, takes)
-                return [outs[i] for i in own]
-
-            batches = [inputs_of(at, batch) for at, batch in enumerate(self.batches())]
-            outputs = block_outputs(emit, reads, plans, shapes, smooth)
-            wanted = [[target[i] for i in own] for target in targets]
-            found |= rounding.tune(outputs, weights, formats, batches, wanted)
-        return found
-
     def round(
         self,
         number: int,
@@ -534,10 +471,6 @@ class BlockQuantizer:
                 raise QjaxError(f"{plan.name}{list(missing[0])} was not reached by any block; this is a bug in qjax")
             out.append(joined(plan, parts))
         return out
-
-
-def _flat(edits: Mapping[int, Mapping[Any, Any]]) -> dict[tuple[int, Any], Any]:
-    return {(position, key): value for position, found in edits.items() for key, value in found.items()}
 
 
 def _types(args: Any) -> Any:

@@ -7,15 +7,22 @@ What it returns for each weight is handed to its ``round`` as statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from qjax.applying.storage import LeafPlan
+from qjax.blockwise.emit import emit_block
 from qjax.blockwise.placing import where
 from qjax.blockwise.schedule import Block
+from qjax.errors import DataError
 from qjax.formats import canonical_matrix
 from qjax.formats.layout import weight_layout
+from qjax.program import Program
+from qjax.rewrite import Rewriter
+
+if TYPE_CHECKING:
+    from qjax.blockwise.run import BlockQuantizer
 
 Key = tuple[int, ...]
 Name = tuple[int, Key]
@@ -129,3 +136,56 @@ def block_outputs(
         return emit(own, takes)
 
     return outputs
+
+
+def tune_block(
+    job: BlockQuantizer, number: int, live: list[dict[int, Any]], targets: Sequence[Sequence[Any]]
+) -> dict[Name, Any]:
+    """Train the roundings of a block that are trained: what each found for its weights.
+
+    Args:
+        job: the job.
+        number: of the block.
+        live: what it takes, by batch.
+        targets: what it gives in a model that is float throughout, by batch.
+    """
+    plans = job.plan.leaves
+    found: dict[Name, Any] = {}
+    for rounding, names in tuned_slices(plans, job.due[number]).items():
+        if len(job.shaped) > 1:
+            raise DataError(
+                f"{rounding!r} trains on batches of one shape, and these have {len(job.shaped)}; give batches of one "
+                "shape (on the command line --protocol B does)"
+            )
+        slices = {(p, key): job.float_slice(p, plans[p], key) for p, key in names}
+        weights = {(p, key): canonical_slice(plans[p], value) for (p, key), value in slices.items()}
+        shapes = {name: value.shape for name, value in slices.items()}
+        formats = {(p, key): plans[p].slices[key].fmt for p, key in names}
+        smooth = {name: jnp.asarray(job.smooth[name]) for name in names if name in job.smooth}
+        weights |= {name: weights[name] * factors for name, factors in smooth.items()}
+        shaped, _ = job.shaped_for(job.first)
+        block = shaped.schedule.blocks[number]
+        own = own_outputs(block, {p for p, _ in names})
+        cache: dict[Any, Any] = {}
+
+        def inputs_of(at: int, batch: Any, block: Block = block, cache: dict[Any, Any] = cache) -> Callable[[], Any]:
+            def inputs() -> Any:
+                return job.reads(block, job.shaped_for(batch)[1], cache), [live[at][v] for v in block.takes]
+
+            return inputs
+
+        def emit(
+            values: Sequence[Any],
+            takes: Sequence[Any],
+            program: Program = shaped.program,
+            block: Block = block,
+            own: Sequence[int] = own,
+        ) -> Sequence[Any]:
+            outs = emit_block(Rewriter(program, {}, max_runs=1 << 30), block, values, takes)
+            return [outs[i] for i in own]
+
+        batches = [inputs_of(at, batch) for at, batch in enumerate(job.batches())]
+        outputs = block_outputs(emit, block.reads, plans, shapes, smooth)
+        wanted = [[target[i] for i in own] for target in targets]
+        found |= rounding.tune(outputs, weights, formats, batches, wanted)
+    return found

@@ -144,8 +144,7 @@ class TritPlanes(Format):
             raise FormatError(f"TritPlanes: group={self.group!r}; a number of elements, 1 or more (128 in the paper)")
         if self.store not in PACKINGS:
             raise FormatError(
-                f"TritPlanes: store={self.store!r}{near(str(self.store), PACKINGS)}; one of "
-                + ", ".join(PACKINGS)
+                f"TritPlanes: store={self.store!r}{near(str(self.store), PACKINGS)}; one of " + ", ".join(PACKINGS)
             )
         if self.store == "nibble" and self.planes != 2:
             raise FormatError(

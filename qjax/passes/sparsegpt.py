@@ -136,9 +136,7 @@ class SparseGPT:
             block, u, codes, errors, scales = state
             at = 4 * q
             if group:
-                scales = lax.cond(
-                    (start + at) % group == 0, lambda: entered(scales, block, start, at), lambda: scales
-                )
+                scales = lax.cond((start + at) % group == 0, lambda: entered(scales, block, start, at), lambda: scales)
             scale = scales[(start + at) // group if group else 0]
             now = lax.dynamic_slice_in_dim(block, at, 4, 0)
             lines = lax.dynamic_slice_in_dim(u, at, 4, 0)  # [4, size]
