@@ -307,6 +307,15 @@ def test_a_group_longer_than_the_axis():
     assert "one group" in report.rows[0].note
 
 
+def test_a_group_that_does_not_divide_the_axis_is_said_with_its_bits():
+    fn, x = lambda p, x: x @ p["w"], jnp.ones((2, 100))
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(4, group=96))])
+    row = qjax.quantize(fn, {"w": jnp.ones((100, 8))}, x, recipe=recipe).report.rows[0]
+    assert row.note.startswith("groups of 96 do not divide the axis of 100: the last one holds 4 weights")
+    assert "costs 0.31 bits a weight" in row.note and row.bits_per_element == 4 + 32 * 2 / 100
+    assert not qjax.quantize(fn, {"w": jnp.ones((192, 8))}, jnp.ones((2, 192)), recipe=recipe).report.rows[0].note
+
+
 def test_nan_in_a_weight_is_named():
     p = params()
     p["w"] = p["w"].at[0, 0].set(jnp.nan)

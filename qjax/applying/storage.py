@@ -8,14 +8,19 @@ quantized are those that its first quantized reader sums over.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from qjax.analysis.naming import LINEAR, Site, SliceKey
 from qjax.errors import RecipeError
+from qjax.formats import quantize_array
 from qjax.program import Program
 from qjax.recipe import Decision
 from qjax.sources import Static
@@ -190,8 +195,24 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
             f"{note}; " * bool(note) + f"one group: the axis has {length} elements, the preset's group is {fmt.group}"
         )
         fmt = fmt.clamped(length)
+    elif fmt.group is not None and fmt.group < length and length % fmt.group:
+        note = f"{note}; " * bool(note) + _of_the_rest(fmt, length)
     inputs = tuple((input_prefix(s.name), d.inputs) for s, d in readers if isinstance(d.inputs, Static))
     return Stored(fmt, decision.rounding, decision.weight_observer, note=note, inputs=inputs)
+
+
+@functools.cache
+def _of_the_rest(fmt: Any, length: int) -> str:
+    """A note on the shorter last group of a row, and what it costs."""
+
+    def bits(k: int) -> float:
+        weight = jax.ShapeDtypeStruct((64, k), jnp.float32)
+        return jax.eval_shape(lambda w: quantize_array(w, fmt, in_axes=1), weight).bits_per_element
+
+    more = bits(length) - bits(-(-length // fmt.group) * fmt.group)
+    costs = f", which costs {more:.2f} bits a weight" if more >= 0.005 else ""
+    short = length % fmt.group
+    return f"groups of {fmt.group} do not divide the axis of {length}: the last one holds {short} weights{costs}"
 
 
 def input_prefix(site: str) -> str:

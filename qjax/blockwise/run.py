@@ -34,7 +34,7 @@ from qjax.blockwise.progress import Progress
 from qjax.blockwise.schedule import Block, Schedule, blocks_of, sharing
 from qjax.blockwise.tuning import tune_block
 from qjax.calibration import State
-from qjax.errors import DataError, QjaxError
+from qjax.errors import DataError, QjaxError, warn
 from qjax.lazy import Lazy
 from qjax.passes import run_passes, split_passes
 from qjax.passes.leaves import Leaves
@@ -200,6 +200,7 @@ class BlockQuantizer:
         """Quantize all blocks: the plan, the stored leaves, their SQNR, and notes for the report."""
         example, _ = self.shaped_for(self.first)
         blocks = example.schedule.blocks
+        self.warn_of_passes()
         done = Progress.open(self.resume, self._job(blocks)) if self.resume is not None else None
         live: list[dict[int, Any]] = [{} for _ in self.batches()]
         exact = [dict(values) for values in live]  # in float throughout, where roundings are trained towards it
@@ -232,11 +233,19 @@ class BlockQuantizer:
                 self.free(number)
             if self.progress is not None:
                 self.progress(number + 1, len(blocks), block.name)
-        names = [block.name for block in blocks]
         roundings = {s.rounding for leaf in self.plan.leaves.values() for s in leaf.slices.values() if s.rounding}
         notes = [f"weights rounded by {rounding!r}" for rounding in sorted(roundings, key=repr)]
-        notes += [f"quantized in {len(blocks)} blocks, one after the other: {', '.join(names)}", *self.notes]
+        notes += [_said_of([block.name for block in blocks]), *self.notes]
         return self.plan, self.stored(), self.figures, notes
+
+    def warn_of_passes(self) -> None:
+        """Warn of prepare passes that do no good to the sites that they are given."""
+        linear = [name for name in self.chosen if self.plan.program.by_name[name].op in LINEAR]
+        for step in self.passes[1]:
+            misplaced = getattr(step, "misplaced", None)
+            said = misplaced({name: self.plan.decisions[name] for name in linear}) if misplaced is not None else ""
+            if said:
+                warn(said)
 
     def _job(self, blocks: Sequence[Block]) -> dict[str, Any]:
         """What a folder of finished blocks belongs to."""
@@ -471,6 +480,14 @@ class BlockQuantizer:
                 raise QjaxError(f"{plan.name}{list(missing[0])} was not reached by any block; this is a bug in qjax")
             out.append(joined(plan, parts))
         return out
+
+
+def _said_of(names: Sequence[str]) -> str:
+    """A note on the blocks of a job."""
+    if len(names) == 1:
+        return f"quantized in one block: {names[0]}"
+    shown = [*names[:2], "…", *names[-2:]] if len(names) > 6 else names
+    return f"quantized in {len(names)} blocks, one after the other: {', '.join(shown)}"
 
 
 def _types(args: Any) -> Any:

@@ -70,7 +70,7 @@ class Block:
     """What runs together.
 
     Attributes:
-        name: ``layers/3``; "before" and "after" for what belongs to no block.
+        name: ``layers/3``; what belongs to no block is ``before layers/0`` and ``after layers/31``.
         items: in order.
         reads: the program's inputs that it reads, whole or a slice each.
         takes: values of earlier blocks that it reads.
@@ -318,7 +318,11 @@ class _Flat:
     def schedule(self) -> Schedule:
         """Put what has been numbered into blocks."""
         self._settle()
-        labels = {0: "before", **{rank: name for name, rank in self.names.items()}, len(self.names) + 1: "after"}
+        labels = {0: "the whole function", 1: "its results"}
+        if self.names:
+            first, *_, last = (*self.names, *self.names)
+            labels = {rank: name for name, rank in self.names.items()}
+            labels |= {0: f"before {first}", len(self.names) + 1: f"after {last}"}
         groups: dict[int, list[Item]] = defaultdict(list)
         for item, rank in zip(self.items, self.rank, strict=True):
             groups[rank].append(item)

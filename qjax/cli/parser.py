@@ -347,7 +347,7 @@ def _cut(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=_positive, metavar="N", help="tokens per block (default: the model's, at most 2048)"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N blocks or images, or N pairs")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N blocks, images or pairs")
 
 
 def _positive(text: str) -> int:

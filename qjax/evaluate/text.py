@@ -15,7 +15,7 @@ not scored.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Batch:
 class TextBlocks:
     """Token blocks of a text: the first token of each is read only, the others are scored.
 
+    ``len`` is the number of blocks; iterating and indexing give their ids.
+
     Attributes:
         blocks: int32 arrays [n >= 2].
         protocol: "A", "B", or "ids" for blocks that were given as ids.
@@ -60,6 +62,15 @@ class TextBlocks:
     blocks: tuple[np.ndarray, ...]
     protocol: str
     context: int
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.blocks)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.blocks[row]
 
     @property
     def tokens(self) -> int:

@@ -178,7 +178,7 @@ class Sparse24(Format):
 
     @property
     def per(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """ "group", or "channel" without one."""
+        """Where there are groups "group", else "channel"."""
         return "group" if self.group else "channel"
 
     @property

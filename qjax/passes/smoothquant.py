@@ -60,6 +60,23 @@ class SmoothQuant:
             )
         compile_pattern(self.match)
 
+    def misplaced(self, decisions: Mapping[str, Any]) -> str:
+        """What to warn of where smoothing does no good; "" where it may.
+
+        Args:
+            decisions: what the recipe decides for each linear site whose weight it quantizes.
+        """
+        matches = compile_pattern(self.match).fullmatch
+        idle = [name for name, d in decisions.items() if d.inputs is None and matches(name + "/")]
+        if not idle or not self.strength:
+            return ""
+        more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+        return (
+            f"SmoothQuant moves range from activations into weights, and the activations of {idle[0]}{more} stay "
+            "float: the weights become harder to round and nothing becomes easier; give the rule inputs=, leave such "
+            "sites out by match=, or take qjax.AWQ(), which scales for the sake of weights"
+        )
+
     def edit(self, program: Program, leaves: Leaves, chosen: Sequence[str], states: Mapping[str, State]) -> Edits:
         """Return the edits for a block: see `PreparePass`."""
         shared = shared_inputs(program, leaves, chosen, self.match)

@@ -65,7 +65,15 @@ class SparseGPT:
             raise FormatError(f"SparseGPT: observer={self.observer!r}; an observer such as qjax.MSE()")
 
     def check_format(self, fmt: Format, fitted: bool = False) -> None:
-        """Raise a FormatError if the format cannot hold what this rounding makes."""
+        """Raise a FormatError if the format cannot hold what this rounding makes of rows longer than a group."""
+        self._check_kind(fmt)
+        if (fmt.group or 0) % 4:
+            raise FormatError(
+                f"SparseGPT: a group of {fmt.group} ends within four weights that are pruned together; use a group "
+                "that 4 divides, such as 128, or None for one scale a row"
+            )
+
+    def _check_kind(self, fmt: Format) -> None:
         if not isinstance(fmt, Sparse24):
             raise FormatError(
                 f"SparseGPT prunes two of every four weights, which {fmt.name} does not store; use "
@@ -101,7 +109,7 @@ class SparseGPT:
         Raises:
             FormatError: another format, groups that cut a quad, or there are no statistics.
         """
-        self.check_format(fmt)
+        self._check_kind(fmt)
         assert isinstance(fmt, Sparse24)
         if statistics is None:
             raise FormatError("SparseGPT.round needs statistics: the second moment of the inputs")
@@ -110,11 +118,8 @@ class SparseGPT:
         observer = observer or self.observer
         several = fmt.groups(k) > 1
         group = fmt.group if several and fmt.group else 0
-        if group % 4:
-            raise FormatError(
-                f"SparseGPT: a group of {group} ends within four weights that are pruned together; use a group that 4 "
-                "divides, such as 128"
-            )
+        if group:
+            self.check_format(fmt)
         size = group * max(1, self.block_size // group) if group else min(self.block_size // 4 * 4, -(-k // 4) * 4)
 
         h = jnp.asarray(statistics["second_moment"], jnp.float32)

@@ -152,7 +152,7 @@ def test_casts_of_a_stack_stay_in_their_blocks():
     p = stacked()
     program = qjax.trace(cast, p, BATCHES[0])
     schedule = blocks_of(program)
-    assert [b.name for b in schedule.blocks] == ["layers/0", "layers/1", "layers/2", "after"]
+    assert [b.name for b in schedule.blocks] == ["layers/0", "layers/1", "layers/2", "after layers/2"]
     assert all(use.index is not None for b in schedule.blocks[:3] for use in b.reads if use.value < 3)
     model = qjax.quantize(cast, p, recipe=GPTQ, batches=BATCHES)
     assert len(model.report.quantized) == 2 * LAYERS + 1

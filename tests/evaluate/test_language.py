@@ -79,6 +79,7 @@ def test_without_a_start_token_the_first_token_is_only_read(table):
 def test_start_token_can_be_given(table):
     blocks = evaluate.text_blocks(NoStart(), "12", context=8, bos=4)
     assert [list(b) for b in blocks.blocks] == [[4, 1, 2]]
+    assert len(blocks) == 1 and list(blocks)[0] is blocks[0] is blocks.blocks[0]
 
 
 def test_ids_instead_of_text(table):

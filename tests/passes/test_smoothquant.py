@@ -11,11 +11,14 @@ import pytest
 from jax import lax
 
 import qjax
-from qjax.errors import RecipeError
+from qjax.errors import QjaxWarning, RecipeError
 from qjax.formats import SMOOTH, is_quantized
 from qjax.models import LanguageModel, LlamaConfig, stack_layers
 from qjax.passes import SmoothQuant
 from qjax.passes.smoothquant import smoothing_factors
+
+# Most tests look at folding alone, with float activations, of which a user is warned.
+pytestmark = pytest.mark.filterwarnings("ignore:SmoothQuant moves range")
 
 TINY = LlamaConfig(
     vocab_size=61,
@@ -239,3 +242,16 @@ def test_convolutions_are_smoothed_where_factors_can_be_folded():
     assert any(note.startswith("SmoothQuant: second: factors") and "folded into" in note for note in notes), notes
     assert any(note.startswith("SmoothQuant: third: not smoothed, because") and "gelu" in note for note in notes), notes
     assert relative(model(model.params, x), fn(p, x)) < 0.03
+
+
+def test_smoothing_for_activations_that_stay_float_is_warned_of():
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    r = np.random.default_rng(5)
+    p = {name: jnp.asarray(r.standard_normal((8, 8)), jnp.float32) for name in "ab"}
+    batches = [jnp.asarray(r.standard_normal((16, 8)), jnp.float32)]
+    both = [qjax.Rule("a", weights=HIGH, inputs=qjax.Int(8, per="token")), qjax.Rule("b", weights=HIGH)]
+    with pytest.warns(QjaxWarning, match="activations of b stay float") as told:
+        qjax.quantize(fn, p, recipe=qjax.Recipe(both, prepare=[SmoothQuant()]), batches=batches)
+    assert len(told) == 1 and told[0].filename == __file__
+    quiet = SmoothQuant(match="a").misplaced(dict(qjax.Recipe(both).decide(qjax.trace(fn, p, batches[0]).sites)))
+    assert quiet == ""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qjax
-from qjax.errors import FormatError
+from qjax.errors import FormatError, RecipeError
 from qjax.formats import Sparse24
 
 
@@ -119,6 +119,8 @@ def test_settings_that_cannot_be():
         qjax.SparseGPT().round(np.ones((2, 32), np.float32), Sparse24(4, 8))
     with pytest.raises(FormatError, match="group of 6"):
         qjax.SparseGPT().round(np.ones((2, 32), np.float32), Sparse24(4, 6), statistics=moment)
+    with pytest.raises(RecipeError, match="group of 6"):  # when the rule is built, and not after the batches have run
+        qjax.Rule("**", weights=Sparse24(4, 6), rounding=qjax.SparseGPT())
 
 
 def test_recipes_survive_toml_and_models_are_pruned():
