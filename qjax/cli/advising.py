@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from qjax.cli.output import print_json, print_rich, table
+from qjax.cli.output import print_json, print_rich, room, table
 from qjax.errors import DeviceError
 from qjax.hardware import (
     Advice,
@@ -89,17 +89,30 @@ def _recovery(text: str) -> tuple[str, float]:
         raise DeviceError(f"--measured-recovery {text}: {value!r} is not a number; say W4A16-INT=98.7") from e
 
 
+NARROW = 92
+"""Columns below which a terminal does not get the queries a second, which follow from those of an hour."""
+
+
 def _show(advice: Advice) -> None:
     d, w = advice.device, advice.workload
     price = f", {d.price:g} an hour" if d.price else ""
+    tokens = f"{w.prompt} tokens in, {w.output} out"
     print(
         f"{advice.size.name}: {_count(advice.size.params)} parameters on {d.name} ({d.memory / 1e9:g} GB, "
-        f"{d.bandwidth / 1e12:g} TB/s{price}), {w.name} ({w.prompt} tokens in, {w.output} out), {_MODES[advice.mode]}\n"
+        f"{d.bandwidth / 1e12:g} TB/s{price}), {tokens if '/' in w.name else f'{w.name} ({tokens})'}, "
+        f"{_MODES[advice.mode]}\n"
     )
-    unit = "queries per unit of price" if d.price else "queries per device-hour"
-    heads = ("format", "devices", "batch", "latency", "queries/s", unit, "recovery", "", "")
-    print_rich(table(heads, (_row(advice, c) for c in advice.candidates), left=(0, 7, 8)))
-    print("\n" + _verdict(advice))
+    unit = "queries per\nunit of price" if d.price else "queries per\ndevice-hour"
+    heads = ["format", "devices", "batch", "latency", "queries/s", unit, "recovery", "", ""]
+    rows = [_row(advice, c) for c in advice.candidates]
+    if room() < NARROW:
+        heads, rows = [*heads[:4], *heads[5:]], [[*row[:4], *row[5:]] for row in rows]
+    print_rich(table(heads, rows, left=(0, len(heads) - 2, len(heads) - 1)))
+    print()
+    for c in advice.candidates:
+        if c.reason:
+            print(f"{c.scheme.name} is out: {c.reason}.")
+    print(_verdict(advice))
     for note in advice.notes:
         print(f"Note: {note}")
     e = advice.efficiency
@@ -142,7 +155,7 @@ def _verdict(advice: Advice) -> str:
     if not advice.measure:
         return f"{take}: {100 * advice.margin:.0f} % more queries for the money than {other.scheme.name}."
     if not best.scheme.preset and advice.margin > -EQUAL:
-        return f"{take}: no format is faster."
+        return f"{take}: no format is noticeably faster."
     first, second = (best, other) if advice.margin >= 0 else (other, best)
     ahead = first.per_cost / second.per_cost - 1
     close = (
@@ -167,11 +180,16 @@ def _percent(c: Candidate) -> str:
 
 def _row(advice: Advice, c: Candidate) -> list[str]:
     if c.reason:
-        return [c.scheme.name, "", "", "", "", "", _percent(c), c.source, c.reason]
+        return [c.scheme.name, "", "", "", "", "", _percent(c), c.source, "out"]
     count = f"{c.devices}" if c.replicas == 1 else f"{c.replicas} x {c.devices}"
-    note = {id(advice.choice): "choice", id(advice.runner_up): "runner-up"}.get(id(c), "")
-    figures = [f"{c.batch:.3g}", f"{c.latency:.3g} s", f"{c.qps:.3g}", f"{c.per_cost:,.0f}"]
+    note = {id(advice.choice): "choice", id(advice.runner_up): "second"}.get(id(c), "")
+    figures = [_figure(c.batch), f"{_figure(c.latency)} s", _figure(c.qps), _figure(c.per_cost)]
     return [c.scheme.name, count, *figures, _percent(c), c.source, note]
+
+
+def _figure(value: float) -> str:
+    """Three figures, more only in front of the point: ``0.215``, ``4.66``, ``7,157,105``."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".") if value % 1 else f"{value:.0f}"
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,6 +50,11 @@ def print_rich(thing: Any) -> None:
     with console.capture() as capture:
         console.print(thing)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def room() -> int:
+    """Columns that `print_rich` has: those of a terminal, or as good as any number."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else LINE
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> Any:

@@ -35,6 +35,7 @@ def plot_front(found: Assignment, path: str | Path) -> None:
         path: of the file; its ending says the kind, ``.svg`` or ``.png``.
     """
     import matplotlib
+    from matplotlib.ticker import LogFormatter
 
     front = [p for p in found.front if p.loss > 0] or list(found.front)
     unit, name = _unit(found.budget.kind, max(found.cost, found.front[0].cost))
@@ -47,6 +48,9 @@ def plot_front(found: Assignment, path: str | Path) -> None:
         if inside:  # else float is all there is to see
             axes.set_yscale("log")
             axes.set_ylim(min(inside) / 2.5, max(inside) * 2.5)
+            if max(inside) < 20 * min(inside):  # too short for powers of ten
+                for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                    which(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.set_xlim(first / unit, last / unit)
         axes.axvline(found.budget.amount / unit, color=svg.LIGHT["muted"], lw=1, ls="--")
         note: dict[str, Any] = {"textcoords": "offset points", "color": svg.LIGHT["muted"], "fontsize": 10}

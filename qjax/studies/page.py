@@ -8,7 +8,7 @@ from html import escape
 
 from qjax.report import page, svg
 from qjax.report.scores import score_title
-from qjax.studies.result import READING, Study
+from qjax.studies.result import Study
 
 
 def render_page(study: Study) -> str:
@@ -32,7 +32,7 @@ def render_page(study: Study) -> str:
     body = [f"<h1>{title}</h1>", *(f'<p class="muted">{escape(line)}</p>' for line in study.about())]
     body += [f'<div class="plots">{shown}</div>', "<h2>Scores</h2>", _table(study.columns(), study.rows())]
     body += [
-        f'<p class="muted">{escape(READING)}</p>',
+        f'<p class="muted">{escape(study.reading())}</p>',
         "<h2>Sizes</h2>",
         _table(study.size_columns(), study.size_rows()),
     ]

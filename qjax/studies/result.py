@@ -200,7 +200,7 @@ class Study:
     def markdown(self) -> str:
         """The tables as Markdown."""
         parts = [f"# {self.model}: {len(self.outcomes)} recipes", "", *self.about(), "", "## Scores", ""]
-        parts += [_markdown_table(self.columns(), self.rows()), "", READING, "", "## Sizes", ""]
+        parts += [_markdown_table(self.columns(), self.rows()), "", self.reading(), "", "## Sizes", ""]
         parts += [_markdown_table(self.size_columns(), self.size_rows()), ""]
         for task in self.tasks:
             parts += [f"## Order on {task}", "", _markdown_table(self.order_columns(task), self.order_rows(task)), ""]
@@ -213,6 +213,20 @@ class Study:
             pieces = f" in {clusters:,} blocks" if clusters != units else ""
             lines.append(f"Scored on {task}: {units:,} {self.units.get(task, 'units')}{pieces}.")
         return [*lines, *([self.calibration] if self.calibration else [])]
+
+    def reading(self) -> str:
+        """How to read the tables."""
+        said = ["Behind ± stand standard errors."]
+        if any(self.tasks.values()):
+            said.append(
+                "Recovery is 100 · score / float score (for perplexity, float in percent of quantized): above 100 it "
+                "is noise."
+            )
+        said.append(
+            "Recipes stand in the order of their distance to float, which tells them apart where scores do not; the "
+            "paired tests below say how surely. An order on one task holds for that task."
+        )
+        return " ".join(said)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data; figures that JSON cannot hold are null."""
@@ -242,13 +256,6 @@ class Study:
     def __str__(self) -> str:
         return self.markdown()
 
-
-READING = (
-    "Behind ± stand standard errors. Recovery is 100 · score / float score (for perplexity, float in percent of "
-    "quantized): above 100 it is noise. Recipes stand in the order of their distance to float, which tells them apart "
-    "where perplexity and accuracy do not; the paired tests below say how surely. An order on one task holds for that "
-    "task."
-)
 
 _TITLES = {
     "kl": "KL to float, nats",

@@ -46,7 +46,7 @@ def test_a_config_is_enough(capsys, folder):
     assert (size.layers, size.kv_heads, size.head_dim, size.experts) == (32, 8, 128, 1)
     code, out, err = ran(capsys, folder, "--device", "h200", "--workload", "chat")
     assert code == 0 and not err
-    assert "Take W4A16-INT (recipe W4A16_INT)" in out and "H200 is unmeasured" in out and "runner-up" in out
+    assert "Take W4A16-INT (recipe W4A16_INT)" in out and "H200 is unmeasured" in out and " second" in out
 
 
 def test_experts_from_a_config(tmp_path):
@@ -100,7 +100,7 @@ def test_where_recoveries_come_from(capsys):
 
 def test_nothing_is_faster_than_a_tiny_model(capsys):
     _, out, _ = ran(capsys, "--parameters", "260e3", *SIZES[2:-2], "--device", "h200")
-    assert "260 K parameters" in out and "Take BF16 (no quantization): no format is faster." in out
+    assert "260 K parameters" in out and "Take BF16 (no quantization): no format is noticeably faster." in out
 
 
 def test_more_tokens_than_the_model_takes(capsys, folder):
