@@ -266,5 +266,5 @@ def fingerprint(folder: Path) -> str:
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of the packed weights in a quantized folder."""
+    """Bytes of a quantized folder's checkpoint: packed weights, compressed, and what describes them."""
     return sum(file.stat().st_size for file in (folder / "checkpoint").rglob("*") if file.is_file())

@@ -145,8 +145,8 @@ def load_preset(name: str) -> Recipe:
     key = name.strip().upper().replace("-", "_")
     preset = presets().get(key)
     if preset is None:
-        hint = near(name, presets()) or f"; there are {', '.join(presets())}."
-        raise RecipeError(f"no preset is named {name!r}{hint} A recipe of your own is a file ending in .toml.")
+        hint = near(name, presets()) or f"; there are {', '.join(presets())}"
+        raise RecipeError(f"no preset is named {name!r}{hint}; a recipe of your own is a file ending in .toml")
     preset = presets()[preset.get("alias", key)]
     settings = {key: value for key, value in preset.items() if key not in ("description", "prepare")}
     rule = _rule_from_dict({"match": "**", "clamp_group": True, **settings}, f"preset {key}")

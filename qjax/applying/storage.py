@@ -192,7 +192,7 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
                 f"use group={length} or less, or clamp_group=True in the rule"
             )
         note = (
-            f"{note}; " * bool(note) + f"one group: the axis has {length} elements, the preset's group is {fmt.group}"
+            f"{note}; " * bool(note) + f"one group: the axis has {length} elements, the rule's group is {fmt.group}"
         )
         fmt = fmt.clamped(length)
     elif fmt.group is not None and fmt.group < length and length % fmt.group:

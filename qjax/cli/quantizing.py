@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
         print_json({**_as_json(report), **where, "seconds": round(time.monotonic() - start, 2)})
     else:
         print_rich(report)
-        print(f"Saved in {out}, {size(size_on_disk(out))} of weights on disk ({out / 'report.html'} has the plots)")
+        disk = size(size_on_disk(out))
+        print(f"Saved in {out} ({out / 'report.html'} has the plots); its checkpoint takes {disk} on disk")
 
 
 def _quantized(loaded: Loaded, recipe: qjax.Recipe, batches: Any, name: str, args: argparse.Namespace) -> qjax.Model:

@@ -16,7 +16,7 @@ from qjax.cli.calibrating import Calibration, calibration, left_out, text_blocks
 from qjax.cli.output import counting, listed, print_json, print_rich, say, table, waiting
 from qjax.cli.scoring import check_data
 from qjax.errors import DataError, ModelError
-from qjax.folders import Loaded, fingerprint, is_saved, load_float
+from qjax.folders import Loaded, fingerprint, is_saved, load_float, source_size
 
 PAIRS = 256
 """Pairs of sentences that a text encoder is scored on, without --limit."""
@@ -68,6 +68,9 @@ def run(args: argparse.Namespace) -> None:
     print_rich(table(result.columns(), result.rows()))
     print()
     print_rich(table(result.size_columns(), result.size_rows()))
+    held, dtype = source_size(args.folder)
+    if held < result.float_bytes:
+        print(f"\nSizes are beside those of the widened weights; the folder holds {held / 1e3:,.0f} kB of {dtype}.")
     print(f"\nSaved in {out} ({out / 'study.html'} has the plots and the paired tests)")
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from qjax.report.data import SiteRow
 
 _NUMBER = re.compile(r"\d+")
+_FIGURE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _ELISION = "…"
 
 
@@ -144,6 +145,32 @@ def _merged(rows: list[SiteRow]) -> Group:
     for text, column, written in zip(texts[1:], columns, spelled, strict=True):
         name += (written if len(column) == 1 else "{" + ranges(column) + "}") + text
     return Group(name, tuple(rows))
+
+
+def fold_notes(notes: Iterable[str]) -> tuple[str, ...]:
+    """Notes that differ in numbers only, as one each: whole numbers as ranges, others from the least to the largest.
+
+    ``layers/0/up: factors 0.7 to 1.4`` and the same of other layers become ``layers/{0..3}/up: factors 0.6–0.9 to
+    1.2–1.9 (×4)``.
+    """
+    alike: dict[str, list[list[str]]] = {}
+    for note in notes:
+        alike.setdefault(_FIGURE.sub("\0", note), []).append(_FIGURE.findall(note))
+    return tuple(_folded(key.split("\0"), found) for key, found in alike.items())
+
+
+def _folded(texts: list[str], found: list[list[str]]) -> str:
+    out = texts[0]
+    for text, column in zip(texts[1:], zip(*found, strict=True), strict=True):
+        different = sorted(set(column), key=float)
+        if len(different) == 1:
+            out += column[0]
+        elif all(n.isdigit() for n in column):
+            out += "{" + ranges(sorted(set(map(int, column)))) + "}"
+        else:
+            out += f"{different[0]}–{different[-1]}"
+        out += text
+    return out if len(found) == 1 else f"{out} (×{len(found)})"
 
 
 def ranges(numbers: Iterable[int]) -> str:

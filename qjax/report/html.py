@@ -12,7 +12,7 @@ from html import escape
 
 from qjax.report import page, plots
 from qjax.report.data import Report, SiteRow
-from qjax.report.groups import Group, group_rows
+from qjax.report.groups import Group, fold_notes, group_rows
 from qjax.report.scores import score_lines, score_pairs, score_title, score_value
 from qjax.report.svg import SERIES
 from qjax.report.text import beside_source, decibel, said_of_inputs, shape_text, size, span, why
@@ -137,7 +137,7 @@ def _scores(report: Report) -> str:
 def _notes(report: Report) -> str:
     if not report.notes:
         return ""
-    return "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(n)}</li>" for n in report.notes) + "</ul>"
+    return "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(n)}</li>" for n in fold_notes(report.notes)) + "</ul>"
 
 
 def _table(report: Report) -> str:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qjax.report.data import Report, SiteRow
-from qjax.report.groups import Group, group_rows
+from qjax.report.groups import Group, fold_notes, group_rows
 from qjax.report.scores import score_lines
 
 MOST_LINES = 48
@@ -65,7 +65,7 @@ def renderables(report: Report, width: int) -> tuple[Any, ...]:
     if not report.rows:
         parts.append(Text("No site was found: the function multiplies nothing by a parameter.", style="yellow"))
     if notes or report.notes:
-        lines = [*notes.lines(), *(_marked("•", n) for n in report.notes)]
+        lines = [*notes.lines(), *(_marked("•", n) for n in fold_notes(report.notes))]
         parts += [_heading("Notes", ""), Padding(Stack(*lines), (0, 0, 1, 2))]
     if report.scores:
         parts += [_heading("Scores", ""), scores_table(report.scores)]
@@ -109,9 +109,12 @@ def summary(report: Report) -> str:
 
 
 def beside_source(report: Report) -> str:
-    """The size beside that of a folder with narrower floats: ``1.73x smaller than its folder: 11.5 MB (bfloat16)``."""
-    times = report.source_bytes / report.stored_bytes if report.stored_bytes else 1.0
-    return f"{times:.2f}x smaller than in its folder, which holds {size(report.source_bytes)} ({report.source_dtype})"
+    """The size beside that of a folder with narrower floats: ``1.72x smaller than in its folder, which holds ..``."""
+    holds = f"in its folder, which holds {size(report.source_bytes)} ({report.source_dtype})"
+    if report.stored_bytes <= report.source_bytes:
+        return f"{report.source_bytes / max(report.stored_bytes, 1):.2f}x smaller than {holds}"
+    wide = f"{report.stored_bytes / report.source_bytes:.2f}x as large as {holds}"
+    return f"{wide}: what stays float is kept as {report.float_dtype}"
 
 
 class _Footnotes:

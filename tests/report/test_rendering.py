@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qjax.report import Report, SiteRow
 from qjax.report.card import render_card
-from qjax.report.groups import group_rows, ranges
+from qjax.report.groups import fold_notes, group_rows, ranges
 from qjax.report.scores import score_lines, score_value
 from qjax.report.text import size
 
@@ -35,6 +35,15 @@ def test_equal_layers_are_one_group_in_program_order():
     groups = group_rows(rows)
     assert [(g.name, g.count) for g in groups] == [("layers/{0..31}/up/kernel", 32), ("layers/{0..31}/down/kernel", 32)]
     assert groups[0].bytes_after == 32 * 20 and groups[0].bits == 10.0
+
+
+def test_notes_that_differ_in_numbers_are_one():
+    notes = [f"S: layers/{n}/up: factors {0.5 + n / 10:g} to {2 + n} put into fc1" for n in range(4)]
+    assert fold_notes(["one 1", *notes, "two"]) == (
+        "one 1",
+        "S: layers/{0..3}/up: factors 0.5–0.8 to {2..5} put into fc1 (×4)",
+        "two",
+    )
 
 
 def test_a_group_never_claims_sites_it_does_not_hold():
@@ -254,6 +263,10 @@ def test_sizes_are_compared_with_what_was_quantized_and_with_the_folder():
     assert "64 B (float32) → 20 B (3.20x smaller)" in report.text() and "1.60x" in report.text()
     same = Report("m", "W8A16", (_row("w"),), 0, 64, 20, float_dtype="float32", source_bytes=64, source_dtype="float32")
     assert "folder" not in same.text()
+    large = Report(
+        "m", "W8A16", (_row("w"),), 0, 64, 40, float_dtype="float32", source_bytes=32, source_dtype="bfloat16"
+    )
+    assert "1.25x as large as in its folder" in large.text() and "what stays float is kept as float32" in large.text()
 
 
 def test_the_card_says_what_it_is_and_how_to_run_it(small_report):
