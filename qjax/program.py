@@ -199,11 +199,12 @@ def _lacking(fn: Callable[..., Any], signature: Signature, error: TypeError) -> 
         if args or kwargs or not passes_on:
             return ""
     name = getattr(fn, "__qualname__", type(fn).__name__)
-    given = f"{len(args) + len(kwargs)} arguments" if args or kwargs else "no example arguments"
+    count = len(args) + len(kwargs)
+    given = "no example arguments" if not count else "1 argument" if count == 1 else f"{count} arguments"
     return (
         f"{name} cannot be traced with params and {given}: {why}. qjax follows one call of the function to find its "
         "products: give what the function takes behind params, as arrays or jax.ShapeDtypeStruct of any batch size and "
-        "length, such as fn, params, tokens"
+        "length, as in (fn, params, tokens)"
     )
 
 

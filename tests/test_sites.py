@@ -229,7 +229,7 @@ def test_abstract_arguments_are_enough_to_trace():
 def test_missing_arguments_are_named():
     with pytest.raises(TraceError, match=r"no example arguments: missing .*'t'.*jax.ShapeDtypeStruct"):
         qjax.quantize(scanned, stacked(), recipe="W8A16")
-    with pytest.raises(TraceError, match=r"1 arguments: missing .*'y'"):
+    with pytest.raises(TraceError, match=r"1 argument: missing .*'y'"):
         qjax.trace(lambda p, x, y: x @ p, np.ones((2, 2), np.float32), np.ones(2, np.float32))
     with pytest.raises(TraceError, match=r"no example arguments: .*missing 1 required"):  # an adapter passes them on
         qjax.trace(lambda p, *args: (lambda x: x @ p)(*args), np.ones((2, 2), np.float32))
