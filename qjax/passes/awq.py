@@ -133,8 +133,12 @@ class AWQ:
         yield from inner(state) if inner is not None else ()
 
     def kept(self, length: int) -> Aux:
-        """What is kept with a weight of rows of this length: {"input.smooth": float32 [1, length]}."""
-        return {SMOOTH: jnp.ones((1, length), jnp.float32)} if self.scale else {}
+        """What is kept with a weight of rows of this length: {"input.smooth": float32 [1, length]}, and the inner's."""
+        inner = getattr(self.inner, "kept", None)
+        return {
+            **(inner(length) if inner is not None else {}),
+            **({SMOOTH: jnp.ones((1, length), jnp.float32)} if self.scale else {}),
+        }
 
     def edit(self, program: Program, leaves: Leaves, chosen: Sequence[str], states: Mapping[str, State]) -> Edits:
         """Search the factors of the sites of a block and fold them: see `qjax.passes.PreparePass`."""

@@ -11,7 +11,7 @@ import pytest
 
 import qjax
 from qjax.errors import FormatError, RecipeError
-from qjax.formats import SMOOTH
+from qjax.formats import SIGNS, SMOOTH
 from qjax.passes import awq_clip, awq_scales
 
 RNG = np.random.default_rng(0)
@@ -150,6 +150,24 @@ def test_experts_and_linear_layers_of_a_model():
     want = fn(params, x)
     error = lambda m: sum(float(jnp.square(a - b).sum()) for a, b in zip(m(m.params, x), want, strict=True))  # noqa: E731
     assert error(model) < 0.8 * error(plain)
+
+
+def test_rotated_inside():
+    """Activations are divided by the factors and then rotated; plans know of both."""
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    params, x = {"w": jnp.asarray(W.T)}, jnp.asarray(X, jnp.float32)
+    rounding = qjax.AWQ(clip=False, inner=qjax.Rotated(qjax.GPTQ()))
+    recipe = qjax.Recipe([qjax.Rule("**", weights=FMT, rounding=rounding)])
+    model = qjax.quantize(fn, params, recipe=recipe, batches=[x])
+    shapes = lambda tree: [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]  # noqa: E731
+    assert {SMOOTH, SIGNS} <= set(model.params["w"].aux)
+    assert shapes(qjax.plan(fn, params, x, recipe=recipe).params) == shapes(model.params)
+    got = model(model.params, x)
+    np.testing.assert_allclose(got, fn({"w": model.params["w"].dequantize()}, x), rtol=1e-3, atol=1e-2)
+    assert float(jnp.linalg.norm(got - fn(params, x)) / jnp.linalg.norm(fn(params, x))) < 0.2
 
 
 def test_convolutions_divide_the_channels_of_the_image():
