@@ -25,6 +25,7 @@ from jax.core import Tracer
 
 from qjax.errors import CheckpointError, FormatError, LayoutError
 from qjax.formats import QArray, QStack, format_from_dict, is_quantized
+from qjax.kernels import neutral
 from qjax.rewriting.sharding import quantized_specs
 
 Spec = dict[str, Any]
@@ -59,6 +60,7 @@ def describe(name: str, leaf: Any, key: str, arrays: dict[str, Any]) -> Spec:
         parts = [describe(name, part, f"{key}.part{i}", arrays) for i, part in enumerate(leaf.parts)]
         return {"kind": "qstack", "axis": leaf.axis, "assign": [list(a) for a in leaf.assign], "parts": parts}
     if isinstance(leaf, QArray):
+        leaf = neutral(leaf)  # what is on disk belongs to no platform's kernel
         return {
             "kind": "qarray",
             **_format_spec(name, leaf),

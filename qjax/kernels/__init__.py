@@ -10,6 +10,7 @@ only_inside_qjax(__name__)
 
 from qjax.kernels import conv, dot, ragged_dot  # noqa: F401 (they fill the table)
 from qjax.kernels.figures import kind_of
+from qjax.kernels.pack import neutral, pack, pack_tree
 from qjax.kernels.registry import (
     Act,
     Choice,
@@ -33,6 +34,9 @@ __all__ = [
     "choose",
     "kind_of",
     "lowering_table",
+    "neutral",
+    "pack",
+    "pack_tree",
     "register_lowering",
     "select",
 ]

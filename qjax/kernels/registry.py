@@ -52,6 +52,7 @@ class Problem:
         out_dtype: dtype of the result.
         devices: devices over which the compiler may still partition the op: 1 on one device and inside shard_map.
         settings: further static settings of the op, such as the strides of a convolution.
+        capability: compute capability of the CUDA device, such as (9, 0); None elsewhere or where it is not known.
     """
 
     op: str
@@ -66,6 +67,7 @@ class Problem:
     out_dtype: np.dtype = np.dtype(np.float32)
     devices: int = 1
     settings: Any = None
+    capability: tuple[int, int] | None = None
 
     @property
     def matrices(self) -> int:
@@ -240,6 +242,7 @@ def choose(
     x_dtype: Any = np.float32,
     devices: int = 1,
     settings: Any = None,
+    capability: tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> Choice:
     """Say which lowering would run, and in words how fast it is beside the float op.
@@ -253,6 +256,7 @@ def choose(
         x_dtype: dtype of the activations.
         devices: devices over which the compiler may partition the op.
         settings: further static settings (a convolution's `ConvSpec`).
+        capability: compute capability of a CUDA device, such as (9, 0).
         implementation: the name of a lowering, or None to choose.
 
     Raises:
@@ -260,7 +264,8 @@ def choose(
     """
     *stack, rows, n, k = shapes
     dtype = np.dtype(x_dtype)
-    problem = Problem(op, platform, w_fmt, act_fmt, rows, n, k, tuple(stack), dtype, dtype, devices, settings)
+    size = (rows, n, k, tuple(stack))
+    problem = Problem(op, platform, w_fmt, act_fmt, *size, dtype, dtype, devices, settings, capability)
     return choice_for(problem, implementation)
 
 

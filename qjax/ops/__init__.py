@@ -8,6 +8,9 @@ from qjax.kernels import (
     choose,
     kind_of,
     lowering_table,
+    neutral,
+    pack,
+    pack_tree,
     register_lowering,
 )
 from qjax.ops.base import LinearOp, Operands, QuantizedOp, Spec, quantized_linear
@@ -33,6 +36,9 @@ __all__ = [
     "conv_problem",
     "kind_of",
     "lowering_table",
+    "neutral",
+    "pack",
+    "pack_tree",
     "q_conv",
     "q_dot",
     "q_ragged_dot",

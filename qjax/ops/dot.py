@@ -19,6 +19,7 @@ from qjax.formats import Aux, Float8, Format, Int, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.formats.rotation import check_prepared
 from qjax.kernels import Act, Problem, select
+from qjax.kernels.devices import cuda_capability
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
@@ -51,6 +52,7 @@ class _Dot(QuantizedOp):
             out_dtype=spec.out_dtype,
             devices=devices,
             settings=spec,
+            capability=cuda_capability() if platform == "cuda" else None,
         )
 
     def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:

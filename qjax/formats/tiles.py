@@ -1,0 +1,213 @@
+"""4-bit integers in the order in which a GPU's tensor cores read them.
+
+What is on disk is neutral: rows of bits. A kernel on the GPU reads the weight in tiles, and an order that is made once,
+when a model is put on its device, costs nothing per call. `Int4Tiles` is that order; `qjax.ops.pack` makes it and
+`qjax.ops.neutral` undoes it. With N and K the sizes of one matrix,
+
+    N' = N rounded up to 128, K' = K rounded up to 128, B = 64 columns, or 32 where groups are no multiple of 64
+    tiles  int4     [*stack, 1, N' K']   as [N'/64, K'/B, 64, B]: tiles of 64 rows and B columns, tile after tile
+    scale  float32  [*stack, 1, G N']    as [G, N']: one number per block and row; rows of padding have 0
+    zero   bfloat16 [*stack, 1, G N']    likewise, for codes with a zero point
+
+A block is 32, 64 or 128 columns, the largest that divides the group (longer groups repeat their number), or all of K
+where a row has one scale. Codes with a zero point are stored less 8, as signed ones, and so is the zero point: the
+signed 4-bit integer is what the hardware widens without converting number by number. Padding is code 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from qjax.errors import FormatError
+from qjax.formats.base import Aux, Format
+from qjax.formats.integer import Int
+from qjax.formats.numerics import AnyArray
+from qjax.formats.registry import register_format
+
+ROWS = 64
+"""Rows of a tile."""
+
+MULTIPLE = 128
+"""N and K are padded to a multiple of this."""
+
+OFFSET = 8
+"""What is taken from codes 0 to 15 to make them signed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """Codes of rows of ``length`` that stand in aux: the array of codes itself has no bytes."""
+
+    length: int
+
+    def row_bytes(self, length: int) -> int:
+        return 0
+
+    def capacity(self, nbytes: int) -> int:
+        return self.length
+
+    def offset(self, element: int) -> int | None:
+        return None
+
+    def pack(self, codes: ArrayLike) -> Array:
+        return jnp.zeros((*jnp.shape(codes)[:-1], 0), jnp.int8)
+
+    def unpack(self, packed: ArrayLike, length: int) -> Array:
+        return jnp.zeros((*jnp.shape(packed)[:-1], length), jnp.int8)
+
+
+@register_format("int4_tiles")
+@dataclasses.dataclass(frozen=True)
+class Int4Tiles(Format):
+    """``Int(4, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
+
+    Made by `qjax.ops.pack`, not by rounding. Sliced along stack axes only.
+
+    Args:
+        like: the format of the weight that was packed.
+        length: K, the columns of the matrix without padding.
+
+    Raises:
+        FormatError: where ``like`` has no such layout, with the reason.
+    """
+
+    like: Int
+    length: int
+
+    code_bits = 4
+    weights_only = True
+    whole_matrix = True
+    row_aux: ClassVar[tuple[str, ...]] = ("tiles", "scale", "zero")
+
+    def __post_init__(self) -> None:
+        why = cannot_tile(self.like, self.length)
+        if why:
+            raise FormatError(f"Int4Tiles: {why}")
+
+    @property
+    def name(self) -> str:
+        """For example ``int4 g128 tiles``."""
+        return f"{self.like.name} tiles"
+
+    @property
+    def per(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in ``like``."""
+        return self.like.per
+
+    @property
+    def group(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in ``like``."""
+        return self.like.group
+
+    @property
+    def symmetric(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in ``like``."""
+        return self.like.symmetric
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        """int8: one unpacked code."""
+        return np.dtype(np.int8)
+
+    @property
+    def packing(self) -> Elsewhere:
+        """Codes stand in ``aux["tiles"]``."""
+        return Elsewhere(self.length)
+
+    @property
+    def block(self) -> int | None:
+        """Columns that share one stored scale: 32, 64, 128, or None for all of K."""
+        if self.like.groups(self.length) == 1:
+            return None
+        return next(b for b in (128, 64, 32) if self.like.group % b == 0)  # type: ignore[operator]
+
+    @property
+    def columns(self) -> int:
+        """B, the columns of a tile."""
+        return min(self.block or ROWS, ROWS)
+
+    @property
+    def padded_length(self) -> int:
+        """K'."""
+        return rounded_up(self.length)
+
+    @property
+    def blocks(self) -> int:
+        """G, the stored scales of a row."""
+        return self.padded_length // self.block if self.block else 1
+
+    def fit(self, x: AnyArray, weight: AnyArray | None = None) -> Aux:
+        raise FormatError(f"{self.name}: weights are rounded to {self.like.name}, then packed by qjax.ops.pack")
+
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
+        raise FormatError(f"{self.name}: weights are rounded to {self.like.name}, then packed by qjax.ops.pack")
+
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
+        """Return (code - zero) * scale in float32; only the shape of ``codes`` is looked at."""
+        return self.like.decode(*self.untiled(aux, codes.shape[-2]))
+
+    def tiled(self, codes: AnyArray, aux: Aux) -> Aux:
+        """Return aux of this format from codes [*stack, N, K] and aux of ``like``."""
+        *stack, n, k = codes.shape
+        padding = [(0, 0)] * len(stack) + [(0, rounded_up(n) - n), (0, self.padded_length - k)]
+        codes = jnp.asarray(codes).astype(jnp.int8) - jnp.int8(0 if self.symmetric else OFFSET)
+        codes = jnp.pad(codes, padding)
+        codes = codes.reshape(*stack, rounded_up(n) // ROWS, ROWS, self.padded_length // self.columns, self.columns)
+        tiles = jnp.swapaxes(codes, -3, -2).astype(jnp.int4)
+        out: Aux = {"tiles": tiles.reshape(*stack, 1, -1), "scale": self._by_block(aux["scale"], n).astype(jnp.float32)}
+        if not self.symmetric:
+            zero = self._by_block(aux["zero"].astype(jnp.float32) - OFFSET, n)
+            out["zero"] = zero.astype(jnp.bfloat16)  # -8 to 7, exactly
+        return out
+
+    def untiled(self, aux: Aux, n: int) -> tuple[Array, Aux]:
+        """Return codes [*stack, N, K] and aux of ``like``, a scale of the tensor as one per row; undoes `tiled`."""
+        stack = aux["tiles"].shape[:-2]
+        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, self.columns).astype(jnp.int8)
+        codes = jnp.swapaxes(tiles, -3, -2).reshape(*stack, rounded_up(n), self.padded_length)
+        codes = codes[..., :n, : self.length]
+        out: Aux = {"scale": self._by_row(aux["scale"], n)}
+        if not self.symmetric:
+            codes = (codes + jnp.int8(OFFSET)).astype(jnp.uint8)
+            out["zero"] = (self._by_row(aux["zero"].astype(jnp.float32), n) + OFFSET).astype(jnp.uint8)
+        return codes, out
+
+    def _by_block(self, a: AnyArray, n: int) -> Array:
+        """[*stack, N or 1, groups] as [*stack, 1, G N']."""
+        a = jnp.asarray(a)
+        a = jnp.broadcast_to(a, (*a.shape[:-2], n, a.shape[-1]))
+        if self.block:
+            a = jnp.repeat(a, self.like.group // self.block, axis=-1)[..., : self.blocks]  # type: ignore[operator]
+        padding = [(0, 0)] * (a.ndim - 2) + [(0, rounded_up(n) - n), (0, self.blocks - a.shape[-1])]
+        return jnp.swapaxes(jnp.pad(a, padding), -1, -2).reshape(*a.shape[:-2], 1, -1)
+
+    def _by_row(self, a: AnyArray, n: int) -> Array:
+        """[*stack, 1, G N'] as [*stack, N, groups]."""
+        a = jnp.asarray(a)
+        a = jnp.swapaxes(a.reshape(*a.shape[:-2], self.blocks, rounded_up(n)), -1, -2)[..., :n, :]
+        step = self.like.group // self.block if self.block else 1  # type: ignore[operator]
+        return a[..., ::step][..., : self.like.groups(self.length)]
+
+
+def rounded_up(size: int) -> int:
+    """Return the size with padding."""
+    return -(-size // MULTIPLE) * MULTIPLE
+
+
+def cannot_tile(fmt: Format, length: int) -> str | None:
+    """Return why a weight of this format, with rows of ``length``, has no layout in tiles; None if it has one."""
+    if not isinstance(fmt, Int) or fmt.bits != 4:
+        return f"codes of {fmt.name} weights are no 4-bit integers"
+    if fmt.zero == "float":
+        return f"zero points of {fmt.name} lie between codes, where bfloat16 would round them"
+    if length < 1:
+        return "rows are empty"
+    if fmt.groups(length) > 1 and fmt.group % 32:  # type: ignore[operator]
+        return f"groups of {fmt.group} columns are no multiple of 32"
+    return None

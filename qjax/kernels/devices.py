@@ -1,0 +1,39 @@
+"""For which GPU is compiled, and what this jax has for it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+FAMILIES = (("H100", (9, 0)), ("H200", (9, 0)), ("H800", (9, 0)), ("H20", (9, 0)), ("B200", (10, 0)), ("A100", (8, 0)))
+"""Compute capability by a part of a device's name, for devices that are described and not there."""
+
+NEEDED = ("kernel", "emit_pipeline_warp_specialized", "wgmma", "layout_cast", "load", "ACC", "SMEM", "CompilerParams")
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the CUDA device for which is compiled, or None if none is known.
+
+    It is that of the mesh's `jax.sharding.AbstractDevice` where there is one (compiling ahead of time, or for a GPU on
+    a machine without), else that of the default backend's device.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        kind = described.device_kind
+        return next((capability for name, capability in FAMILIES if name in kind), None)
+    if jax.default_backend() not in ("gpu", "cuda"):
+        return None
+    major, _, minor = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+@functools.cache
+def has_mosaic() -> bool | str:
+    """Return whether this jax can compile Mosaic GPU kernels as ours are written, or why not."""
+    try:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+    except ImportError as error:
+        return f"jax {jax.__version__} offers no Mosaic GPU here ({error})"
+    missing = [name for name in NEEDED if not hasattr(plgpu, name)]
+    return not missing or f"Mosaic GPU of jax {jax.__version__} lacks {', '.join(missing)}, which the kernel needs"

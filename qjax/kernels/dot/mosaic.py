@@ -1,0 +1,93 @@
+"""The lowering of products on NVIDIA's Hopper: weights in tiles (`qjax.ops.pack`) by the kernel of `w4a16`."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+from qjax.formats import Int, QArray
+from qjax.formats.tiles import Int4Tiles, cannot_tile, rounded_up
+from qjax.kernels.devices import has_mosaic
+from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.dot.w4a16 import ROWS, STEP, TOKENS, WARPGROUPS, Schedule, w4a16
+from qjax.kernels.registry import Act, Problem, register_lowering
+
+PROCESSORS = 132
+"""Streaming multiprocessors of an H100 SXM or H200: one block of threads each."""
+
+FEWEST_STEPS = 4
+"""Steps that a part of a cut K has at least, so that its ring fills."""
+
+STAGES = {8: 6, 16: 6, 32: 6, 64: 5, 128: 3}
+"""Steps under way by tokens of a tile: what shared memory holds, or enough to cover the latency of a fetch. Untuned."""
+
+
+def schedule_for(n: int, k: int, rows: int, matrices: int = 1) -> Schedule:
+    """Return how a product is cut; a rule of thumb until configurations are tuned on a device.
+
+    The smallest tile that holds all tokens, or 128 tokens; K is cut where the tiles leave processors without work.
+
+    Args:
+        n: rows of the weight.
+        k: its columns.
+        rows: tokens.
+        matrices: products of that size.
+    """
+    tokens = next((t for t in TOKENS if t >= rows), TOKENS[-1])
+    blocks = rounded_up(n) // (WARPGROUPS * ROWS) * -(-rows // tokens) * matrices
+    steps = rounded_up(k) // STEP
+    fits = [s for s in range(1, steps + 1) if steps % s == 0 and steps // s >= FEWEST_STEPS]
+    splits = max([s for s in fits if s * blocks <= PROCESSORS], default=1)
+    return Schedule(tokens, STAGES[tokens], splits)
+
+
+def _runs(problem: Problem) -> bool | str:
+    if problem.act is not None:
+        return f"activations are quantized ({problem.act.name}), and it takes 16-bit floats"
+    if problem.capability is None:
+        return "it is not known for which GPU is compiled (no CUDA device, no jax.sharding.AbstractDevice)"
+    if problem.capability[0] != 9:
+        major, minor = problem.capability
+        return f"wgmma exists on compute capability 9.0 (Hopper) alone, and this device has {major}.{minor}"
+    if not isinstance(problem.weight, Int4Tiles):
+        why = cannot_tile(problem.weight, problem.k)
+        return why or "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
+    if problem.x_dtype not in (jnp.bfloat16, jnp.float16):
+        return f"activations are {problem.x_dtype.name}; cast them to bfloat16 or float16"
+    if not isinstance(problem.rows, int):
+        return "the number of rows is not known when compiling"
+    if problem.devices > 1:
+        return f"the compiler would partition it over {problem.devices} devices; call it inside jax.shard_map"
+    return has_mosaic()
+
+
+@register_lowering(
+    "dot",
+    (Int4Tiles, Int),
+    "cuda",
+    when=_runs,
+    name="mosaic",
+    priority=5,
+    about="4-bit codes widened in registers, wgmma on Hopper; weights packed for it",
+)
+def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
+    """Return the product by the kernel."""
+    rows = x.shape[len(problem.stack) : -1]
+    if x.size == 0 or not problem.n or not problem.matrices:
+        return dot_reference(problem, x, w, act)
+    assert isinstance(problem.weight, Int4Tiles)
+    count, tokens = problem.matrices, math.prod(rows)
+    zero = w.aux.get("zero")
+    y = w4a16(
+        w.aux["tiles"].reshape(count, -1),
+        w.aux["scale"].reshape(count, -1),
+        None if zero is None else zero.reshape(count, -1),
+        x.reshape(count, tokens, problem.k),
+        fmt=problem.weight,
+        n=problem.n,
+        out_dtype=problem.out_dtype,
+        schedule=schedule_for(problem.n, problem.k, tokens, count),
+    )
+    return y.reshape(*problem.stack, *rows, problem.n)

@@ -1,0 +1,229 @@
+"""W4A16 on the tensor cores of NVIDIA's Hopper: 4-bit weights in tiles, 16-bit activations.
+
+The quantized operand is the left one of `wgmma`, which may come from registers, so the product is formed transposed,
+
+    part[n, m]  = sum over k in block of (code[n, k] - zero[n, block]) * x[m, k]       on the tensor cores, in float32
+    total[n, m] = sum over blocks of scale[n, block] * part[n, m]
+    y[m, n]     = total[n, m]
+
+with whole numbers on the left side: a code less its zero point is exact in bfloat16 and float16, and scales stay in
+float32, so the weight is never rounded. Tokens are the narrow side (8 to 128 a tile), rows of the weight the side of
+64 that a warpgroup multiplies at once.
+
+A block of threads is two warpgroups that multiply, 64 rows each, and one that fetches: weights, scales and activations
+of the next steps of 128 columns come through TMA in a ring of ``stages``. Where there are few tiles, K is cut in
+``splits`` and their sums are added afterwards. TMA moves x in cells of 8 tokens, so more than 8 tokens are padded to a
+multiple of 8; up to 8 need no padding, because TMA reads zeros behind the last token and writes none there.
+
+Structure after the public descriptions of Marlin (arXiv:2408.11743) and Machete; written for one source on jax 0.10
+and 0.11.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from qjax._compat import JAX_VERSION
+from qjax.formats.tiles import ROWS, Int4Tiles, rounded_up
+
+STEP = 128
+"""Columns of the weight in one step of the ring."""
+
+WARPGROUPS = 2
+"""Warpgroups that multiply."""
+
+TOKENS = (8, 16, 32, 64, 128)
+"""Tokens that a tile may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the work is cut.
+
+    Attributes:
+        tokens: tokens of a tile, one of `TOKENS`.
+        stages: steps of the ring that are under way at once.
+        splits: parts of K that are summed apart; it divides the number of steps.
+    """
+
+    tokens: int
+    stages: int
+    splits: int = 1
+
+
+def w4a16(
+    tiles: Array,
+    scale: Array,
+    zero: Array | None,
+    x: Array,
+    *,
+    fmt: Int4Tiles,
+    n: int,
+    out_dtype: Any,
+    schedule: Schedule,
+    interpret: Any = None,
+) -> Array:
+    """Multiply a stack of activations by a stack of weights in tiles.
+
+    Args:
+        tiles: int4 [E, N' K'], as `Int4Tiles` orders them; E matrices.
+        scale: float32 [E, G N'].
+        zero: bfloat16 [E, G N'], or None.
+        x: bfloat16 or float16 [E, M, K], M at least 1.
+        fmt: the format of the weight.
+        n: N, rows of a matrix.
+        out_dtype: dtype of the result.
+        schedule: how the work is cut.
+        interpret: settings of the interpreter, for tests.
+
+    Returns:
+        [E, M, N].
+    """
+    count, tokens, length = x.shape
+    rows, wide, columns = rounded_up(n), fmt.padded_length, fmt.columns
+    below = -tokens % 8 if tokens > 8 else 0
+    if below or length % columns:  # cells of TMA; the weight was padded when it was packed
+        x = jnp.pad(x, ((0, 0), (0, below), (0, -length % columns)))
+    cells = tiles.reshape(count * rows // ROWS, wide // columns, ROWS, columns)
+    scale = scale.reshape(count, fmt.blocks, rows)
+    zeros = () if zero is None else (zero.reshape(count, fmt.blocks, rows),)
+    # The sums of a cut K are added in float32. What is written is cut in cells of 128 bytes.
+    partial = jnp.dtype(jnp.float32 if schedule.splits > 1 or jnp.dtype(out_dtype).itemsize != 2 else out_dtype)
+    width = n if n * partial.itemsize % 128 == 0 else rows
+    out = jax.ShapeDtypeStruct((schedule.splits * count, x.shape[1], width), partial)
+    call = _kernel(out, x.dtype, fmt, rows, schedule, zero is not None, interpret)
+    y = call(cells, scale, *zeros, x)
+    y = y if schedule.splits == 1 else jnp.sum(y.reshape(schedule.splits, count, *y.shape[1:]), axis=0)
+    return y[:, :tokens, :n].astype(out_dtype)
+
+
+def _kernel(
+    out: jax.ShapeDtypeStruct,
+    dtype: Any,
+    fmt: Int4Tiles,
+    rows: int,
+    schedule: Schedule,
+    zeros: bool,
+    interpret: Any,
+) -> Any:
+    # Slow to import, and needed on GPUs alone. Their types differ between the versions of jax.
+    pl: Any = importlib.import_module("jax.experimental.pallas")
+    plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    layouts = plgpu.Layout
+    tile, columns, block = schedule.tokens, fmt.columns, fmt.block or STEP
+    steps = fmt.padded_length // STEP // schedule.splits
+    blocks = STEP // block  # of scales in a step
+    per_row = fmt.block is None
+    wide = WARPGROUPS * ROWS
+    count, tokens = out.shape[0] // schedule.splits, out.shape[1]
+    out_bits = out.dtype.itemsize * 8
+
+    def load(ref: Any, layout: Any) -> Array:
+        where = (ref,) if JAX_VERSION >= (0, 11) else (ref, ())
+        return plgpu.load(*where, layout=layout, optimized=False)
+
+    def turned(ref: Any) -> Any:
+        return ref.T if JAX_VERSION >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
+
+    def over_rows(numbers: Array, shape: tuple[int, ...]) -> Array:
+        return lax.broadcast_in_dim(numbers, shape, (0,))
+
+    def body(cells: Any, scale: Any, *rest: Any) -> None:
+        *zero, x, y, y_tile = rest
+        group = lax.axis_index("warpgroup")
+        e, i, j, part = (lax.axis_index(name) for name in ("matrix", "rows", "tokens", "part"))
+        own = pl.ds(group * ROWS, ROWS)
+
+        def weights(w_s: Any, z_s: Any, at: int) -> Array:
+            """Cells as 16-bit numbers in the registers of the left operand, [64, columns]."""
+            # The relayout comes before the cast: 4-bit codes move four to a register.
+            codes = plgpu.layout_cast(load(w_s.at[group, at], layouts.WGMMA_UPCAST_4X), layouts.WGMMA)
+            numbers = codes.astype(dtype)
+            if z_s is None:
+                return numbers
+            z = load(z_s.at[0 if per_row else at * columns // block, own], layouts.WGMMA.reduce(1))
+            z = z if dtype == jnp.bfloat16 else z.astype(jnp.float32).astype(dtype)
+            return numbers - over_rows(z, numbers.shape)
+
+        def step(_: Any, w_s: Any, *rest: Any) -> Array:
+            numbers: list[Any]
+            *numbers, x_s, total = rest
+            z_s = numbers[-1] if zeros else None
+
+            def product(first: int, acc: Any) -> Array:
+                for at in range(first, first + block // columns):
+                    w = weights(w_s, z_s, at)
+                    plgpu.wgmma(acc, w, turned(x_s.at[:, pl.ds(at * columns, columns)]))
+                plgpu.wgmma_wait(0)
+                return acc[...]
+
+            for b in range(blocks):
+                sums = functools.partial(product, b * block // columns)
+                sums = pl.run_scoped(sums, plgpu.ACC((ROWS, tile), jnp.float32))
+                if not per_row:
+                    sums = sums * over_rows(load(numbers[0].at[b, own], layouts.WGMMA.reduce(1)), sums.shape)
+                total = total + sums
+            # The slot was read by ordinary loads and is refilled by TMA: two proxies, which a fence orders.
+            plgpu.commit_smem()
+            return total
+
+        def around(pipeline: Any) -> None:
+            total = pipeline(plgpu.layout_cast(jnp.zeros((ROWS, tile), jnp.float32), layouts.WGMMA))
+            if per_row:
+                ours = scale.at[e, 0, pl.ds(i * wide + group * ROWS, ROWS)]
+                total = total * over_rows(load(ours, layouts.WGMMA.reduce(1)), total.shape)
+            total = total.astype(out.dtype)
+            if out_bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
+                total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
+            turned(y_tile.at[group])[...] = total
+            plgpu.commit_smem()
+            there = y.at[part * count + e, pl.ds(j * tile, tile), pl.ds(i * wide + group * ROWS, ROWS)]
+            plgpu.copy_smem_to_gmem(y_tile.at[group], there)
+            plgpu.wait_smem_to_gmem(0)
+
+        above = e * (rows // wide)
+        # A scale per row is read at the end, and the ring carries none; its zero point is the same at every step.
+        numbers = [*([] if per_row else [scale]), *zero]
+        number_spec = plgpu.BlockSpec((blocks, wide), lambda k: (0 * k if per_row else part * steps + k, i))
+        cells_shape = (WARPGROUPS, STEP // columns, ROWS, columns)
+        cells_spec = plgpu.BlockSpec(cells_shape, lambda k: (above + i, part * steps + k, 0, 0))
+        plgpu.emit_pipeline_warp_specialized(
+            step,
+            grid=(steps,),
+            wg_axis="warpgroup",
+            num_compute_wgs=WARPGROUPS,
+            memory_registers=40,
+            max_concurrent_steps=min(schedule.stages, steps),
+            compute_context=around,
+            in_specs=[
+                cells_spec,
+                *[number_spec] * len(numbers),
+                plgpu.BlockSpec((tile, STEP), lambda k: (j, part * steps + k), transforms=_tiling(plgpu, columns, 16)),
+            ],
+        )(cells, *[a.at[e] for a in numbers], x.at[e])
+
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(rows // wide, -(-tokens // tile), schedule.splits, count),
+        grid_names=("rows", "tokens", "part", "matrix"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=_tiling(plgpu, 1024 // out_bits, out_bits))
+        ],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+
+
+def _tiling(plgpu: Any, columns: int, bits: int) -> tuple[Any, ...]:
+    """Tiles of 8 rows and so many columns, swizzled over their width."""
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * bits // 8)

@@ -1,0 +1,99 @@
+"""The order in which a platform's kernel reads a weight: made once, at quantization or load, never per call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qjax.errors import LayoutError, near
+from qjax.formats import Aux, Format, QArray
+from qjax.formats.numerics import AnyArray
+from qjax.formats.packing import row_pad
+from qjax.formats.tiles import Int4Tiles, cannot_tile
+
+TARGETS = ("mosaic",)
+
+
+def pack(w: QArray, target: str = "mosaic") -> QArray:
+    """Return a weight in the order that a kernel reads; what it stands for, its shape and its view stay the same.
+
+    It is padded to whole tiles here. A packed weight is sliced along stack axes only, and runs everywhere: where the
+    kernel cannot, it is dequantized. Save weights before packing, or `neutral` ones.
+
+    Args:
+        w: an ``Int(4, ...)`` weight; zero points have to be integers, groups multiples of 32 (or one scale per row).
+        target: "mosaic", for the tensor cores of NVIDIA's Hopper (`qjax.formats.tiles`).
+
+    Raises:
+        LayoutError: for another target, or a format that has no such order, with the reason.
+    """
+    if target not in TARGETS:
+        raise LayoutError(f"pack: target={target!r}{near(str(target), TARGETS)}; there is {', '.join(TARGETS)}")
+    if isinstance(w.fmt, Int4Tiles):
+        return w
+    why = cannot_tile(w.fmt, w.length)
+    if why:
+        raise LayoutError(f"pack: {w!r} has no order for {target}: {why}; leave it as it is")
+    fmt = Int4Tiles(w.fmt, w.length)  # pyright: ignore[reportArgumentType] (cannot_tile has looked)
+    return dataclasses.replace(_retold(w, fmt, *_tiled(w, fmt)), layout=dataclasses.replace(w.layout, pad=0))
+
+
+def pack_tree(tree: Any, target: str = "mosaic") -> Any:
+    """Return a tree in which every weight that has an order for the target is packed, and all else is as it was.
+
+    Args:
+        tree: any pytree, such as ``model.params``; the packed one is called in its place: ``model(tree, *args)``.
+        target: as in `pack`.
+    """
+
+    def one(leaf: Any) -> Any:
+        able = isinstance(leaf, QArray) and not isinstance(leaf.fmt, Int4Tiles)
+        return pack(leaf, target) if able and cannot_tile(leaf.fmt, leaf.length) is None else leaf
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
+
+
+def neutral(w: QArray) -> QArray:
+    """Return a packed weight in the neutral order of rows, as it was before `pack`; others as they are."""
+    if not isinstance(w.fmt, Int4Tiles):
+        return w
+    fmt = w.fmt.like
+    layout = dataclasses.replace(w.layout, pad=row_pad(fmt.packing, w.length))
+    return dataclasses.replace(_retold(w, fmt, *_untiled(w, w.fmt)), layout=layout)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _tiled(w: QArray, fmt: Int4Tiles) -> tuple[Array, Aux]:
+    c = w.canonical()
+    codes = c.unpacked()
+    return fmt.packing.pack(codes), fmt.tiled(codes, {k: c.aux[k] for k in ("scale", "zero") if k in c.aux})
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _untiled(w: QArray, fmt: Int4Tiles) -> tuple[Array, Aux]:
+    c = w.canonical()
+    codes, aux = fmt.untiled(c.aux, c.codes.shape[-2])
+    if fmt.per == "tensor":
+        aux = {k: a[..., :1, :] for k, a in aux.items()}
+    return fmt.like.packing.pack(codes), aux
+
+
+def _retold(w: QArray, fmt: Format, codes: Array, aux: Aux) -> QArray:
+    """Put canonical codes and aux, [*stack, N or 1, anything], in the places of the weight's own axes."""
+    stacks, ins = w.stack_ndim, w.view.count("i")
+    outs = w.codes.shape[stacks : w.codes.ndim - ins]
+
+    def place(a: AnyArray, whole: bool) -> Array:
+        own = outs if whole else (1,) * len(outs)
+        return jnp.reshape(a, (*w.codes.shape[:stacks], *own, *(1,) * (ins - 1), a.shape[-1]))
+
+    rows = math.prod(outs)
+    placed = {k: place(a, a.shape[-2] == rows and k not in fmt.row_aux) for k, a in aux.items()}
+    kept = {k: a for k, a in w.aux.items() if k not in aux and k not in ("tiles", "scale", "zero")}
+    return dataclasses.replace(w, codes=place(codes, True), aux={**placed, **kept}, fmt=fmt)

@@ -1,0 +1,251 @@
+"""Weights packed for Hopper, the choice of the kernel, and tier 0: compiling for CUDA on a machine without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import mosaic
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qjax
+from qjax import ops
+from qjax.errors import FormatError, LayoutError, LoweringError
+from qjax.formats import NF4, Float8, Int, Int4Tiles, quantize_array
+from qjax.kernels import Problem, registry
+from qjax.kernels.devices import cuda_capability
+from qjax.kernels.dot.mosaic import schedule_for
+from qjax.kernels.dot.w4a16 import STEP, TOKENS
+
+HOPPER = (9, 0)
+FORMATS = [
+    Int(4, group=128),
+    Int(4, group=64, symmetric=False),
+    Int(4, group=32),
+    Int(4),
+    Int(4, symmetric=False),
+    Int(4, per="tensor"),
+    Int(4, group=96),
+    Int(4, group=256, symmetric=False),
+]
+
+
+# Packing.
+
+
+@settings(max_examples=6)
+@given(st.sampled_from(FORMATS), st.integers(1, 150), st.integers(1, 300), st.sampled_from([(), (2,), (2, 1)]))
+def test_packing_changes_no_number_and_is_undone(fmt, n, k, stack):
+    fmt = fmt.clamped(k)
+    w, numbers = mosaic.weight(fmt, n, k, stack)
+    packed = ops.pack(w)
+    assert packed.shape == w.shape and packed.dtype == w.dtype and ops.pack(packed) is packed
+    np.testing.assert_allclose(np.asarray(packed.dequantize(), np.float64), numbers, rtol=1e-6, atol=0)
+    np.testing.assert_array_equal(packed.dequantize(), w.dequantize())
+    back = ops.neutral(packed)
+    assert back.fmt == w.fmt and back.layout == w.layout and ops.neutral(w) is w
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_order_of_tiles():
+    """Element by element, as `qjax.formats.tiles` says it."""
+    w, _ = mosaic.weight(Int(4, group=32), 130, 100)
+    p = ops.pack(w)
+    tiles = np.asarray(p.aux["tiles"].astype(jnp.int8)).reshape(256 // 64, 128 // 32, 64, 32)
+    scale = np.asarray(p.aux["scale"]).reshape(4, 256)
+    codes = np.asarray(w.unpacked())
+    for n, k in [(0, 0), (1, 33), (63, 99), (64, 0), (129, 98)]:
+        assert tiles[n // 64, k // 32, n % 64, k % 32] == codes[n, k]
+        assert scale[k // 32, n] == np.asarray(w.aux["scale"])[n, k // 32]
+    assert not tiles[2, :, 2:].any() and not tiles[:, 3, :, 4:].any() and not scale[:, 130:].any()
+
+
+def test_views_of_a_packed_weight():
+    kernel = quantize_array(jnp.ones((2, 64, 3, 16)), Int(4, group=32), in_axes=1, stack_axes=0)
+    packed = ops.pack(kernel)
+    np.testing.assert_array_equal(packed[1].dequantize(), kernel[1].dequantize())
+    np.testing.assert_array_equal(packed.canonical().dequantize(), kernel.canonical().dequantize())
+    with pytest.raises(LayoutError, match="whole matrices"):
+        packed.slice_axis(3, 0, 8)
+    w = ops.pack(quantize_array(jnp.ones((1024, 1024)), Int(4, group=128), in_axes=1))
+    assert w.bits_per_element == 4.25
+
+
+def test_what_cannot_be_packed_is_refused_with_the_reason():
+    ones = jnp.ones((64, 96))
+    cases = [
+        (quantize_array(ones, NF4(group=32), in_axes=1), "no 4-bit integers"),
+        (quantize_array(ones, Int(8), in_axes=1), "no 4-bit integers"),
+        (quantize_array(ones, Int(4, group=24), in_axes=1), "no multiple of 32"),
+        (quantize_array(ones, Int(4, symmetric=False, zero="float"), in_axes=1), "lie between codes"),
+    ]
+    for w, why in cases:
+        with pytest.raises(LayoutError, match=why):
+            ops.pack(w)
+    with pytest.raises(LayoutError, match="did you mean 'mosaic'"):
+        ops.pack(cases[0][0], "mosiac")
+    with pytest.raises(FormatError, match="no 4-bit integers"):
+        Int4Tiles(Int(8), 64)
+
+
+def test_a_packed_model_gives_the_same_numbers_elsewhere():
+    keys = jax.random.split(jax.random.key(0))
+    params = {"up": jax.random.normal(keys[0], (64, 96)), "down": jax.random.normal(keys[1], (96, 64))}
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    x = jnp.ones((3, 64))
+    model = qjax.quantize(fn, params, x, recipe=qjax.Recipe([qjax.Rule("**", weights=Int(4, group=32))]))
+    packed = ops.pack_tree(model.params)
+    assert all(isinstance(packed[name].fmt, Int4Tiles) for name in packed)
+    np.testing.assert_allclose(model(packed, x), model(model.params, x), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(lambda x: model(packed, x).sum())(x).shape, x.shape)
+
+
+def test_what_is_on_disk_is_neutral(tmp_path):
+    params = {"w": jnp.ones((64, 32)), "bias": jnp.ones(32)}
+    recipe = qjax.Recipe([qjax.Rule("**", weights=Int(4, group=32))])
+    model = qjax.quantize(lambda p, x: x @ p["w"] + p["bias"], params, jnp.ones((2, 64)), recipe=recipe)
+    packed = dataclasses.replace(model, params=ops.pack_tree(model.params))
+    qjax.save(tmp_path / "model", packed)
+    loaded = qjax.load(tmp_path / "model", model.fn, like=params)
+    assert loaded.params["w"].fmt == Int(4, group=32)
+    np.testing.assert_array_equal(loaded.params["w"].codes, model.params["w"].codes)
+
+
+# Choosing.
+
+
+def problem(**changes):
+    w, _ = mosaic.weight(Int(4, group=128), 256, 512)
+    settled = {
+        "op": "dot",
+        "platform": "cuda",
+        "weight": ops.pack(w).fmt,
+        "act": None,
+        "rows": 4,
+        "n": 256,
+        "k": 512,
+        "x_dtype": np.dtype(jnp.bfloat16),
+        "out_dtype": np.dtype(jnp.bfloat16),
+        "capability": HOPPER,
+    }
+    return Problem(**{**settled, **changes})
+
+
+def test_it_is_chosen_on_hopper_and_nowhere_else():
+    assert registry.select(problem()).name == "mosaic"
+    assert registry.select(problem(x_dtype=np.dtype(jnp.float16))).name == "mosaic"
+    for change in (
+        {"platform": "cpu", "capability": None},
+        {"capability": (8, 0)},
+        {"capability": None},
+        {"x_dtype": np.dtype(np.float32)},
+        {"weight": Int(4, group=128)},
+        {"devices": 2},
+    ):
+        assert registry.select(problem(**change)).name == "dequantize"
+    assert "mosaic" in str(ops.lowering_table("dot", "cuda")) and "mosaic" not in str(ops.lowering_table("dot", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"platform": "cpu", "capability": None}, "it runs on cuda"),
+        ({"capability": None}, "not known for which GPU"),
+        ({"capability": (8, 6)}, "this device has 8.6"),
+        ({"capability": (10, 0)}, "wgmma exists on compute capability 9.0"),
+        ({"weight": Int(4, group=128)}, r"neutral order; qjax.ops.pack\(w, 'mosaic'\)"),
+        ({"weight": Int(8)}, "no 4-bit integers"),
+        ({"weight": Float8()}, "it reads Int4Tiles or Int weights"),
+        ({"x_dtype": np.dtype(np.float32)}, "activations are float32; cast them"),
+        ({"rows": None}, "rows is not known"),
+        ({"devices": 8}, "8 devices; call it inside jax.shard_map"),
+        ({"act": Int(8, per="token")}, "activations are quantized"),
+    ],
+)
+def test_a_named_kernel_says_why_it_cannot_run(change, why):
+    with pytest.raises(LoweringError, match=why):
+        registry.select(problem(**change), "mosaic")
+
+
+def test_on_this_machine_a_call_by_name_says_why_not():
+    w, _ = mosaic.weight(Int(4, group=128), 128, 128)
+    with pytest.raises(LoweringError, match="it runs on cuda"):
+        ops.q_dot(jnp.ones((1, 128), jnp.bfloat16), ops.pack(w), implementation="mosaic")
+
+
+def test_the_device_is_the_one_that_is_described():
+    assert cuda_capability() is None
+    for kind, capability in (("NVIDIA H200", (9, 0)), ("NVIDIA H100 80GB HBM3", (9, 0)), ("NVIDIA Unheard Of", None)):
+        with mosaic.described_gpu(kind):
+            assert cuda_capability() == capability
+
+
+@given(st.integers(1, 40000), st.integers(1, 40000), st.integers(1, 9000))
+def test_schedules_are_whole(n, k, rows):
+    s = schedule_for(n, k, rows)
+    assert s.tokens in TOKENS and -(-k // STEP) % s.splits == 0 and s.stages >= 2
+
+
+# Tier 0.
+
+
+def lowered(fmt, n, k, tokens, dtype, stack=(), function=None):
+    w = jax.eval_shape(lambda: ops.pack(mosaic.blank(fmt, n, k, stack)))
+    x = jax.ShapeDtypeStruct((*stack, tokens, k), dtype)
+    with mosaic.described_gpu():
+        return jax.jit(function or ops.q_dot).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("fmt", "n", "k", "tokens", "dtype"),
+    [
+        (Int(4, group=128), 256, 4096, 1, jnp.bfloat16),
+        (Int(4, group=128), 200, 200, 7, jnp.float16),
+        (Int(4, group=64, symmetric=False), 256, 512, 13, jnp.bfloat16),
+        (Int(4, group=32), 256, 512, 32, jnp.float16),
+        (Int(4, symmetric=False), 256, 96, 64, jnp.float16),
+        (Int(4), 32768, 1024, 257, jnp.bfloat16),
+        (Int(4, group=128, symmetric=False), 32768, 1024, 1024, jnp.bfloat16),
+    ],
+)
+def test_it_lowers_for_cuda_here(fmt, n, k, tokens, dtype):
+    text = lowered(fmt, n, k, tokens, dtype)
+    assert text.count("custom_call @mosaic_gpu") == 1
+    # The weight is read where it lies: it is nowhere converted, transposed or copied.
+    on_codes = [line.strip() for line in text.splitlines() if "xi4>" in line and line.strip().startswith("%")]
+    assert {line.split()[2] for line in on_codes} == {"stablehlo.reshape", "stablehlo.custom_call"}
+
+
+def test_it_lowers_under_transformations():
+    text = lowered(Int(4, group=128), 128, 256, 4, jnp.bfloat16, stack=(3,))
+    assert text.count("custom_call @mosaic_gpu") == 1
+    batched = jax.vmap(ops.q_dot, in_axes=(0, None))
+    text = lowered(Int(4, group=128), 128, 256, 4, jnp.bfloat16, function=lambda x, w: batched(x[None], w))
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+    def slope(x, w):
+        return jax.grad(lambda x: ops.q_dot(x, w).astype(jnp.float32).sum())(x)
+
+    text = lowered(Int(4, group=128), 128, 256, 4, jnp.bfloat16, function=slope)
+    assert "mosaic_gpu" not in text  # the product itself is not needed, its transpose is dequantized
+
+
+def test_no_rows_and_no_columns():
+    assert "mosaic_gpu" not in lowered(Int(4, group=128), 128, 256, 0, jnp.bfloat16)
+    w, _ = mosaic.weight(Int(4, group=128), 128, 256)
+    assert ops.q_dot(jnp.ones((0, 256), jnp.bfloat16), ops.pack(w)).shape == (0, 128)
+
+
+def test_all_tiles_of_tokens_fit_in_shared_memory():
+    """Lowering raises where a kernel takes more than a block may have, so it is enough to lower the largest."""
+    for tokens in TOKENS:
+        lowered(Int(4, group=128, symmetric=False), 16384, 1024, tokens, jnp.bfloat16)

@@ -1,0 +1,102 @@
+"""Tier 1 of the GPU kernels: run by jax's Mosaic GPU interpreter, with its race detector, against float64 NumPy.
+
+It needs jax 0.11. Barriers, copies, shared memory and arithmetic are those of the kernel; asynchronous tensor cores
+and registers are not modelled.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import mosaic
+import numpy as np
+import pytest
+
+from qjax import ops
+from qjax._compat import JAX_VERSION
+from qjax.formats import Int
+from qjax.kernels.dot.w4a16 import Schedule, w4a16
+
+pytestmark = pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
+
+UNSIGNED = Int(4, group=64, symmetric=False)
+
+
+def run(w, x, schedule, out_dtype=jnp.float32, **how):
+    p = ops.pack(w)
+    count = p.aux["tiles"].shape[0] if p.aux["tiles"].ndim == 3 else 1
+    flat = {name: a.reshape(count, -1) for name, a in p.aux.items()}
+    with mosaic.interpreter(**how) as interpret:
+        y = w4a16(
+            flat["tiles"],
+            flat["scale"],
+            flat.get("zero"),
+            x,
+            fmt=p.fmt,
+            n=w.codes.shape[-2],
+            out_dtype=out_dtype,
+            schedule=schedule,
+            interpret=interpret,
+        )
+        return np.asarray(y, np.float64), mosaic.races_found()
+
+
+@pytest.mark.parametrize(
+    ("fmt", "n", "k", "tokens", "schedule", "dtype"),
+    [
+        pytest.param(Int(4, group=128), 128, 512, 1, Schedule(8, 2), jnp.bfloat16, id="one token, ring refilled"),
+        pytest.param(Int(4, group=32), 128, 256, 7, Schedule(8, 4), jnp.float16, id="groups of 32, 7 tokens"),
+        pytest.param(UNSIGNED, 200, 200, 13, Schedule(8, 4), jnp.bfloat16, id="zero points, odd sizes, 13 tokens"),
+        pytest.param(Int(4), 130, 384, 3, Schedule(8, 2, 3), jnp.float16, id="a scale per row, K in 3 parts"),
+        pytest.param(Int(4, symmetric=False), 64, 40, 17, Schedule(16, 2), jnp.float16, id="a zero per row, short K"),
+        pytest.param(Int(4, group=256), 128, 300, 2, Schedule(8, 2), jnp.bfloat16, id="long groups, the last cut"),
+        pytest.param(Int(4, per="tensor"), 128, 128, 2, Schedule(8, 2), jnp.bfloat16, id="a scale per tensor"),
+        pytest.param(Int(4, group=64), 256, 256, 24, Schedule(16, 2, 2), jnp.bfloat16, id="four tiles, K in 2 parts"),
+    ],
+)
+def test_against_numpy(fmt, n, k, tokens, schedule, dtype):
+    w, numbers = mosaic.weight(fmt, n, k)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, tokens, k)), dtype)
+    y, races = run(w, x, schedule)
+    want = np.asarray(x, np.float64)[0] @ numbers.T
+    terms = np.abs(np.asarray(x, np.float64)[0]) @ np.abs(numbers).T
+    assert y.shape == (1, tokens, n)
+    assert np.max(np.abs(y[0] - want) / terms) < 1e-6
+    assert not races
+
+
+def test_stack_of_matrices_and_16_bit_results():
+    w, numbers = mosaic.weight(Int(4, group=64), 128, 128, stack=(2,))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 128)), jnp.bfloat16)
+    y, races = run(w, x, Schedule(8, 2), jnp.bfloat16)
+    want = np.einsum("emk,enk->emn", np.asarray(x, np.float64), numbers)
+    assert np.max(np.abs(y - want)) <= 2**-8 * np.max(np.abs(want)) and not races
+
+
+def test_nan_and_infinity_stay_in_their_rows():
+    w, _ = mosaic.weight(Int(4, group=128), 128, 128)
+    x = np.ones((1, 3, 128), np.float32)
+    x[0, 1, 5] = np.nan
+    x[0, 2] = 60000.0  # the sum is beyond float16
+    y, _ = run(w, jnp.asarray(x, jnp.float16), Schedule(8, 2), jnp.float16)
+    assert np.isnan(y[0, 1]).all() and np.isfinite(y[0, 0]).all() and not np.isnan(y[0, 2]).any()
+    assert np.isinf(y[0, 2]).any()
+
+
+def test_the_race_detector_sees_a_planted_race(monkeypatch):
+    """Without its fences a kernel is refused: otherwise the assertions above would prove nothing."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    w, _ = mosaic.weight(Int(4, group=128), 128, 128)
+    _, races = run(w, jnp.ones((1, 2, 128), jnp.bfloat16), Schedule(8, 2))
+    assert races
+
+
+def test_interpreter_is_undone():
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    before = gpu_callbacks.wgmma
+    with mosaic.interpreter():
+        assert gpu_callbacks.wgmma is not before
+    assert gpu_callbacks.wgmma is before and jax.devices()
