@@ -47,7 +47,23 @@ def pytest_configure(config: pytest.Config) -> None:
 _START = pytest.StashKey[float]()
 
 
+def _most_cases_are_slow(items: list[pytest.Item]) -> None:
+    """Of a test marked every(n), leave each n-th case to the usual run; the others are slow."""
+    seen: dict[str, int] = {}
+    for item in items:
+        marker = item.get_closest_marker("every")
+        if marker is None:
+            continue
+        name = item.nodeid.split("[")[0]
+        seen[name] = seen.get(name, -1) + 1
+        if seen[name] % marker.args[0]:
+            item.add_marker("slow")
+
+
+# Before the expressions of -m are looked at, which happens in this hook too.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _most_cases_are_slow(items)
     without_torch = None
     if importlib.util.find_spec("torch") is None:
         without_torch = pytest.mark.skip(reason="torch is not installed; it comes with qjax[test] on Python 3.11")

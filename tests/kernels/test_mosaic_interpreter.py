@@ -89,7 +89,10 @@ def test_the_race_detector_sees_a_planted_race(monkeypatch):
 
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     w, _ = mosaic.weight(Int(4, group=128), 128, 128)
-    _, races = run(w, jnp.ones((1, 2, 128), jnp.bfloat16), Schedule(8, 2))
+    try:
+        _, races = run(w, jnp.ones((1, 2, 128), jnp.bfloat16), Schedule(8, 2))
+    except jax.errors.JaxRuntimeError as error:  # jax 0.12 stops there
+        races = "RACE DETECTED" in str(error)
     assert races
 
 
