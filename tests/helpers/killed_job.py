@@ -1,6 +1,6 @@
 """A calibration, or a quantization block by block, that says when it begins and writes its result; to be killed.
 
-    python killed_job.py calibrate|blocks FOLDER RESULT.npz
+python killed_job.py calibrate|blocks FOLDER RESULT.npz
 """
 
 from __future__ import annotations

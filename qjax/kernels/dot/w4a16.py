@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax._compat import JAX_VERSION
-from qjax.formats.tiles import ROWS, Int4Tiles, rounded_up
+from qjax.formats.tiles import OFFSET, ROWS, Int4Tiles, rounded_up
 
 STEP = 128
 """Columns of the weight in one step of the ring."""
@@ -145,11 +145,16 @@ def _kernel(
             """Cells as 16-bit numbers in the registers of the left operand, [64, columns]."""
             # The relayout comes before the cast: 4-bit codes move four to a register.
             codes = plgpu.layout_cast(load(w_s.at[group, at], layouts.WGMMA_UPCAST_4X), layouts.WGMMA)
-            numbers = codes.astype(dtype)
+            if dtype == jnp.bfloat16:
+                numbers, base = codes.astype(dtype), 0
+            else:  # jax converts each code to float16 by itself; written into the last bits of 1024 they go two at once
+                bits = (codes.astype(jnp.int8) & jnp.int8(0xF)) ^ jnp.int8(OFFSET)
+                bits = bits.astype(jnp.int16) | jnp.int16(0x6400)
+                numbers, base = lax.bitcast_convert_type(bits, dtype), 1024 + OFFSET
             if z_s is None:
-                return numbers
+                return numbers - jnp.asarray(base, dtype) if base else numbers
             z = load(z_s.at[0 if per_row else at * columns // block, own], layouts.WGMMA.reduce(1))
-            z = z if dtype == jnp.bfloat16 else z.astype(jnp.float32).astype(dtype)
+            z = z if dtype == jnp.bfloat16 else (z.astype(jnp.float32) + base).astype(dtype)
             return numbers - over_rows(z, numbers.shape)
 
         def step(_: Any, w_s: Any, *rest: Any) -> Array:

@@ -1,0 +1,68 @@
+"""The kernels that are compiled ahead of time and measured on a device, each with the schedules it is run with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.formats import Int, Int4Tiles
+from qjax.formats.tiles import rounded_up
+from qjax.kernels.dot.mosaic import STAGES
+from qjax.kernels.dot.w4a16 import TOKENS, Schedule, w4a16
+
+G128 = Int(4, group=128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compiled kernel: what is fixed when it is compiled, on a matrix large enough to fill its ring."""
+
+    fmt: Int
+    dtype: str
+    schedule: Schedule
+    n: int = 1024
+    k: int = 4096
+
+    @property
+    def name(self) -> str:
+        parts = f" in {self.schedule.splits} parts" if self.schedule.splits > 1 else ""
+        return f"W4A16 {self.fmt.name}, {self.dtype}, {self.schedule.tokens} tokens{parts}"
+
+    def function(self) -> Any:
+        """The kernel, and the shapes of its arguments."""
+        fmt = Int4Tiles(self.fmt, self.k)
+        numbers = fmt.blocks * rounded_up(self.n)
+        shape = jax.ShapeDtypeStruct
+        zero = None if self.fmt.symmetric else shape((1, numbers), jnp.bfloat16)
+        arguments = (
+            shape((1, rounded_up(self.n) * fmt.padded_length), jnp.int4),
+            shape((1, numbers), jnp.float32),
+            zero,
+            shape((1, self.schedule.tokens, self.k), self.dtype),
+        )
+        how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
+        return functools.partial(w4a16, **how), arguments
+
+
+def cases() -> list[Case]:
+    """Every tile of tokens, every kind of scale and zero point, both dtypes, whole and cut."""
+    out = [Case(G128, "bfloat16", Schedule(t, STAGES[t])) for t in TOKENS]
+    out += [Case(G128, "bfloat16", Schedule(t, STAGES[t], 4)) for t in (8, 128)]
+    out += [
+        Case(fmt, dtype, Schedule(t, STAGES[t]))
+        for t in (16, 128)
+        for fmt, dtype in (
+            (G128, "float16"),
+            (Int(4, group=32), "bfloat16"),
+            (Int(4, group=64), "bfloat16"),
+            (Int(4), "bfloat16"),
+            (Int(4, group=128, symmetric=False), "bfloat16"),
+            (Int(4, group=32, symmetric=False), "float16"),
+            (Int(4, symmetric=False), "float16"),
+        )
+    ]
+    return out

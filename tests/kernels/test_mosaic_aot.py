@@ -1,0 +1,51 @@
+"""Tier 2 of the GPU kernels: compiled ahead of time for sm_90a, where jax has its CUDA plugin and there is a toolkit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import aot, kernel_cases, kernel_states
+
+
+def test_the_table_has_every_kernel_and_no_fault():
+    kernels = json.loads(aot.RESULTS.read_text())["kernels"]
+    assert list(kernels) == [case.name for case in kernel_cases.cases()]
+    assert not [name for name, found in kernels.items() if aot.faults(found)]
+
+
+def test_what_is_a_fault():
+    kernels = json.loads(aot.RESULTS.read_text())["kernels"]
+    good = next(iter(kernels.values()))
+    for key, value, why in [
+        ("spilled_bytes", 16, "spilled_bytes is 16"),
+        ("stack_bytes", 32, "stack_bytes is 32"),
+        ("local", 1, "local is 1"),
+        ("I2F", 4, "I2F is 4"),
+        ("HGMMA", 0, "HGMMA is missing"),
+        ("warnings", ["C7512"], "warning C7512"),
+        ("shared_bytes", 300000, "300000 bytes of shared memory"),
+    ]:
+        assert aot.faults({**copy.deepcopy(good), key: value}) == [why]
+    assert aot.compared({**good, "registers": 1}, good) and not aot.compared(good, good) and aot.compared(good, None)
+
+
+def test_the_page_is_up_to_date():
+    page = kernel_states.PAGE.read_text()
+    assert kernel_states.renewed(page) == page, "run python -m benchmarks.kernel_states"
+
+
+def test_compiled_for_hopper(root):
+    tools = aot.toolkit()
+    if isinstance(tools, str):
+        pytest.skip(f"cannot compile for CUDA here: {tools}")
+    command = [sys.executable, "-m", "benchmarks.aot", "--check"]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
