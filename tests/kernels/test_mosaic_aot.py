@@ -1,4 +1,4 @@
-"""Tier 2 of the GPU kernels: compiled ahead of time for sm_90a, where jax has its CUDA plugin and there is a toolkit."""
+"""Tier 2 of the GPU kernels: compiled ahead of time for sm_90a, where the CUDA plugin of jax and a toolkit are."""
 
 from __future__ import annotations
 
