@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import re
 import time
@@ -183,15 +184,15 @@ def peak() -> float:
     return 2 * 8192**3 / each(jnp.dot, a, [a + i for i in range(4)])
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=1)
 def _random_tiles(key: Any, like: Any) -> Any:
-    return jax.random.randint(key, like.shape, -8, 8, jnp.int8).astype(jnp.int4)
+    return jax.random.bits(key, like.shape, jnp.uint8)
 
 
 def packed(n: int, k: int, seed: int) -> QArray:
     """A weight of random codes in tiles, drawn on the device."""
     fmt = Int4Tiles(G128, k)
-    like = jnp.zeros((1, rounded_up(n) * fmt.padded_length), jnp.int8)
+    like = jax.ShapeDtypeStruct((1, rounded_up(n) * fmt.padded_length // 2), jnp.uint8)
     aux = {
         "tiles": _random_tiles(jax.random.key(seed), like),
         "scale": jnp.full((1, fmt.blocks * rounded_up(n)), 0.01, jnp.float32),

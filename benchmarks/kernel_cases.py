@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.formats import Int, Int4Tiles
+from qjax import ops
+from qjax.formats import Int, Int4Tiles, Layout, QArray
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.mosaic import STAGES
 from qjax.kernels.dot.w4a16 import TOKENS, Schedule, w4a16
@@ -39,13 +40,40 @@ class Case:
         shape = jax.ShapeDtypeStruct
         zero = None if self.fmt.symmetric else shape((1, numbers), jnp.bfloat16)
         arguments = (
-            shape((1, rounded_up(self.n) * fmt.padded_length), jnp.int4),
+            shape((1, rounded_up(self.n) * fmt.padded_length // 2), jnp.uint8),
             shape((1, numbers), jnp.float32),
             zero,
             shape((1, self.schedule.tokens, self.k), self.dtype),
         )
         how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
         return functools.partial(w4a16, **how), arguments
+
+
+def programs() -> dict[str, tuple[Any, Any, int]]:
+    """Whole programs around the kernel: function, shapes of its arguments, bytes of one layer's codes."""
+    n = k = 1024
+    fmt = Int4Tiles(G128, k)
+
+    def stack(layers: int) -> QArray:
+        shape = jax.ShapeDtypeStruct
+        aux = {
+            "tiles": shape((layers, 1, n * k // 2), jnp.uint8),
+            "scale": shape((layers, 1, fmt.blocks * n), jnp.float32),
+        }
+        order = (("s", 0), ("o", 0), ("i", 0))
+        return QArray(shape((layers, n, 0), jnp.int8), aux, fmt, Layout(order), jnp.dtype(jnp.bfloat16))
+
+    def scanned(x: Any, w: QArray) -> Any:
+        return jax.lax.scan(lambda x, w: (ops.q_dot(x, w, streamed=True), None), x, w)[0]
+
+    def sliced(x: Any, w: QArray) -> Any:
+        return functools.reduce(lambda x, i: ops.q_dot(x, w.index_stack(0, i)), range(4), x)
+
+    x = jax.ShapeDtypeStruct((4, k), jnp.bfloat16)
+    return {
+        "a scan over layers": (scanned, (x, stack(4)), n * k // 2),
+        "layers of one stack, unrolled": (sliced, (x, stack(4)), n * k // 2),
+    }
 
 
 def cases() -> list[Case]:

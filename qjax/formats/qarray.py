@@ -101,7 +101,7 @@ class QArray:
     @property
     def nbytes(self) -> int:
         """Bytes as stored: packed codes and every aux array."""
-        return sum(-(-math.prod(a.shape) * _bits(a.dtype) // 8) for a in (self.codes, *self.aux.values()))
+        return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in (self.codes, *self.aux.values()))
 
     @property
     def bits_per_element(self) -> float:
@@ -213,10 +213,6 @@ class QArray:
         """Rebuild from `spec` and the stored arrays (or placeholders)."""
         layout = Layout.from_dict(spec["layout"])
         return cls(codes, dict(aux), format_from_dict(spec["format"]), layout, jnp.dtype(spec["dtype"]))
-
-
-def _bits(dtype: DTypeLike) -> int:
-    return 4 if dtype == jnp.int4 else 8 * np.dtype(dtype).itemsize
 
 
 from qjax.formats import views  # noqa: E402 (its functions take QArrays, and are the bodies of methods above)

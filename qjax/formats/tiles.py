@@ -5,13 +5,15 @@ when a model is put on its device, costs nothing per call. `Int4Tiles` is that o
 `qjax.ops.neutral` undoes it. With N and K the sizes of one matrix,
 
     N' = N rounded up to 128, K' = K rounded up to 128, B = 64 columns, or 32 where groups are no multiple of 64
-    tiles  int4     [*stack, 1, N' K']   as [N'/64, K'/B, 64, B]: tiles of 64 rows and B columns, tile after tile
+    tiles  uint8    [*stack, 1, N' K'/2] as [N'/64, K'/B, 64, B/2]: tiles of 64 rows and B columns, tile after tile, two
+                                         codes to a byte, the first in the low bits
     scale  float32  [*stack, 1, G N']    as [G, N']: one number per block and row; rows of padding have 0
     zero   bfloat16 [*stack, 1, G N']    likewise, for codes with a zero point
 
 A block is 32, 64 or 128 columns, the largest that divides the group (longer groups repeat their number), or all of K
 where a row has one scale. Codes with a zero point are stored less 8, as signed ones, and so is the zero point: the
-signed 4-bit integer is what the hardware widens without converting number by number. Padding is code 0.
+signed 4-bit integer is what the hardware widens without converting number by number. Padding is code 0. Bytes, and not
+jax's int4: XLA reads a layer out of a stack of bytes where it lies, and copies it out of a stack of int4.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from qjax.errors import FormatError
 from qjax.formats.base import Aux, Format
 from qjax.formats.integer import Int
 from qjax.formats.numerics import AnyArray
+from qjax.formats.packing import pack_bits, unpack_bits
 from qjax.formats.registry import register_format
 
 ROWS = 64
@@ -159,7 +162,7 @@ class Int4Tiles(Format):
         codes = jnp.asarray(codes).astype(jnp.int8) - jnp.int8(0 if self.symmetric else OFFSET)
         codes = jnp.pad(codes, padding)
         codes = codes.reshape(*stack, rounded_up(n) // ROWS, ROWS, self.padded_length // self.columns, self.columns)
-        tiles = jnp.swapaxes(codes, -3, -2).astype(jnp.int4)
+        tiles = pack_bits(jnp.swapaxes(codes, -3, -2), 4)
         out: Aux = {"tiles": tiles.reshape(*stack, 1, -1), "scale": self._by_block(aux["scale"], n).astype(jnp.float32)}
         if not self.symmetric:
             zero = self._by_block(aux["zero"].astype(jnp.float32) - OFFSET, n)
@@ -169,8 +172,9 @@ class Int4Tiles(Format):
     def untiled(self, aux: Aux, n: int) -> tuple[Array, Aux]:
         """Return codes [*stack, N, K] and aux of ``like``, a scale of the tensor as one per row; undoes `tiled`."""
         stack = aux["tiles"].shape[:-2]
-        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, self.columns).astype(jnp.int8)
-        codes = jnp.swapaxes(tiles, -3, -2).reshape(*stack, rounded_up(n), self.padded_length)
+        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, self.columns // 2)
+        codes = unpack_bits(jnp.swapaxes(tiles, -3, -2), 4, self.columns, signed=True)
+        codes = codes.reshape(*stack, rounded_up(n), self.padded_length)
         codes = codes[..., :n, : self.length]
         out: Aux = {"scale": self._by_row(aux["scale"], n)}
         if not self.symmetric:

@@ -73,7 +73,7 @@ def w4a16(
     """Multiply a stack of activations by a stack of weights in tiles.
 
     Args:
-        tiles: int4 [E, N' K'], as `Int4Tiles` orders them; E matrices.
+        tiles: uint8 [E, N' K'/2], as `Int4Tiles` orders them; E matrices.
         scale: float32 [E, G N'].
         zero: bfloat16 [E, G N'], or None.
         x: bfloat16 or float16 [E, M, K], M at least 1.
@@ -91,7 +91,9 @@ def w4a16(
     below = -tokens % 8 if tokens > 8 else 0
     if below or length % columns:  # cells of TMA; the weight was padded when it was packed
         x = jnp.pad(x, ((0, 0), (0, below), (0, -length % columns)))
-    cells = tiles.reshape(count * rows // ROWS, wide // columns, ROWS, columns)
+    # XLA sees that this moves nothing, and that a slice of a stack in front of it need not either.
+    cells = lax.bitcast_convert_type(tiles, jnp.int4)
+    cells = cells.reshape(count * rows // ROWS, wide // columns, ROWS, columns)
     scale = scale.reshape(count, fmt.blocks, rows)
     zeros = () if zero is None else (zero.reshape(count, fmt.blocks, rows),)
     # The sums of a cut K are added in float32. What is written is cut in cells of 128 bytes.
