@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+
 import qjax
 from benchmarks import measure
 from benchmarks.accuracy import rows as registry
@@ -68,6 +70,7 @@ def measured(given: argparse.Namespace, folder: Path) -> None:
             rows = [row for row in registry.named(given.rows) if row.fits(model, given.all or bool(given.rows))]
             rows = [row for row in rows if (row.name in JUDGED) == judged]
             measure_rows(folder, model, scorers[model], rows, say, end)
+            jax.clear_caches()  # every row compiles programs of its own, which together take gigabytes
     for model in given.models:
         path = folder / model / "layers.json"
         if model in LAYERED and not given.rows and time.monotonic() < end:
