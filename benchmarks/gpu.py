@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.kernel_cases import G128
 from qjax import ops
-from qjax.formats import Int, Int4Tiles, QArray, assemble
+from qjax.formats import Int, IntTiles, QArray, assemble
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.devices import cuda_capability
 from qjax.kernels.dot.mosaic import schedule_for
@@ -58,6 +58,8 @@ FORMATS = (
     Int(4, group=32, symmetric=False),
     Int(4, symmetric=False),
     Int(4, group=256),
+    Int(8),
+    Int(8, group=128, symmetric=False),
 )
 
 SMALL = ((200, 200), (512, 1024), (264, 72))
@@ -78,7 +80,7 @@ def weight(fmt: Int, n: int, k: int, seed: int) -> tuple[QArray, np.ndarray]:
     spread = lambda a: np.repeat(a.astype(np.float64), fmt.group or k, axis=-1)[:, :k]  # noqa: E731
     numbers = codes.astype(np.float64)
     if not fmt.symmetric:
-        zero = rng.integers(0, 16, scale.shape)
+        zero = rng.integers(low, high + 1, scale.shape)
         aux["zero"] = jnp.asarray(zero, jnp.uint8)
         numbers = numbers - spread(zero)
     w = assemble(jnp.asarray(codes, fmt.code_dtype), aux, fmt, shape=(n, k), in_axes=1)
@@ -191,7 +193,7 @@ def _random_tiles(key: Any, like: Any) -> Any:
 
 def packed(n: int, k: int, seed: int) -> QArray:
     """A weight of random codes in tiles, drawn on the device."""
-    fmt = Int4Tiles(G128, k)
+    fmt = IntTiles(G128, k)
     like = jax.ShapeDtypeStruct((1, rounded_up(n) * fmt.padded_length // 2), jnp.uint8)
     aux = {
         "tiles": _random_tiles(jax.random.key(seed), like),

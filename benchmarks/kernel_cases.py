@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from qjax import ops
-from qjax.formats import Int, Int4Tiles, Layout, QArray
+from qjax.formats import Int, IntTiles, Layout, QArray
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.mosaic import STAGES
-from qjax.kernels.dot.w4a16 import TOKENS, Schedule, w4a16
+from qjax.kernels.dot.tiles16 import TOKENS, Schedule, tiles16
 
 G128 = Int(4, group=128)
 
@@ -31,28 +31,29 @@ class Case:
     @property
     def name(self) -> str:
         parts = f" in {self.schedule.splits} parts" if self.schedule.splits > 1 else ""
-        return f"W4A16 {self.fmt.name}, {self.dtype}, {self.schedule.tokens} tokens{parts}"
+        return f"W{self.fmt.bits}A16 {self.fmt.name}, {self.dtype}, {self.schedule.tokens} tokens{parts}"
 
     def function(self) -> Any:
         """The kernel, and the shapes of its arguments."""
-        fmt = Int4Tiles(self.fmt, self.k)
+        fmt = IntTiles(self.fmt, self.k)
+        codes = jnp.uint8 if self.fmt.bits == 4 else jnp.int8
         numbers = fmt.blocks * rounded_up(self.n)
         shape = jax.ShapeDtypeStruct
         zero = None if self.fmt.symmetric else shape((1, numbers), jnp.bfloat16)
         arguments = (
-            shape((1, rounded_up(self.n) * fmt.padded_length // 2), jnp.uint8),
+            shape((1, rounded_up(self.n) * fmt.padded_length * self.fmt.bits // 8), codes),
             shape((1, numbers), jnp.float32),
             zero,
             shape((1, self.schedule.tokens, self.k), self.dtype),
         )
         how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
-        return functools.partial(w4a16, **how), arguments
+        return functools.partial(tiles16, **how), arguments
 
 
 def programs() -> dict[str, tuple[Any, Any, int]]:
     """Whole programs around the kernel: function, shapes of its arguments, bytes of one layer's codes."""
     n = k = 1024
-    fmt = Int4Tiles(G128, k)
+    fmt = IntTiles(G128, k)
 
     def stack(layers: int) -> QArray:
         shape = jax.ShapeDtypeStruct
@@ -91,6 +92,10 @@ def cases() -> list[Case]:
             (Int(4, group=128, symmetric=False), "bfloat16"),
             (Int(4, group=32, symmetric=False), "float16"),
             (Int(4, symmetric=False), "float16"),
+            (Int(8), "bfloat16"),
+            (Int(8), "float16"),
+            (Int(8, group=128), "bfloat16"),
+            (Int(8, group=64, symmetric=False), "float16"),
         )
     ]
     return out

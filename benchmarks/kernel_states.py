@@ -55,7 +55,7 @@ def table() -> str:
             found["registers"],
             f"{found['shared_bytes'] / 1024:.0f}",
             f"{found['instructions']} ({found['HGMMA']})",
-            on_device(name, kind.removeprefix("W4A16 "), dtype, records),
+            on_device(name, kind.split(" ", 1)[1], dtype, records),
         ]
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")
     made = ", ".join(f"{tool} {version}" for tool, version in stored["made_by"].items())

@@ -17,7 +17,7 @@ from qjax.formats.qstack import QStack, is_quantized, stack_slices
 from qjax.formats.registry import format_from_dict, formats, get, register_format
 from qjax.formats.rotation import SIGNS, SMOOTH
 from qjax.formats.sparse24 import Sparse24
-from qjax.formats.tiles import Int4Tiles
+from qjax.formats.tiles import IntTiles
 from qjax.formats.trit_planes import TritPlanes
 from qjax.formats.views import concatenate, stack
 
@@ -33,7 +33,7 @@ __all__ = [
     "Float8",
     "Format",
     "Int",
-    "Int4Tiles",
+    "IntTiles",
     "Layout",
     "MixedBits",
     "Progressive",

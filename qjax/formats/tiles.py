@@ -1,19 +1,20 @@
-"""4-bit integers in the order in which a GPU's tensor cores read them.
+"""Integers of 4 and 8 bits in the order in which a GPU's tensor cores read them.
 
 What is on disk is neutral: rows of bits. A kernel on the GPU reads the weight in tiles, and an order that is made once,
-when a model is put on its device, costs nothing per call. `Int4Tiles` is that order; `qjax.ops.pack` makes it and
+when a model is put on its device, costs nothing per call. `IntTiles` is that order; `qjax.ops.pack` makes it and
 `qjax.ops.neutral` undoes it. With N and K the sizes of one matrix,
 
     N' = N rounded up to 128, K' = K rounded up to 128, B = 64 columns, or 32 where groups are no multiple of 64
     tiles  uint8    [*stack, 1, N' K'/2] as [N'/64, K'/B, 64, B/2]: tiles of 64 rows and B columns, tile after tile, two
-                                         codes to a byte, the first in the low bits
+                                         4-bit codes to a byte, the first in the low bits
+           int8     [*stack, 1, N' K']   as [N'/64, K'/B, 64, B]: likewise, 8-bit codes
     scale  float32  [*stack, 1, G N']    as [G, N']: one number per block and row; rows of padding have 0
     zero   bfloat16 [*stack, 1, G N']    likewise, for codes with a zero point
 
 A block is 32, 64 or 128 columns, the largest that divides the group (longer groups repeat their number), or all of K
-where a row has one scale. Codes with a zero point are stored less 8, as signed ones, and so is the zero point: the
-signed 4-bit integer is what the hardware widens without converting number by number. Padding is code 0. Bytes, and not
-jax's int4: XLA reads a layer out of a stack of bytes where it lies, and copies it out of a stack of int4.
+where a row has one scale. Codes with a zero point are stored less 8 (128), as signed ones, and so is the zero point:
+signed integers are what is widened without converting number by number. Padding is code 0. Bytes, and not jax's int4:
+XLA reads a layer out of a stack of bytes where it lies, and copies it out of a stack of int4.
 """
 
 from __future__ import annotations
@@ -39,9 +40,6 @@ ROWS = 64
 MULTIPLE = 128
 """N and K are padded to a multiple of this."""
 
-OFFSET = 8
-"""What is taken from codes 0 to 15 to make them signed."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Elsewhere:
@@ -65,10 +63,10 @@ class Elsewhere:
         return jnp.zeros((*jnp.shape(packed)[:-1], length), jnp.int8)
 
 
-@register_format("int4_tiles")
+@register_format("int_tiles")
 @dataclasses.dataclass(frozen=True)
-class Int4Tiles(Format):
-    """``Int(4, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
+class IntTiles(Format):
+    """``Int(4, ...)`` or ``Int(8, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
 
     Made by `qjax.ops.pack`, not by rounding. Sliced along stack axes only.
 
@@ -83,7 +81,6 @@ class Int4Tiles(Format):
     like: Int
     length: int
 
-    code_bits = 4
     weights_only = True
     whole_matrix = True
     row_aux: ClassVar[tuple[str, ...]] = ("tiles", "scale", "zero")
@@ -91,7 +88,7 @@ class Int4Tiles(Format):
     def __post_init__(self) -> None:
         why = cannot_tile(self.like, self.length)
         if why:
-            raise FormatError(f"Int4Tiles: {why}")
+            raise FormatError(f"IntTiles: {why}")
 
     @property
     def name(self) -> str:
@@ -112,6 +109,16 @@ class Int4Tiles(Format):
     def symmetric(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As in ``like``."""
         return self.like.symmetric
+
+    @property
+    def code_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in ``like``."""
+        return self.like.bits
+
+    @property
+    def offset(self) -> int:
+        """What is taken from unsigned codes to make them signed: 8 or 128."""
+        return 1 << (self.like.bits - 1)
 
     @property
     def code_dtype(self) -> np.dtype:
@@ -159,27 +166,31 @@ class Int4Tiles(Format):
         """Return aux of this format from codes [*stack, N, K] and aux of ``like``."""
         *stack, n, k = codes.shape
         padding = [(0, 0)] * len(stack) + [(0, rounded_up(n) - n), (0, self.padded_length - k)]
-        codes = jnp.asarray(codes).astype(jnp.int8) - jnp.int8(0 if self.symmetric else OFFSET)
-        codes = jnp.pad(codes, padding)
+        codes = jnp.asarray(codes)
+        codes = codes if self.symmetric else codes.astype(jnp.int32) - self.offset
+        codes = jnp.pad(codes.astype(jnp.int8), padding)
         codes = codes.reshape(*stack, rounded_up(n) // ROWS, ROWS, self.padded_length // self.columns, self.columns)
-        tiles = pack_bits(jnp.swapaxes(codes, -3, -2), 4)
+        tiles = jnp.swapaxes(codes, -3, -2)
+        tiles = pack_bits(tiles, 4) if self.code_bits == 4 else tiles
         out: Aux = {"tiles": tiles.reshape(*stack, 1, -1), "scale": self._by_block(aux["scale"], n).astype(jnp.float32)}
         if not self.symmetric:
-            zero = self._by_block(aux["zero"].astype(jnp.float32) - OFFSET, n)
-            out["zero"] = zero.astype(jnp.bfloat16)  # -8 to 7, exactly
+            zero = self._by_block(aux["zero"].astype(jnp.float32) - self.offset, n)
+            out["zero"] = zero.astype(jnp.bfloat16)  # 8 bits, exactly
         return out
 
     def untiled(self, aux: Aux, n: int) -> tuple[Array, Aux]:
         """Return codes [*stack, N, K] and aux of ``like``, a scale of the tensor as one per row; undoes `tiled`."""
         stack = aux["tiles"].shape[:-2]
-        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, self.columns // 2)
-        codes = unpack_bits(jnp.swapaxes(tiles, -3, -2), 4, self.columns, signed=True)
+        width = self.columns * self.code_bits // 8
+        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, width)
+        codes = jnp.swapaxes(tiles, -3, -2)
+        codes = unpack_bits(codes, 4, self.columns, signed=True) if self.code_bits == 4 else codes
         codes = codes.reshape(*stack, rounded_up(n), self.padded_length)
         codes = codes[..., :n, : self.length]
         out: Aux = {"scale": self._by_row(aux["scale"], n)}
         if not self.symmetric:
-            codes = (codes + jnp.int8(OFFSET)).astype(jnp.uint8)
-            out["zero"] = (self._by_row(aux["zero"].astype(jnp.float32), n) + OFFSET).astype(jnp.uint8)
+            codes = (codes.astype(jnp.int32) + self.offset).astype(jnp.uint8)
+            out["zero"] = (self._by_row(aux["zero"].astype(jnp.float32), n) + self.offset).astype(jnp.uint8)
         return codes, out
 
     def _by_block(self, a: AnyArray, n: int) -> Array:
@@ -206,8 +217,8 @@ def rounded_up(size: int) -> int:
 
 def cannot_tile(fmt: Format, length: int) -> str | None:
     """Return why a weight of this format, with rows of ``length``, has no layout in tiles; None if it has one."""
-    if not isinstance(fmt, Int) or fmt.bits != 4:
-        return f"codes of {fmt.name} weights are no 4-bit integers"
+    if not isinstance(fmt, Int) or fmt.bits not in (4, 8):
+        return f"codes of {fmt.name} weights are no integers of 4 or 8 bits"
     if fmt.zero == "float":
         return f"zero points of {fmt.name} lie between codes, where bfloat16 would round them"
     if length < 1:

@@ -15,7 +15,7 @@ from qjax.errors import LayoutError, near
 from qjax.formats import Aux, Format, QArray
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
-from qjax.formats.tiles import Int4Tiles, cannot_tile
+from qjax.formats.tiles import IntTiles, cannot_tile
 
 TARGETS = ("mosaic",)
 
@@ -27,7 +27,8 @@ def pack(w: QArray, target: str = "mosaic") -> QArray:
     kernel cannot, it is dequantized. Save weights before packing, or `neutral` ones.
 
     Args:
-        w: an ``Int(4, ...)`` weight; zero points have to be integers, groups multiples of 32 (or one scale per row).
+        w: an ``Int(4, ...)`` or ``Int(8, ...)`` weight; zero points have to be integers, groups multiples of 32 (or one
+            scale per row).
         target: "mosaic", for the tensor cores of NVIDIA's Hopper (`qjax.formats.tiles`).
 
     Raises:
@@ -35,17 +36,19 @@ def pack(w: QArray, target: str = "mosaic") -> QArray:
     """
     if target not in TARGETS:
         raise LayoutError(f"pack: target={target!r}{near(str(target), TARGETS)}; there is {', '.join(TARGETS)}")
-    if isinstance(w.fmt, Int4Tiles):
+    if isinstance(w.fmt, IntTiles):
         return w
     why = cannot_tile(w.fmt, w.length)
     if why:
         raise LayoutError(f"pack: {w!r} has no order for {target}: {why}; leave it as it is")
-    fmt = Int4Tiles(w.fmt, w.length)  # pyright: ignore[reportArgumentType] (cannot_tile has looked)
+    fmt = IntTiles(w.fmt, w.length)  # pyright: ignore[reportArgumentType] (cannot_tile has looked)
     return dataclasses.replace(_retold(w, fmt, *_tiled(w, fmt)), layout=dataclasses.replace(w.layout, pad=0))
 
 
 def pack_tree(tree: Any, target: str = "mosaic") -> Any:
     """Return a tree in which every weight that has an order for the target is packed, and all else is as it was.
+
+    For models whose activations stay in float: products with quantized activations want the neutral order.
 
     Args:
         tree: any pytree, such as ``model.params``; the packed one is called in its place: ``model(tree, *args)``.
@@ -53,7 +56,7 @@ def pack_tree(tree: Any, target: str = "mosaic") -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        able = isinstance(leaf, QArray) and not isinstance(leaf.fmt, Int4Tiles)
+        able = isinstance(leaf, QArray) and not isinstance(leaf.fmt, IntTiles)
         return pack(leaf, target) if able and cannot_tile(leaf.fmt, leaf.length) is None else leaf
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
@@ -61,7 +64,7 @@ def pack_tree(tree: Any, target: str = "mosaic") -> Any:
 
 def neutral(w: QArray) -> QArray:
     """Return a packed weight in the neutral order of rows, as it was before `pack`; others as they are."""
-    if not isinstance(w.fmt, Int4Tiles):
+    if not isinstance(w.fmt, IntTiles):
         return w
     fmt = w.fmt.like
     layout = dataclasses.replace(w.layout, pad=row_pad(fmt.packing, w.length))
@@ -69,14 +72,14 @@ def neutral(w: QArray) -> QArray:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _tiled(w: QArray, fmt: Int4Tiles) -> tuple[Array, Aux]:
+def _tiled(w: QArray, fmt: IntTiles) -> tuple[Array, Aux]:
     c = w.canonical()
     codes = c.unpacked()
     return fmt.packing.pack(codes), fmt.tiled(codes, {k: c.aux[k] for k in ("scale", "zero") if k in c.aux})
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _untiled(w: QArray, fmt: Int4Tiles) -> tuple[Array, Aux]:
+def _untiled(w: QArray, fmt: IntTiles) -> tuple[Array, Aux]:
     c = w.canonical()
     codes, aux = fmt.untiled(c.aux, c.codes.shape[-2])
     if fmt.per == "tensor":

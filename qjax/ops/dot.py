@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from qjax import _compat
 from qjax.errors import LayoutError, warn
-from qjax.formats import Aux, Float8, Format, Int, QArray
+from qjax.formats import Aux, Float8, Format, Int, IntTiles, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.formats.rotation import check_prepared
 from qjax.kernels import Act, Problem, select
@@ -195,15 +195,26 @@ def _check_choice(problem: Problem, implementation: str | None, at: str) -> None
     lowering = select(problem, implementation)
     if implementation is not None or problem.act is None:
         return
+    if isinstance(problem.weight, IntTiles):
+        return _warn_once(
+            at,
+            "tiles",
+            f"{problem} is computed in float: the weight is packed for the kernel of 16-bit activations; give "
+            "qjax.ops.neutral(w), whose codes can be multiplied as integers",
+        )
     kinds = [jnp.issubdtype(f.code_dtype, jnp.integer) for f in (problem.act, problem.weight)]
     same = kinds[0] == kinds[1] and problem.act.affine and (problem.weight.affine or problem.weight.int8_rows)
     if same and lowering.name in ("dequantize", "dequantize_blocks", "reference"):
         wanted = "int_dot" if kinds[0] else "float8_dot"
         reasons = [e.refuses(problem) for e in _entries(wanted)]
-        key = (at, wanted)
-        if key not in _warned:
-            _warned.add(key)
-            warn(f"{at}{problem} is computed in float: {next(filter(None, reasons), 'no kernel fits')}")
+        why = next(filter(None, reasons), "no kernel fits")
+        _warn_once(at, wanted, f"{problem} is computed in float: {why}")
+
+
+def _warn_once(at: str, about: str, message: str) -> None:
+    if (at, about) not in _warned:
+        _warned.add((at, about))
+        warn(f"{at}{message}")
 
 
 def _entries(name: str) -> list[Any]:

@@ -13,10 +13,11 @@ import numpy as np
 from qjax.formats import Int, QArray, assemble, quantize_array
 
 
-def described_gpu(kind: str = "NVIDIA H200") -> Any:
-    """A context in which jax compiles for a GPU that is not there."""
+def described_gpu(kind: str = "NVIDIA H200", **axes: int) -> Any:
+    """A context in which jax compiles for a GPU that is not there, or a mesh of them."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def weight(fmt: Int, n: int, k: int, stack: tuple[int, ...] = (), seed: int = 0) -> tuple[QArray, np.ndarray]:
@@ -32,7 +33,7 @@ def weight(fmt: Int, n: int, k: int, stack: tuple[int, ...] = (), seed: int = 0)
     span = fmt.group if fmt.per == "group" else max(k, 1)
     spread = lambda a: np.repeat(a.astype(np.float64), span, axis=-1)[..., :k]  # noqa: E731
     if not fmt.symmetric:
-        zero = rng.integers(0, 16, scale.shape)
+        zero = rng.integers(low, high + 1, scale.shape)
         aux["zero"] = jnp.asarray(zero, jnp.uint8)
         numbers = numbers - spread(zero)
     w = assemble(

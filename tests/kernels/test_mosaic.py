@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax import ops
-from qjax.errors import FormatError, LayoutError, LoweringError
-from qjax.formats import NF4, Float8, Int, Int4Tiles, quantize_array
+from qjax.errors import FormatError, LayoutError, LoweringError, QjaxWarning
+from qjax.formats import NF4, Float8, Int, IntTiles, quantize_array
 from qjax.kernels import Problem, registry
 from qjax.kernels.devices import cuda_capability
 from qjax.kernels.dot.mosaic import schedule_for
-from qjax.kernels.dot.w4a16 import STEP, TOKENS
+from qjax.kernels.dot.tiles16 import STEP, TOKENS
 
 HOPPER = (9, 0)
 FORMATS = [
@@ -31,6 +31,8 @@ FORMATS = [
     Int(4, per="tensor"),
     Int(4, group=96),
     Int(4, group=256, symmetric=False),
+    Int(8),
+    Int(8, group=128, symmetric=False),
 ]
 
 
@@ -81,8 +83,8 @@ def test_views_of_a_packed_weight():
 def test_what_cannot_be_packed_is_refused_with_the_reason():
     ones = jnp.ones((64, 96))
     cases = [
-        (quantize_array(ones, NF4(group=32), in_axes=1), "no 4-bit integers"),
-        (quantize_array(ones, Int(8), in_axes=1), "no 4-bit integers"),
+        (quantize_array(ones, NF4(group=32), in_axes=1), "no integers of 4 or 8 bits"),
+        (quantize_array(ones, Int(3), in_axes=1), "no integers of 4 or 8 bits"),
         (quantize_array(ones, Int(4, group=24), in_axes=1), "no multiple of 32"),
         (quantize_array(ones, Int(4, symmetric=False, zero="float"), in_axes=1), "lie between codes"),
     ]
@@ -91,8 +93,8 @@ def test_what_cannot_be_packed_is_refused_with_the_reason():
             ops.pack(w)
     with pytest.raises(LayoutError, match="did you mean 'mosaic'"):
         ops.pack(cases[0][0], "mosiac")
-    with pytest.raises(FormatError, match="no 4-bit integers"):
-        Int4Tiles(Int(8), 64)
+    with pytest.raises(FormatError, match="no integers of 4 or 8 bits"):
+        IntTiles(Int(5), 64)
 
 
 def test_a_packed_model_gives_the_same_numbers_elsewhere():
@@ -105,7 +107,7 @@ def test_a_packed_model_gives_the_same_numbers_elsewhere():
     x = jnp.ones((3, 64))
     model = qjax.quantize(fn, params, x, recipe=qjax.Recipe([qjax.Rule("**", weights=Int(4, group=32))]))
     packed = ops.pack_tree(model.params)
-    assert all(isinstance(packed[name].fmt, Int4Tiles) for name in packed)
+    assert all(isinstance(packed[name].fmt, IntTiles) for name in packed)
     np.testing.assert_allclose(model(packed, x), model(model.params, x), rtol=1e-5)
     np.testing.assert_allclose(jax.grad(lambda x: model(packed, x).sum())(x).shape, x.shape)
 
@@ -122,6 +124,14 @@ def test_what_is_on_disk_is_neutral(tmp_path):
 
 
 # Choosing.
+
+
+def test_a_packed_weight_with_quantized_activations_is_warned_of_once():
+    w = ops.pack(quantize_array(jnp.ones((128, 128)), Int(8), in_axes=1))
+    token, x = Int(8, per="token"), jnp.ones((2, 128))
+    with pytest.warns(QjaxWarning, match="here: .*packed for the kernel of 16-bit activations.*qjax.ops.neutral"):
+        y = ops.q_dot(x, w, act=(token, ops.activation_aux(x, token)), site="here")
+    np.testing.assert_allclose(y, 128, rtol=1e-2)
 
 
 def problem(**changes):
@@ -164,8 +174,8 @@ def test_it_is_chosen_on_hopper_and_nowhere_else():
         ({"capability": (8, 6)}, "this device has 8.6"),
         ({"capability": (10, 0)}, "wgmma exists on compute capability 9.0"),
         ({"weight": Int(4, group=128)}, r"neutral order; qjax.ops.pack\(w, 'mosaic'\)"),
-        ({"weight": Int(8)}, "no 4-bit integers"),
-        ({"weight": Float8()}, "it reads Int4Tiles or Int weights"),
+        ({"weight": Int(3)}, "no integers of 4 or 8 bits"),
+        ({"weight": Float8()}, "it reads IntTiles or Int weights"),
         ({"x_dtype": np.dtype(np.float32)}, "activations are float32; cast them"),
         ({"rows": None}, "rows is not known"),
         ({"devices": 8}, "8 devices; call it inside jax.shard_map"),
@@ -215,6 +225,8 @@ def lowered(fmt, n, k, tokens, dtype, stack=(), function=None):
         (Int(4, group=32), 256, 512, 32, jnp.float16),
         (Int(4, symmetric=False), 256, 96, 64, jnp.float16),
         (Int(4), 32768, 1024, 257, jnp.bfloat16),
+        (Int(8, group=128), 256, 512, 5, jnp.bfloat16),
+        (Int(8, symmetric=False), 256, 512, 300, jnp.float16),
         (Int(4, group=128, symmetric=False), 32768, 1024, 1024, jnp.bfloat16),
     ],
 )
@@ -224,7 +236,8 @@ def test_it_lowers_for_cuda_here(fmt, n, k, tokens, dtype):
     # The weight is read where it lies: it is nowhere converted, transposed or copied.
     on_codes = [line.strip() for line in text.splitlines() if "xi4>" in line and line.strip().startswith("%")]
     wanted = {"stablehlo.bitcast_convert", "stablehlo.reshape", "stablehlo.custom_call"}
-    assert {line.split()[2] for line in on_codes} == wanted
+    assert {line.split()[2] for line in on_codes} == (wanted if fmt.bits == 4 else set())
+    assert "stablehlo.transpose" not in text
 
 
 def test_it_lowers_under_transformations():
@@ -239,6 +252,16 @@ def test_it_lowers_under_transformations():
 
     text = lowered(Int(4, group=128), 128, 256, 4, jnp.bfloat16, function=slope)
     assert "mosaic_gpu" not in text  # the product itself is not needed, its transpose is dequantized
+
+
+def test_it_lowers_inside_shard_map():
+    spec = jax.sharding.PartitionSpec("d")
+    w = jax.eval_shape(lambda: ops.pack(mosaic.blank(Int(4, group=128), 256, 256, (2,))))
+    x = jax.ShapeDtypeStruct((2, 4, 256), jnp.bfloat16)
+    with mosaic.described_gpu(d=2):
+        inside = jax.shard_map(ops.q_dot, in_specs=(spec, jax.tree.map(lambda _: spec, w)), out_specs=spec)
+        text = jax.jit(inside).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 def test_no_rows_and_no_columns():

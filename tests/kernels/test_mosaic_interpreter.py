@@ -15,7 +15,7 @@ import pytest
 from qjax import ops
 from qjax._compat import JAX_VERSION
 from qjax.formats import Int
-from qjax.kernels.dot.w4a16 import Schedule, w4a16
+from qjax.kernels.dot.tiles16 import Schedule, tiles16
 
 pytestmark = pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
 
@@ -27,7 +27,7 @@ def run(w, x, schedule, out_dtype=jnp.float32, **how):
     count = p.aux["tiles"].shape[0] if p.aux["tiles"].ndim == 3 else 1
     flat = {name: a.reshape(count, -1) for name, a in p.aux.items()}
     with mosaic.interpreter(**how) as interpret:
-        y = w4a16(
+        y = tiles16(
             flat["tiles"],
             flat["scale"],
             flat.get("zero"),
@@ -50,6 +50,8 @@ def run(w, x, schedule, out_dtype=jnp.float32, **how):
         pytest.param(Int(4), 130, 384, 3, Schedule(8, 2, 3), jnp.float16, id="a scale per row, K in 3 parts"),
         pytest.param(Int(4, symmetric=False), 64, 40, 17, Schedule(16, 2), jnp.float16, id="a zero per row, short K"),
         pytest.param(Int(4, group=256), 128, 300, 2, Schedule(8, 2), jnp.bfloat16, id="long groups, the last cut"),
+        pytest.param(Int(8), 128, 256, 3, Schedule(8, 2), jnp.bfloat16, id="8 bits"),
+        pytest.param(Int(8, group=64, symmetric=False), 64, 128, 9, Schedule(16, 2), jnp.float16, id="uint8, groups"),
         pytest.param(Int(4, per="tensor"), 128, 128, 2, Schedule(8, 2), jnp.bfloat16, id="a scale per tensor"),
         pytest.param(Int(4, group=64), 256, 256, 24, Schedule(16, 2, 2), jnp.bfloat16, id="four tiles, K in 2 parts"),
     ],

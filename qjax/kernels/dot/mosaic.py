@@ -1,4 +1,4 @@
-"""The lowering of products on NVIDIA's Hopper: weights in tiles (`qjax.ops.pack`) by the kernel of `w4a16`."""
+"""The lowering of products on NVIDIA's Hopper: weights in tiles (`qjax.ops.pack`) by the kernel of `tiles16`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from qjax.formats import Int, QArray
-from qjax.formats.tiles import Int4Tiles, cannot_tile, rounded_up
+from qjax.formats.tiles import IntTiles, cannot_tile, rounded_up
 from qjax.kernels.devices import has_mosaic
 from qjax.kernels.dot.reference import dot_reference
-from qjax.kernels.dot.w4a16 import ROWS, STEP, TOKENS, WARPGROUPS, Schedule, w4a16
+from qjax.kernels.dot.tiles16 import ROWS, STEP, TOKENS, WARPGROUPS, Schedule, tiles16
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 PROCESSORS = 132
@@ -51,7 +51,7 @@ def _runs(problem: Problem) -> bool | str:
     if problem.capability[0] != 9:
         major, minor = problem.capability
         return f"wgmma exists on compute capability 9.0 (Hopper) alone, and this device has {major}.{minor}"
-    if not isinstance(problem.weight, Int4Tiles):
+    if not isinstance(problem.weight, IntTiles):
         why = cannot_tile(problem.weight, problem.k)
         return why or "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
     if problem.x_dtype not in (jnp.bfloat16, jnp.float16):
@@ -65,22 +65,22 @@ def _runs(problem: Problem) -> bool | str:
 
 @register_lowering(
     "dot",
-    (Int4Tiles, Int),
+    (IntTiles, Int),
     "cuda",
     when=_runs,
     name="mosaic",
     priority=5,
-    about="4-bit codes widened in registers, wgmma on Hopper; weights packed for it",
+    about="codes of 4 or 8 bits widened in registers, wgmma on Hopper; weights packed for it",
 )
 def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the product by the kernel."""
     rows = x.shape[len(problem.stack) : -1]
     if x.size == 0 or not problem.n or not problem.matrices:
         return dot_reference(problem, x, w, act)
-    assert isinstance(problem.weight, Int4Tiles)
+    assert isinstance(problem.weight, IntTiles)
     count, tokens = problem.matrices, math.prod(rows)
     zero = w.aux.get("zero")
-    y = w4a16(
+    y = tiles16(
         w.aux["tiles"].reshape(count, -1),
         w.aux["scale"].reshape(count, -1),
         None if zero is None else zero.reshape(count, -1),

@@ -1,4 +1,4 @@
-"""W4A16 on the tensor cores of NVIDIA's Hopper: 4-bit weights in tiles, 16-bit activations.
+"""W4A16 and W8A16 on the tensor cores of NVIDIA's Hopper: 4-bit and 8-bit weights in tiles, 16-bit activations.
 
 The quantized operand is the left one of `wgmma`, which may come from registers, so the product is formed transposed,
 
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax._compat import JAX_VERSION
-from qjax.formats.tiles import OFFSET, ROWS, Int4Tiles, rounded_up
+from qjax.formats.tiles import ROWS, IntTiles, rounded_up
 
 STEP = 128
 """Columns of the weight in one step of the ring."""
@@ -58,13 +58,13 @@ class Schedule:
     splits: int = 1
 
 
-def w4a16(
+def tiles16(
     tiles: Array,
     scale: Array,
     zero: Array | None,
     x: Array,
     *,
-    fmt: Int4Tiles,
+    fmt: IntTiles,
     n: int,
     out_dtype: Any,
     schedule: Schedule,
@@ -73,7 +73,7 @@ def w4a16(
     """Multiply a stack of activations by a stack of weights in tiles.
 
     Args:
-        tiles: uint8 [E, N' K'/2], as `Int4Tiles` orders them; E matrices.
+        tiles: uint8 [E, N' K'/2] or int8 [E, N' K'], as `IntTiles` orders them; E matrices.
         scale: float32 [E, G N'].
         zero: bfloat16 [E, G N'], or None.
         x: bfloat16 or float16 [E, M, K], M at least 1.
@@ -92,7 +92,7 @@ def w4a16(
     if below or length % columns:  # cells of TMA; the weight was padded when it was packed
         x = jnp.pad(x, ((0, 0), (0, below), (0, -length % columns)))
     # XLA sees that this moves nothing, and that a slice of a stack in front of it need not either.
-    cells = lax.bitcast_convert_type(tiles, jnp.int4)
+    cells = lax.bitcast_convert_type(tiles, jnp.int4) if fmt.code_bits == 4 else tiles
     cells = cells.reshape(count * rows // ROWS, wide // columns, ROWS, columns)
     scale = scale.reshape(count, fmt.blocks, rows)
     zeros = () if zero is None else (zero.reshape(count, fmt.blocks, rows),)
@@ -109,7 +109,7 @@ def w4a16(
 def _kernel(
     out: jax.ShapeDtypeStruct,
     dtype: Any,
-    fmt: Int4Tiles,
+    fmt: IntTiles,
     rows: int,
     schedule: Schedule,
     zeros: bool,
@@ -125,6 +125,7 @@ def _kernel(
     per_row = fmt.block is None
     wide = WARPGROUPS * ROWS
     count, tokens = out.shape[0] // schedule.splits, out.shape[1]
+    stored = layouts.WGMMA_UPCAST_4X if fmt.code_bits == 4 else layouts.WGMMA_UPCAST_2X
     out_bits = out.dtype.itemsize * 8
 
     def load(ref: Any, layout: Any) -> Array:
@@ -145,14 +146,17 @@ def _kernel(
 
         def weights(w_s: Any, z_s: Any, at: int) -> Array:
             """Cells as 16-bit numbers in the registers of the left operand, [64, columns]."""
-            # The relayout comes before the cast: 4-bit codes move four to a register.
-            codes = plgpu.layout_cast(load(w_s.at[group, at], layouts.WGMMA_UPCAST_4X), layouts.WGMMA)
+            # The relayout comes before the cast, while codes move several to a register.
+            codes = plgpu.layout_cast(load(w_s.at[group, at], stored), layouts.WGMMA)
             if dtype == jnp.bfloat16:
                 numbers, base = codes.astype(dtype), 0
             else:  # jax converts each code to float16 by itself; written into the last bits of 1024 they go two at once
-                bits = (codes.astype(jnp.int8) & jnp.int8(0xF)) ^ jnp.int8(OFFSET)
-                bits = bits.astype(jnp.int16) | jnp.int16(0x6400)
-                numbers, base = lax.bitcast_convert_type(bits, dtype), 1024 + OFFSET
+                if fmt.code_bits == 4:
+                    bits = lax.bitcast_convert_type(codes.astype(jnp.bfloat16) + jnp.bfloat16(136), jnp.int16)
+                    bits = bits & jnp.int16(0xF)
+                else:
+                    bits = (codes ^ jnp.int8(-128)).astype(jnp.int16) & jnp.int16(0xFF)
+                numbers, base = lax.bitcast_convert_type(bits | jnp.int16(0x6400), dtype), 1024 + fmt.offset
             if z_s is None:
                 return numbers - jnp.asarray(base, dtype) if base else numbers
             z = load(z_s.at[0 if per_row else at * columns // block, own], layouts.WGMMA.reduce(1))
