@@ -16,7 +16,8 @@ from qjax.formats import Int, QArray, assemble, quantize_array
 def described_gpu(kind: str = "NVIDIA H200", **axes: int) -> Any:
     """A context in which jax compiles for a GPU that is not there, or a mesh of them."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), abstract_device=device)
+    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
 
