@@ -41,7 +41,7 @@ def table() -> str:
     records = devices()
     lines = [
         "| kernel | 0 lowered | 1 interpreted | 2 compiled for sm_90a | registers | shared memory, KiB | "
-        "instructions (HGMMA) | 3 on a device |",
+        "instructions (of tensor cores) | 3 on a device |",
         "|---|---|---|---|---:|---:|---:|---|",
     ]
     for name, found in stored["kernels"].items():
@@ -54,7 +54,7 @@ def table() -> str:
             "; ".join(faults) or "no spills",
             found["registers"],
             f"{found['shared_bytes'] / 1024:.0f}",
-            f"{found['instructions']} ({found['HGMMA']})",
+            f"{found['instructions']} ({found[found['multiplies']]} {found['multiplies']})",
             on_device(name, kind.split(" ", 1)[1], dtype, records),
         ]
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
@@ -32,6 +31,7 @@ from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, sub_
 from qjax.analysis.reads import Path
 from qjax.errors import LayoutError
 from qjax.formats import is_quantized
+from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.program import Program
 from qjax.rewriting.control_flow import CONTROL_FLOW
 from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants
@@ -164,8 +164,9 @@ class Rewriter:
                 fmt,
                 act.fmt if act is not None else None,
                 sizes,
-                jax.default_backend(),
+                platform_here(),
                 x_dtype=dtype,
+                capability=cuda_capability(),
                 implementation=self.implementation,
             )
 

@@ -28,6 +28,17 @@ def cuda_capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
+def platform_here() -> str:
+    """Return for which platform is compiled, as lowerings call it: "cuda" and "rocm" where jax's backend is "gpu"."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if described is None else getattr(described, "platform", None) or "gpu"
+    if name != "gpu":
+        return name
+    if described is not None:
+        return "cuda"
+    return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version else "cuda"
+
+
 @functools.cache
 def has_mosaic() -> bool | str:
     """Return whether this jax can compile Mosaic GPU kernels as ours are written, or why not."""

@@ -18,6 +18,7 @@ from qjax.errors import FormatError, LayoutError
 from qjax.formats import Aux, Format, QArray
 from qjax.kernels import Act, Problem, select
 from qjax.kernels.conv.reference import conv_reference, convolve
+from qjax.kernels.devices import platform_here
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
 from qjax.ops.dot import activation_aux
 
@@ -159,7 +160,7 @@ def q_conv(
         site=site,
     )
     if implementation is not None:
-        select(q_conv_op.definition.problem(spec, operands, jax.default_backend(), 1), implementation)
+        select(q_conv_op.definition.problem(spec, operands, platform_here(), 1), implementation)
     return q_conv_op.bind(spec, operands)
 
 

@@ -19,7 +19,7 @@ from qjax.formats import Aux, Float8, Format, Int, IntTiles, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.formats.rotation import check_prepared
 from qjax.kernels import Act, Problem, select
-from qjax.kernels.devices import cuda_capability
+from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
@@ -172,7 +172,7 @@ def q_dot(
     if vector:
         operands = dataclasses.replace(operands, x=jnp.expand_dims(x, stacks))
     if implementation is not None or act is not None:
-        _check_choice(q_dot_op.definition.problem(spec, operands, jax.default_backend(), 1), implementation, at)
+        _check_choice(q_dot_op.definition.problem(spec, operands, platform_here(), 1), implementation, at)
     y = q_dot_op.bind(spec, operands)
     return lax.squeeze(y, (stacks,)) if vector else y
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
@@ -14,6 +13,7 @@ from qjax.errors import LayoutError
 from qjax.formats import QArray
 from qjax.formats.rotation import check_prepared
 from qjax.kernels import Act, Problem, select
+from qjax.kernels.devices import platform_here
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
 from qjax.ops.base import Operands, QuantizedOp, Spec, quantized_linear
 
@@ -96,5 +96,5 @@ def q_ragged_dot(
     )
     operands = Operands(x, dict(act[1]) if act else {}, w, (group_sizes,))
     if implementation is not None:
-        select(q_ragged_dot_op.definition.problem(spec, operands, jax.default_backend(), 1), implementation)
+        select(q_ragged_dot_op.definition.problem(spec, operands, platform_here(), 1), implementation)
     return q_ragged_dot_op.bind(spec, operands)

@@ -22,6 +22,7 @@ from qjax._compat import bind
 from qjax.errors import LayoutError, RecipeError
 from qjax.formats import SIGNS, SMOOTH, Layout, QArray, is_quantized
 from qjax.formats.rotation import prepared, rotate
+from qjax.kernels.devices import platform_here
 from qjax.rewriting.selection import Selected
 
 
@@ -141,7 +142,7 @@ def emit_conv(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where
     )
     try:
         if rewriter.choices is not None:
-            problem = ops.conv_problem(x, weight, jax.default_backend(), **settings)
+            problem = ops.conv_problem(x, weight, platform_here(), **settings)
             rewriter.choices[where, weight.fmt.name] = ops.choice_for(problem, rewriter.implementation)
         return ops.q_conv(x, weight, **settings)
     except LayoutError as error:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats import Int, QArray, assemble, quantize_array
+from qjax.formats import Format, Int, QArray, assemble, quantize_array
 
 
 def described_gpu(kind: str = "NVIDIA H200", **axes: int) -> Any:
@@ -48,7 +48,7 @@ def weight(fmt: Int, n: int, k: int, stack: tuple[int, ...] = (), seed: int = 0)
     return w, numbers * spread(scale)
 
 
-def blank(fmt: Int, n: int, k: int, stack: tuple[int, ...] = ()) -> QArray:
+def blank(fmt: Format, n: int, k: int, stack: tuple[int, ...] = ()) -> QArray:
     """A weight of zeros, canonical; for its shapes."""
     zeros = jnp.zeros((*stack, n, k))
     return quantize_array(zeros, fmt, in_axes=len(stack) + 1, stack_axes=tuple(range(len(stack))))

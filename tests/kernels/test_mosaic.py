@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from qjax import ops
 from qjax.errors import FormatError, LayoutError, LoweringError, QjaxWarning
 from qjax.formats import NF4, Float8, Int, IntTiles, quantize_array
 from qjax.kernels import Problem, registry
-from qjax.kernels.devices import cuda_capability
+from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.mosaic import schedule_for
 from qjax.kernels.dot.tiles16 import STEP, TOKENS
 
@@ -163,6 +164,9 @@ def test_it_is_chosen_on_hopper_and_nowhere_else():
         {"devices": 2},
     ):
         assert registry.select(problem(**change)).name == "dequantize"
+    for weight, act in ((Int(8), Int(8, per="token")), (Float8(), Float8(per="tensor"))):  # not measured: if named
+        assert registry.select(problem(weight=weight, act=act)).name in ("int_dot", "float8_dot")
+        assert registry.select(problem(weight=weight, act=act), "mosaic").name == "mosaic"
     assert "mosaic" in str(ops.lowering_table("dot", "cuda")) and "mosaic" not in str(ops.lowering_table("dot", "cpu"))
 
 
@@ -175,11 +179,18 @@ def test_it_is_chosen_on_hopper_and_nowhere_else():
         ({"capability": (10, 0)}, "wgmma exists on compute capability 9.0"),
         ({"weight": Int(4, group=128)}, r"neutral order; qjax.ops.pack\(w, 'mosaic'\)"),
         ({"weight": Int(3)}, "no integers of 4 or 8 bits"),
-        ({"weight": Float8()}, "it reads IntTiles or Int weights"),
+        ({"weight": NF4(), "act": None}, "it reads IntTiles or Int or Float8 weights"),
+        ({"weight": Float8()}, "no integers of 4 or 8 bits"),
+        ({"weight": Int(8), "act": Int(8, per="token", symmetric=False)}, "neither int8 x int8, both symmetric"),
+        ({"weight": Int(8), "act": Float8(per="token")}, "neither int8 x int8"),
+        ({"weight": Int(8, group=128), "act": Int(8, per="token")}, "a scale per group"),
+        ({"weight": Int(8), "act": Int(8, per="token"), "k": 131072}, "may overflow int32"),
+        ({"weight": Int(8), "act": Int(8, per="token"), "n": 200}, "multiples of 128"),
+        ({"weight": Float8("e5m2"), "act": Float8(per="token")}, "float8_e4m3fn"),
         ({"x_dtype": np.dtype(np.float32)}, "activations are float32; cast them"),
         ({"rows": None}, "rows is not known"),
         ({"devices": 8}, "8 devices; call it inside jax.shard_map"),
-        ({"act": Int(8, per="token")}, "activations are quantized"),
+        ({"act": Int(8, per="token")}, "a weight in tiles takes 16-bit floats"),
     ],
 )
 def test_a_named_kernel_says_why_it_cannot_run(change, why):
@@ -193,8 +204,24 @@ def test_on_this_machine_a_call_by_name_says_why_not():
         ops.q_dot(jnp.ones((1, 128), jnp.bfloat16), ops.pack(w), implementation="mosaic")
 
 
+def test_a_described_device_counts_for_calls_by_name(monkeypatch):
+    w, _ = mosaic.weight(Int(4, group=128), 128, 128)
+    x = jax.ShapeDtypeStruct((1, 128), jnp.bfloat16)
+    with mosaic.described_gpu():
+        named = jax.jit(lambda x: ops.q_dot(x, ops.pack(w), implementation="mosaic"))
+        assert "custom_call @mosaic_gpu" in named.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    # A real one calls its platform "gpu".
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert platform_here() == "cuda"
+    device = SimpleNamespace(compute_capability="9.0", client=SimpleNamespace(platform_version="cuda 13000"))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert (platform_here(), cuda_capability()) == ("cuda", (9, 0))
+    device.client.platform_version = "rocm 70000"
+    assert platform_here() == "rocm"
+
+
 def test_the_device_is_the_one_that_is_described():
-    assert cuda_capability() is None
+    assert cuda_capability() is None and platform_here() == "cpu"
     for kind, capability in (("NVIDIA H200", (9, 0)), ("NVIDIA H100 80GB HBM3", (9, 0)), ("NVIDIA Unheard Of", None)):
         with mosaic.described_gpu(kind):
             assert cuda_capability() == capability
@@ -252,6 +279,20 @@ def test_it_lowers_under_transformations():
 
     text = lowered(Int(4, group=128), 128, 256, 4, jnp.bfloat16, function=slope)
     assert "mosaic_gpu" not in text  # the product itself is not needed, its transpose is dequantized
+
+
+@pytest.mark.parametrize(("fmt", "act"), [(Int(8), Int(8, per="token")), (Float8(), Float8(per="tensor"))])
+def test_w8a8_lowers_for_cuda_here(fmt, act):
+    w = jax.eval_shape(lambda: mosaic.blank(fmt, 256, 512))
+
+    def named(x, w):
+        return ops.q_dot(x, w, act=(act, ops.activation_aux(x, act)), implementation="mosaic")
+
+    for tokens, dtype in ((3, jnp.bfloat16), (130, jnp.float32)):
+        x = jax.ShapeDtypeStruct((tokens, 512), dtype)
+        with mosaic.described_gpu():
+            text = jax.jit(named).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @mosaic_gpu") == 1
 
 
 def test_it_lowers_inside_shard_map():

@@ -28,6 +28,7 @@ def test_what_is_a_fault():
         ("local", 1, "local is 1"),
         ("I2F", 4, "I2F is 4"),
         ("HGMMA", 0, "HGMMA is missing"),
+        ("multiplies", "QGMMA", "QGMMA is missing"),
         ("warnings", ["C7512"], "warning C7512"),
         ("shared_bytes", 300000, "300000 bytes of shared memory"),
     ]:

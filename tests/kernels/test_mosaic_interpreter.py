@@ -15,6 +15,7 @@ import pytest
 from qjax import ops
 from qjax._compat import JAX_VERSION
 from qjax.formats import Int
+from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.tiles16 import Schedule, tiles16
 
 pytestmark = pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
@@ -73,6 +74,31 @@ def test_stack_of_matrices_and_16_bit_results():
     y, races = run(w, x, Schedule(8, 2), jnp.bfloat16)
     want = np.einsum("emk,enk->emn", np.asarray(x, np.float64), numbers)
     assert np.max(np.abs(y - want)) <= 2**-8 * np.max(np.abs(want)) and not races
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "schedule"),
+    [(jnp.int8, 3, Schedule(8, 2)), (jnp.float8_e4m3fn, 13, Schedule(8, 2, 2)), (jnp.int8, 17, Schedule(16, 2))],
+)
+def test_products_of_codes(dtype, tokens, schedule):
+    rng = np.random.default_rng(0)
+    n, k = 128, 256
+
+    def codes(*shape):
+        if dtype == jnp.int8:
+            return jnp.asarray(rng.integers(-128, 128, shape), dtype)
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    w, x = codes(2, n, k), codes(2, tokens, k)
+    w_scale, x_scale = (jnp.asarray(rng.uniform(0.5, 1.5, (2, m)), jnp.float32) for m in (n, tokens))
+    x_scale = x_scale.at[0, 1].set(jnp.nan)  # of a token that holds NaN
+    with mosaic.interpreter() as interpret:
+        y = codes8(w, w_scale, x, x_scale, out_dtype=jnp.float32, schedule=schedule, interpret=interpret)
+        y, races = np.asarray(y, np.float64), mosaic.races_found()
+    wide = [np.asarray(a, np.float64) for a in (w, w_scale, x, x_scale)]
+    want = np.einsum("enk,en,emk,em->emn", *wide)
+    np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6 * np.nanmax(np.abs(want)))
+    assert np.isnan(y[0, 1]).all() and np.isnan(y).sum() == n and not races
 
 
 def test_nan_and_infinity_stay_in_their_rows():

@@ -1,4 +1,8 @@
-"""The lowering of products on NVIDIA's Hopper: weights in tiles (`qjax.ops.pack`) by the kernel of `tiles16`."""
+"""The lowering of products on NVIDIA's Hopper.
+
+With 16-bit activations by the kernel of `tiles16`, which reads weights in tiles (`qjax.ops.pack`); with int8 or float8
+activations by that of `codes8`, which reads codes in neutral order.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from qjax.formats import Int, QArray
+from qjax.formats import Float8, Format, Int, QArray
 from qjax.formats.tiles import IntTiles, cannot_tile, rounded_up
 from qjax.kernels.devices import has_mosaic
+from qjax.kernels.dot.codes8 import codes8
+from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.dot.tiles16 import ROWS, STEP, TOKENS, WARPGROUPS, Schedule, tiles16
 from qjax.kernels.registry import Act, Problem, register_lowering
@@ -44,41 +50,81 @@ def schedule_for(n: int, k: int, rows: int, matrices: int = 1) -> Schedule:
 
 
 def _runs(problem: Problem) -> bool | str:
-    if problem.act is not None:
-        return f"activations are quantized ({problem.act.name}), and it takes 16-bit floats"
     if problem.capability is None:
         return "it is not known for which GPU is compiled (no CUDA device, no jax.sharding.AbstractDevice)"
     if problem.capability[0] != 9:
         major, minor = problem.capability
         return f"wgmma exists on compute capability 9.0 (Hopper) alone, and this device has {major}.{minor}"
+    if not isinstance(problem.rows, int):
+        return "the number of rows is not known when compiling"
+    if problem.devices > 1:
+        return f"the compiler would partition it over {problem.devices} devices; call it inside jax.shard_map"
+    why = _refuses_tiles(problem) if problem.act is None else _refuses_codes(problem, problem.act)
+    return why or has_mosaic()
+
+
+def _refuses_tiles(problem: Problem) -> str | None:
     if not isinstance(problem.weight, IntTiles):
         why = cannot_tile(problem.weight, problem.k)
         return why or "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
     if problem.x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {problem.x_dtype.name}; cast them to bfloat16 or float16"
-    if not isinstance(problem.rows, int):
-        return "the number of rows is not known when compiling"
-    if problem.devices > 1:
-        return f"the compiler would partition it over {problem.devices} devices; call it inside jax.shard_map"
-    return has_mosaic()
+    return None
+
+
+def _refuses_codes(problem: Problem, act: Format) -> str | None:
+    weight = problem.weight
+    if isinstance(weight, IntTiles):
+        return f"activations are quantized ({act.name}), and a weight in tiles takes 16-bit floats; qjax.ops.neutral(w)"
+    for fmt in (weight, act):
+        if fmt.per == "group":
+            return f"{fmt.name} has a scale per group, which a product of codes would have to sum one by one"
+    integers = all(isinstance(fmt, Int) and fmt.symmetric and fmt.bits == 8 for fmt in (weight, act))
+    floats = all(isinstance(fmt, Float8) and fmt.code_dtype == jnp.float8_e4m3fn for fmt in (weight, act))
+    if not integers and not floats:
+        return f"{weight.name} x {act.name} is neither int8 x int8, both symmetric, nor float8_e4m3fn x float8_e4m3fn"
+    if integers and problem.k > LARGEST_SUM:
+        return f"a sum of {problem.k} products may overflow int32"
+    if problem.n % STEP or problem.k % STEP:
+        return f"N = {problem.n} and K = {problem.k} have to be multiples of {STEP}: codes are read as they lie"
+    return None
+
+
+def _measured(problem: Problem) -> bool | str:
+    return problem.act is None or "XLA's library has this product as well, and which is faster has not been measured"
 
 
 @register_lowering(
     "dot",
-    (IntTiles, Int),
+    (IntTiles, Int, Float8),
     "cuda",
     when=_runs,
+    worth=_measured,
     name="mosaic",
     priority=5,
-    about="codes of 4 or 8 bits widened in registers, wgmma on Hopper; weights packed for it",
+    about="wgmma on Hopper: codes of 4 or 8 bits, packed for it, with 16-bit activations; W8A8, if named",
 )
 def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the product by the kernel."""
     rows = x.shape[len(problem.stack) : -1]
     if x.size == 0 or not problem.n or not problem.matrices:
         return dot_reference(problem, x, w, act)
-    assert isinstance(problem.weight, IntTiles)
     count, tokens = problem.matrices, math.prod(rows)
+    schedule = schedule_for(problem.n, problem.k, tokens, count)
+    if act is not None:
+        fmt, aux = act
+        of_tokens = jnp.broadcast_to(fmt.scale_of(aux), (*x.shape[:-1], 1))
+        of_rows = jnp.broadcast_to(w.fmt.scale_of(w.aux), (*problem.stack, problem.n, 1))
+        y = codes8(
+            w.codes.reshape(count, problem.n, problem.k),
+            of_rows.reshape(count, problem.n),
+            fmt.encode(x, aux).reshape(count, tokens, problem.k),
+            of_tokens.reshape(count, tokens),
+            out_dtype=problem.out_dtype,
+            schedule=schedule,
+        )
+        return y.reshape(*problem.stack, *rows, problem.n)
+    assert isinstance(problem.weight, IntTiles)
     zero = w.aux.get("zero")
     y = tiles16(
         w.aux["tiles"].reshape(count, -1),
@@ -88,6 +134,6 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         fmt=problem.weight,
         n=problem.n,
         out_dtype=problem.out_dtype,
-        schedule=schedule_for(problem.n, problem.k, tokens, count),
+        schedule=schedule,
     )
     return y.reshape(*problem.stack, *rows, problem.n)

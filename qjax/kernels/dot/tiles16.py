@@ -216,7 +216,7 @@ def _kernel(
             in_specs=[
                 cells_spec,
                 *[number_spec] * len(numbers),
-                plgpu.BlockSpec((tile, STEP), lambda k: (j, part * steps + k), transforms=_tiling(plgpu, columns, 16)),
+                plgpu.BlockSpec((tile, STEP), lambda k: (j, part * steps + k), transforms=tiling(plgpu, columns, 16)),
             ],
         )(cells, *[a.at[e] for a in numbers], x.at[e])
 
@@ -228,13 +228,13 @@ def _kernel(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=_tiling(plgpu, 1024 // out_bits, out_bits))
+            plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=tiling(plgpu, 1024 // out_bits, out_bits))
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )
 
 
-def _tiling(plgpu: Any, columns: int, bits: int) -> tuple[Any, ...]:
+def tiling(plgpu: Any, columns: int, bits: int) -> tuple[Any, ...]:
     """Tiles of 8 rows and so many columns, swizzled over their width."""
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * bits // 8)
