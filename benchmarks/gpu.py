@@ -23,15 +23,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import measure
+from benchmarks.gpu_checks import BY_KERNEL, checks, codes, product, special
 from benchmarks.kernel_cases import G128
 from qjax import ops
-from qjax.formats import Int, IntTiles, QArray, assemble
+from qjax.formats import Float8, Int, IntTiles, QArray, assemble, quantize_array
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.devices import cuda_capability
 from qjax.kernels.dot.mosaic import schedule_for
+from qjax.kernels.dot.tiles16 import STEP, Schedule, tiles16
+from qjax.kernels.dot.tiles16 import TOKENS as TILES
 
 SHAPES = {
     "Llama-3-70B gate and up": (57344, 8192),
@@ -43,108 +45,14 @@ SHAPES = {
 }
 """(N, K) by layer; the last one is of Marlin's own benchmark."""
 
+WITH_MORE = ("Llama-3-8B gate and up",)
+"""Layers of which W8A8 is measured too, and schedules are tried."""
+
 TOKENS = (1, 16, 4, 64, 256, 1024, 4096, 2, 8, 32, 128)
 """In the order in which they are measured, should time run out."""
 
 ROTATE = 256 << 20
 """Bytes of weights of one kind that a round reads: several times the L2 cache."""
-
-FORMATS = (
-    G128,
-    Int(4, group=32),
-    Int(4, group=64),
-    Int(4),
-    Int(4, group=128, symmetric=False),
-    Int(4, group=32, symmetric=False),
-    Int(4, symmetric=False),
-    Int(4, group=256),
-    Int(8),
-    Int(8, group=128, symmetric=False),
-)
-
-SMALL = ((200, 200), (512, 1024), (264, 72))
-"""(N, K) of what is compared with NumPy; with few tiles K is cut in parts."""
-
-CLOSE = 1e-5
-"""Largest difference from NumPy, relative to the sum of magnitudes of the terms: tensor cores truncate as they add."""
-
-
-def weight(fmt: Int, n: int, k: int, seed: int) -> tuple[QArray, np.ndarray]:
-    """Random codes as a packed weight, and the numbers they stand for in float64."""
-    fmt = fmt.clamped(k)
-    rng = np.random.default_rng(seed)
-    low, high = fmt.code_range
-    codes = rng.integers(low, high + 1, (n, k))
-    scale = rng.uniform(0.5, 1.5, (n, fmt.groups(k))).astype(np.float32)
-    aux = {"scale": jnp.asarray(scale)}
-    spread = lambda a: np.repeat(a.astype(np.float64), fmt.group or k, axis=-1)[:, :k]  # noqa: E731
-    numbers = codes.astype(np.float64)
-    if not fmt.symmetric:
-        zero = rng.integers(low, high + 1, scale.shape)
-        aux["zero"] = jnp.asarray(zero, jnp.uint8)
-        numbers = numbers - spread(zero)
-    w = assemble(jnp.asarray(codes, fmt.code_dtype), aux, fmt, shape=(n, k), in_axes=1)
-    return ops.pack(w), numbers * spread(scale)
-
-
-def product(x: Any, w: QArray, out_dtype: Any = None) -> Any:
-    """By the kernel, or an error that says why not."""
-    return ops.q_dot(x, w, implementation="mosaic", out_dtype=out_dtype)
-
-
-def error(fmt: Int, n: int, k: int, tokens: int, dtype: str) -> tuple[float, bool]:
-    """Largest error relative to the sum of magnitudes of the terms, and whether three runs gave the same."""
-    w, numbers = weight(fmt, n, k, seed=n + k)
-    x = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, k)), dtype)
-    run = jax.jit(product, static_argnums=2)
-    results = [np.asarray(run(x, w, jnp.float32)) for _ in range(3)]
-    exact = np.asarray(x, np.float64)
-    terms = np.abs(exact) @ np.abs(numbers).T
-    wrong = np.abs(results[0] - exact @ numbers.T) / np.maximum(terms, 1e-30)
-    return float(np.max(wrong)), all(np.array_equal(results[0], r) for r in results)
-
-
-def checks(quick: bool) -> list[dict[str, Any]]:
-    """Every format and dtype at odd and even sizes; tokens over all tiles."""
-    out = []
-    for fmt in FORMATS:
-        for dtype in ("bfloat16", "float16")[: 2 if fmt in FORMATS[:5:2] else 1]:
-            for i, (n, k) in enumerate(SMALL):
-                every = (1, 2, 3, 5, 7, 8, 13, 16, 31, 64, 100, 128, 257) if fmt is G128 and i == 1 else (7, 17)
-                for tokens in every[:: 2 if quick else 1]:
-                    row = {"weights": fmt.name, "dtype": dtype, "n": n, "k": k, "tokens": tokens}
-                    try:
-                        worst, steady = error(fmt, n, k, tokens, dtype)
-                        row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
-                    except Exception as failure:  # one kernel that fails must not hide the others
-                        row |= {"right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
-                    out.append(row)
-                    if not row["right"]:
-                        print(f"WRONG: {row}", flush=True)
-    return out
-
-
-def special() -> list[dict[str, Any]]:
-    """NaN and infinity stay in their rows, an empty batch, a transposed operand, a stack."""
-    w, numbers = weight(G128, 256, 256, 0)
-    x = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
-    x[1, 5], x[2] = np.nan, 60000.0
-    y = np.asarray(product(jnp.asarray(x, jnp.float16), w))
-    rows = {
-        "NaN in its row alone": np.isnan(y[1]).all() and np.isfinite(y[0]).all() and not np.isnan(y[2]).any(),
-        "float16 overflows to infinity": bool(np.isinf(y[2]).any()),
-        "no rows": product(jnp.ones((0, 256), jnp.bfloat16), w).shape == (0, 256),
-    }
-    turned = jnp.asarray(np.random.default_rng(1).normal(size=(256, 4)), jnp.bfloat16)
-    got = np.asarray(jax.jit(lambda t, w: product(t.T, w, jnp.float32))(turned, w))
-    want = np.asarray(turned, np.float64).T @ numbers.T
-    rows["transposed activations"] = bool(np.max(np.abs(got - want)) < 1e-4 * np.max(np.abs(want)))
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[weight(G128, 256, 256, s)[0] for s in (1, 2)])
-    both = jax.jit(jax.vmap(lambda w: product(turned.T, w, jnp.float32)))(stacked)
-    each = [np.asarray(product(turned.T, weight(G128, 256, 256, s)[0], jnp.float32)) for s in (1, 2)]
-    rows["a stack of weights"] = bool(np.array_equal(np.asarray(both), np.stack(each)))
-    return [{"check": name, "right": bool(right)} for name, right in rows.items()]
-
 
 # Times.
 
@@ -243,6 +151,80 @@ def timed(name: str, n: int, k: int, deadline: float, rates: dict[str, float]) -
     return sorted(out, key=lambda r: r["tokens"])
 
 
+def of_codes(name: str, n: int, k: int, deadline: float) -> list[dict[str, Any]]:
+    """W8A8 of one layer: by our kernel, by XLA, and in bfloat16; quantizing the activations included."""
+    out = []
+    keys = jax.random.split(jax.random.key(0), max(4, -(-ROTATE // (n * k * 2))))
+    floats = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
+    for weights, act, xla in (
+        (Int(8), Int(8, per="token"), "int_dot"),
+        (Float8(), Float8(per="token"), "float8_dot"),
+    ):
+        packed = [quantize_array(w, weights, in_axes=1) for w in floats]
+
+        def one(x: Any, w: QArray, how: str, act: Any = act) -> Any:
+            return ops.q_dot(x, w, act=(act, ops.activation_aux(x, act)), implementation=how)
+
+        for tokens in (16, 256, 4096):
+            if time.perf_counter() > deadline:
+                return out
+            x = jax.random.normal(jax.random.key(1), (tokens, k), jnp.bfloat16)
+            row = {"layer": name, "n": n, "k": k, "tokens": tokens, "weights": weights.name}
+            for how, function, many in (
+                ("mosaic_us", functools.partial(one, how=BY_KERNEL["implementation"]), packed),
+                ("xla_us", functools.partial(one, how=xla), packed),
+                ("bfloat16_us", lambda x, w: jnp.dot(x, w.T), floats),
+            ):
+                try:
+                    row[how] = each(function, x, many) * 1e6
+                except Exception as failure:
+                    print(f"{row}, {how}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+            out.append(row)
+            print(row, flush=True)
+    return out
+
+
+def sweep(n: int, k: int, tokens: int, deadline: float) -> list[dict[str, Any]]:
+    """One product by every schedule that might be good, fastest first."""
+    ours = [packed(n, k, s) for s in range(max(4, -(-ROTATE // (n * k // 2))))]
+    x = jax.random.normal(jax.random.key(0), (tokens, k), jnp.bfloat16)
+    chosen = schedule_for(n, k, tokens)
+    steps = rounded_up(k) // STEP
+    tiles = sorted({chosen.tokens, *(t for t in TILES if t > chosen.tokens)})[:2] if tokens > 8 else [chosen.tokens]
+    splits = sorted({1, chosen.splits, *(s for s in (2, 4, 8, 16) if steps % s == 0)})
+    splits = splits if tokens <= 64 else [1]
+    out = []
+    for tile in tiles:
+        for stages in (3, 4, 6, 8):
+            for parts in splits:
+                if time.perf_counter() > deadline:
+                    return sorted(out, key=lambda r: r["us"])
+                schedule = Schedule(tile, stages, parts)
+
+                def one(x: Any, w: QArray, schedule: Schedule = schedule) -> Any:
+                    how = {"fmt": w.fmt, "n": n, "out_dtype": x.dtype, "schedule": schedule}
+                    return tiles16(w.aux["tiles"], w.aux["scale"], None, x[None], **how)[0]
+
+                try:
+                    us = each(one, x, ours) * 1e6
+                except Exception:  # more shared memory than there is
+                    continue
+                mine = schedule == chosen
+                out.append(
+                    {
+                        "n": n,
+                        "k": k,
+                        "tokens": tokens,
+                        "tile": tile,
+                        "stages": stages,
+                        "splits": parts,
+                        "us": us,
+                        "chosen": mine,
+                    }
+                )
+    return sorted(out, key=lambda r: r["us"])
+
+
 def text(record: dict[str, Any]) -> str:
     """The Markdown page."""
     checked = record["checks"] + record["special"]
@@ -273,6 +255,14 @@ def text(record: dict[str, Any]) -> str:
             "\nThe ceiling is the larger of 4.125 bits a weight at the bandwidth of the copy and the arithmetic at the "
             "rate of the bfloat16 product."
         )
+    if rows := record.get("codes"):
+        names = ("layer", "weights", "tokens", "mosaic_us", "xla_us", "bfloat16_us")
+        body = [[r.get(k, "") if not isinstance(r.get(k), float) else f"{r[k]:.1f}" for k in names] for r in rows]
+        lines += ["\nW8A8, quantizing the activations included:\n", measure.table(names, body)]
+    if rows := record.get("sweep"):
+        names = ("n", "k", "tokens", "tile", "stages", "splits", "us", "chosen")
+        body = [[f"{r[k]:.1f}" if k == "us" else r.get(k, r.get("tokens")) for k in names] for r in rows]
+        lines += ["\nSchedules, the three fastest and the one that is chosen:\n", measure.table(names, body)]
     return "\n".join([*lines, *record["left_out"]])
 
 
@@ -297,7 +287,8 @@ def main() -> None:
         (given.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         (given.out / f"{stem}.md").write_text(f"{text(record)}\n\n{measure.described(environment)}.\n")
 
-    record["checks"], record["special"] = checks(given.quick), special()
+    record["checks"] = checks(given.quick) + codes(given.quick)
+    record["special"] = special()
     save()
     if not given.skip_times:
         record["rates"] = {"copy": copy_bandwidth(), "peak": peak()}
@@ -308,6 +299,12 @@ def main() -> None:
                 continue
             record["times"] += timed(layer, n, k, deadline, record["rates"])
             save()
+            if layer in WITH_MORE:
+                record.setdefault("codes", []).extend(of_codes(layer, n, k, deadline))
+                for tokens in (1, 16, 64, 1024):
+                    found = sweep(n, k, tokens, min(deadline, time.perf_counter() + 40))
+                    record.setdefault("sweep", []).extend(r for i, r in enumerate(found) if i < 3 or r["chosen"])
+                save()
     save()
     print(f"\n{text(record)}\n\nwritten to {given.out / stem}.md and .json")
 

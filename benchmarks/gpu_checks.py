@@ -1,0 +1,143 @@
+"""Whether the GPU kernels are right on the GPU at hand: every kind of weight, scale and dtype against float64 NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.kernel_cases import G128
+from qjax import ops
+from qjax.formats import Float8, Int, QArray, assemble, quantize_array
+
+FORMATS = (
+    G128,
+    Int(4, group=32),
+    Int(4, group=64),
+    Int(4),
+    Int(4, group=128, symmetric=False),
+    Int(4, group=32, symmetric=False),
+    Int(4, symmetric=False),
+    Int(4, group=256),
+    Int(8),
+    Int(8, group=128, symmetric=False),
+)
+
+SMALL = ((200, 200), (512, 1024), (264, 72))
+"""(N, K) of what is compared with NumPy; with few tiles K is cut in parts."""
+
+CLOSE = 1e-5
+"""Largest difference from NumPy, relative to the sum of magnitudes of the terms: tensor cores truncate as they add."""
+
+CLOSE_FLOAT8 = 1e-3
+"""The same where float8 codes are multiplied, whose sums tensor cores keep to about 14 bits."""
+
+BY_KERNEL: dict[str, Any] = {"implementation": "mosaic"}
+
+
+def weight(fmt: Int, n: int, k: int, seed: int) -> tuple[QArray, np.ndarray]:
+    """Random codes as a packed weight, and the numbers they stand for in float64."""
+    fmt = fmt.clamped(k)
+    rng = np.random.default_rng(seed)
+    low, high = fmt.code_range
+    codes = rng.integers(low, high + 1, (n, k))
+    scale = rng.uniform(0.5, 1.5, (n, fmt.groups(k))).astype(np.float32)
+    aux = {"scale": jnp.asarray(scale)}
+    spread = lambda a: np.repeat(a.astype(np.float64), fmt.group or k, axis=-1)[:, :k]  # noqa: E731
+    numbers = codes.astype(np.float64)
+    if not fmt.symmetric:
+        zero = rng.integers(low, high + 1, scale.shape)
+        aux["zero"] = jnp.asarray(zero, jnp.uint8)
+        numbers = numbers - spread(zero)
+    w = assemble(jnp.asarray(codes, fmt.code_dtype), aux, fmt, shape=(n, k), in_axes=1)
+    return ops.pack(w), numbers * spread(scale)
+
+
+def product(x: Any, w: QArray, out_dtype: Any = None) -> Any:
+    """By the kernel, or an error that says why not."""
+    return ops.q_dot(x, w, out_dtype=out_dtype, **BY_KERNEL)
+
+
+def error(fmt: Int, n: int, k: int, tokens: int, dtype: str) -> tuple[float, bool]:
+    """Largest error relative to the sum of magnitudes of the terms, and whether three runs gave the same."""
+    w, numbers = weight(fmt, n, k, seed=n + k)
+    x = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, k)), dtype)
+    run = jax.jit(product, static_argnums=2)
+    results = [np.asarray(run(x, w, jnp.float32)) for _ in range(3)]
+    exact = np.asarray(x, np.float64)
+    terms = np.abs(exact) @ np.abs(numbers).T
+    wrong = np.abs(results[0] - exact @ numbers.T) / np.maximum(terms, 1e-30)
+    return float(np.max(wrong)), all(np.array_equal(results[0], r) for r in results)
+
+
+def checks(quick: bool) -> list[dict[str, Any]]:
+    """Every format and dtype at odd and even sizes; tokens over all tiles."""
+    out = []
+    for fmt in FORMATS:
+        for dtype in ("bfloat16", "float16")[: 2 if fmt in FORMATS[:5:2] else 1]:
+            for i, (n, k) in enumerate(SMALL):
+                every = (1, 2, 3, 5, 7, 8, 13, 16, 31, 64, 100, 128, 257) if fmt is G128 and i == 1 else (7, 17)
+                for tokens in every[:: 2 if quick else 1]:
+                    row = {"weights": fmt.name, "dtype": dtype, "n": n, "k": k, "tokens": tokens}
+                    try:
+                        worst, steady = error(fmt, n, k, tokens, dtype)
+                        row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
+                    except Exception as failure:  # one kernel that fails must not hide the others
+                        row |= {"right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
+                    out.append(row)
+                    if not row["right"]:
+                        print(f"WRONG: {row}", flush=True)
+    return out
+
+
+def special() -> list[dict[str, Any]]:
+    """NaN and infinity stay in their rows, an empty batch, a transposed operand, a stack."""
+    w, numbers = weight(G128, 256, 256, 0)
+    x = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+    x[1, 5], x[2] = np.nan, 60000.0
+    y = np.asarray(product(jnp.asarray(x, jnp.float16), w))
+    rows = {
+        "NaN in its row alone": np.isnan(y[1]).all() and np.isfinite(y[0]).all() and not np.isnan(y[2]).any(),
+        "float16 overflows to infinity": bool(np.isinf(y[2]).any()),
+        "no rows": product(jnp.ones((0, 256), jnp.bfloat16), w).shape == (0, 256),
+    }
+    turned = jnp.asarray(np.random.default_rng(1).normal(size=(256, 4)), jnp.bfloat16)
+    got = np.asarray(jax.jit(lambda t, w: product(t.T, w, jnp.float32))(turned, w))
+    want = np.asarray(turned, np.float64).T @ numbers.T
+    rows["transposed activations"] = bool(np.max(np.abs(got - want)) < 1e-4 * np.max(np.abs(want)))
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[weight(G128, 256, 256, s)[0] for s in (1, 2)])
+    both = jax.jit(jax.vmap(lambda w: product(turned.T, w, jnp.float32)))(stacked)
+    each = [np.asarray(product(turned.T, weight(G128, 256, 256, s)[0], jnp.float32)) for s in (1, 2)]
+    rows["a stack of weights"] = bool(np.array_equal(np.asarray(both), np.stack(each)))
+    return [{"check": name, "right": bool(right)} for name, right in rows.items()]
+
+
+def codes(quick: bool) -> list[dict[str, Any]]:
+    """W8A8, per token and per tensor."""
+    out = []
+    rng = np.random.default_rng(0)
+    for weights, act, close in (
+        (Int(8), Int(8, per="token"), CLOSE),
+        (Int(8, per="tensor"), Int(8, per="tensor"), CLOSE),
+        (Float8(), Float8(per="token"), CLOSE_FLOAT8),
+    ):
+        w = quantize_array(jnp.asarray(rng.normal(size=(512, 1024)), jnp.float32), weights, in_axes=1)
+        numbers = np.asarray(w.dequantize(), np.float64)
+        for tokens in (1, 7, 16, 64, 130)[:: 2 if quick else 1]:
+            x = jnp.asarray(rng.normal(size=(tokens, 1024)), jnp.bfloat16)
+            aux = ops.activation_aux(x, act)
+            run = jax.jit(lambda x, w, aux, a=act: ops.q_dot(x, w, act=(a, aux), out_dtype=jnp.float32, **BY_KERNEL))
+            row = {"weights": weights.name, "act": act.name, "dtype": "bfloat16", "tokens": tokens}
+            try:
+                y = np.asarray(run(x, w, aux), np.float64)
+                inputs = np.asarray(act.decode(act.encode(x, aux), aux), np.float64)
+                worst = np.max(np.abs(y - inputs @ numbers.T) / (np.abs(inputs) @ np.abs(numbers).T))
+                row |= {"error": float(worst), "right": bool(worst < close)}
+            except Exception as failure:  # one kernel that fails must not hide the others
+                row |= {"right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
+            out.append(row)
+            if not row["right"]:
+                print(f"WRONG: {row}", flush=True)
+    return out
