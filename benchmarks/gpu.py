@@ -2,12 +2,13 @@
 
     PYTHONPATH=. python -m benchmarks.gpu [--seconds 540] [--quick] [--skip-times]
 
-For one session with an H100 or H200. Every kind of weight, scale, dtype and schedule is compared with float64 NumPy,
-three times over; a kernel that is wrong is named. Then layers of Llama-3-8B and 70B and a shape of Marlin's, 1 to 4096
-tokens, beside the bfloat16 `jnp.dot` and the bandwidth of a copy, which are measured in the same run: weights rotate
-through more memory than the L2 cache, and the calls of one round are one compiled program, so what is timed is the
-device. What does not fit into the seconds is left out and said. Results: `benchmarks/results/<device>-<date>.json` and
-`.md`, written after each layer; then `python -m benchmarks.kernel_states` renews docs/kernels.md.
+For one session with an H100 or H200. Every kind of weight, scale and dtype is compared with float64 NumPy, three times
+over; what is wrong is named. Then layers of Llama-3-8B and 70B and a shape of Marlin's, 1 to 4096 tokens, beside the
+bfloat16 `jnp.dot` and the bandwidth of a copy, which are measured in the same run: weights rotate through more memory
+than the L2 cache, and the calls of one round are one compiled program, so what is timed is the device. Of one layer W8A8
+is timed beside XLA's, and other schedules are tried. What does not fit into the seconds is left out. Results:
+`benchmarks/results/<device>-<date>.json` and `.md`, written after each layer; then `python -m benchmarks.kernel_states`
+renews docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -207,21 +208,11 @@ def sweep(n: int, k: int, tokens: int, deadline: float) -> list[dict[str, Any]]:
 
                 try:
                     us = each(one, x, ours) * 1e6
-                except Exception:  # more shared memory than there is
+                except Exception as failure:  # more shared memory than there is, say
+                    print(f"{schedule}: {type(failure).__name__}: {str(failure)[:100]}", flush=True)
                     continue
-                mine = schedule == chosen
-                out.append(
-                    {
-                        "n": n,
-                        "k": k,
-                        "tokens": tokens,
-                        "tile": tile,
-                        "stages": stages,
-                        "splits": parts,
-                        "us": us,
-                        "chosen": mine,
-                    }
-                )
+                row = {"n": n, "k": k, "tokens": tokens, "tile": tile, "stages": stages, "splits": parts}
+                out.append({**row, "us": us, "chosen": schedule == chosen})
     return sorted(out, key=lambda r: r["us"])
 
 

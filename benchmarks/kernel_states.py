@@ -29,7 +29,7 @@ def on_device(name: str, fmt: str, dtype: str, records: list[dict]) -> str:
     if not records:
         return "unmeasured"
     last = records[-1]
-    rows = [r for r in last["checks"] if (r["weights"], r["dtype"]) == (fmt, dtype)]
+    rows = [r for r in last["checks"] if (r["weights"], r["dtype"], "act" in r) == (fmt, dtype, "A8" in name)]
     right = sum(r["right"] for r in rows)
     where = f"{last['environment']['device']}, {last['environment']['date']}"
     return f"{right} of {len(rows)} right ({where})" if rows else "unmeasured"
