@@ -5,7 +5,7 @@
 For one session with an H100 or H200. Every kind of weight, scale and dtype is compared with float64 NumPy, three times
 over; what is wrong is named. Then layers of Llama-3-8B and 70B and a shape of Marlin's, 1 to 4096 tokens, beside the
 bfloat16 `jnp.dot` and the bandwidth of a copy, which are measured in the same run: weights rotate through more memory
-than the L2 cache, and the calls of one round are one compiled program, so what is timed is the device. Of one layer W8A8
+than the L2 cache, and the calls of a round are one compiled program, so what is timed is the device. W8A8 of one layer
 is timed beside XLA's, and other schedules are tried. What does not fit into the seconds is left out. Results:
 `benchmarks/results/<device>-<date>.json` and `.md`, written after each layer; then `python -m benchmarks.kernel_states`
 renews docs/kernels.md.
