@@ -37,7 +37,7 @@ from jax.interpreters import ad, batching, mlir
 
 from qjax import _compat
 from qjax.formats import Format
-from qjax.kernels import Act, Problem, select
+from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.registry import on_new_platform
 from qjax.ops.deferred import Deferred, deferred
 
@@ -131,6 +131,9 @@ class QuantizedOp:
     def problem(self, spec: Any, operands: Operands, platform: str, devices: int) -> Problem:
         """Return what `select` is asked. The operands have shapes and dtypes at least."""
         raise NotImplementedError
+
+    def chosen(self, problem: Problem, lowering: Lowering) -> None:
+        """Say, when the op is compiled, what the user should know of the choice."""
 
     def out_shape(self, spec: Any, operands: Operands) -> tuple[int, ...]:
         """Return the shape of the result."""
@@ -264,6 +267,7 @@ class LinearOp:
         operands = call.operands(ctx.avals_in)
         problem = self.definition.problem(call.spec, operands, where, devices)
         lowering = select(problem, call.spec.implementation)
+        self.definition.chosen(problem, lowering)
 
         def run(*leaves: Array) -> Array:
             o = call.operands(leaves)

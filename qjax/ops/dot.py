@@ -18,7 +18,7 @@ from qjax.errors import LayoutError, warn
 from qjax.formats import Aux, Float8, Format, Int, IntTiles, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.formats.rotation import check_prepared
-from qjax.kernels import Act, Problem, select
+from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
@@ -54,6 +54,12 @@ class _Dot(QuantizedOp):
             settings=spec,
             capability=cuda_capability() if platform == "cuda" else None,
         )
+
+    def chosen(self, problem: Problem, lowering: Lowering) -> None:
+        if isinstance(problem.weight, IntTiles) and not self.transpose and problem.platform == "cuda":
+            why = [e.refuses(problem) for e in _entries("mosaic")] if lowering.name == "dequantize" else []
+            if reason := next(filter(None, why), None):
+                _warn_once("", str(problem.weight), f"{problem}: the packed weight is dequantized, because {reason}")
 
     def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
         w = operands.w

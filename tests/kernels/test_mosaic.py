@@ -21,6 +21,8 @@ from qjax.kernels import Problem, registry
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.mosaic import schedule_for
 from qjax.kernels.dot.tiles16 import STEP, TOKENS
+from qjax.models import LanguageModel
+from qjax.models.llama import LlamaConfig
 
 HOPPER = (9, 0)
 FORMATS = [
@@ -40,7 +42,7 @@ FORMATS = [
 # Packing.
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.sampled_from(FORMATS), st.integers(1, 150), st.integers(1, 300), st.sampled_from([(), (2,), (2, 1)]))
 def test_packing_changes_no_number_and_is_undone(fmt, n, k, stack):
     fmt = fmt.clamped(k)
@@ -125,6 +127,17 @@ def test_what_is_on_disk_is_neutral(tmp_path):
 
 
 # Choosing.
+
+
+def test_a_packed_weight_without_its_kernel_on_a_gpu_is_warned_of():
+    w = jax.eval_shape(lambda: ops.pack(mosaic.blank(Int(4, group=128), 128, 128)))
+    x = jax.ShapeDtypeStruct((2, 128), jnp.float32)
+    with (
+        mosaic.described_gpu(),
+        pytest.warns(QjaxWarning, match="int4 g128 tiles weights.*dequantized.*activations are float32; cast them"),
+    ):
+        text = jax.jit(ops.q_dot).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" not in text
 
 
 def test_a_packed_weight_with_quantized_activations_is_warned_of_once():
@@ -279,6 +292,25 @@ def test_it_lowers_under_transformations():
 
     text = lowered(Int(4, group=128), 128, 256, 4, jnp.bfloat16, function=slope)
     assert "mosaic_gpu" not in text  # the product itself is not needed, its transpose is dequantized
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_whole_language_model_is_on_the_kernel(scan):
+    """Every quantized product of a decode step, through the rewritten graph; two layers of seven, and the head."""
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    fn = LanguageModel(config, scan_layers=scan)
+    params = fn.abstract_params(jnp.bfloat16)
+    weights = qjax.Recipe([qjax.Rule("layers/**", weights=Int(4, group=128)), qjax.Rule("lm_head/**", weights=Int(8))])
+    tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+    cache = jax.eval_shape(lambda: fn.init_cache(1, 8, jnp.bfloat16))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
+    model = qjax.quantize(fn, zeros, jnp.zeros((1, 4), jnp.int32), recipe=weights)
+    decode = model.bind(fn.decode_step)
+    with mosaic.described_gpu():
+        traced = jax.jit(lambda p, t, c: decode(p, t, c)).trace(ops.pack_tree(model.params), tokens, cache)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == (8 if scan else 15)
 
 
 @pytest.mark.parametrize(("fmt", "act"), [(Int(8), Int(8, per="token")), (Float8(), Float8(per="tensor"))])
