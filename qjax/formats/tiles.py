@@ -11,6 +11,10 @@ when a model is put on its device, costs nothing per call. `IntTiles` is that or
     scale  float32  [*stack, 1, G N']    as [G, N']: one number per block and row; rows of padding have 0
     zero   bfloat16 [*stack, 1, G N']    likewise, for codes with a zero point
 
+Within a row of a tile, each 32 columns of 4-bit codes are stored so that the four threads which share the row find
+their own codes in one word each, in pairs that one mask takes out: place 8c + 4v + t holds column 8t + 2c + v, for
+thread c, element v of a pair, and pair t. That is the order in which registers hold the left operand of `wgmma`.
+
 A block is 32, 64 or 128 columns, the largest that divides the group (longer groups repeat their number), or all of K
 where a row has one scale. Codes with a zero point are stored less 8 (128), as signed ones, and so is the zero point:
 signed integers are what is widened without converting number by number. Padding is code 0. Bytes, and not jax's int4:
@@ -171,7 +175,7 @@ class IntTiles(Format):
         codes = jnp.pad(codes.astype(jnp.int8), padding)
         codes = codes.reshape(*stack, rounded_up(n) // ROWS, ROWS, self.padded_length // self.columns, self.columns)
         tiles = jnp.swapaxes(codes, -3, -2)
-        tiles = pack_bits(tiles, 4) if self.code_bits == 4 else tiles
+        tiles = pack_bits(for_threads(tiles), 4) if self.code_bits == 4 else tiles
         out: Aux = {"tiles": tiles.reshape(*stack, 1, -1), "scale": self._by_block(aux["scale"], n).astype(jnp.float32)}
         if not self.symmetric:
             zero = self._by_block(aux["zero"].astype(jnp.float32) - self.offset, n)
@@ -184,7 +188,8 @@ class IntTiles(Format):
         width = self.columns * self.code_bits // 8
         tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, width)
         codes = jnp.swapaxes(tiles, -3, -2)
-        codes = unpack_bits(codes, 4, self.columns, signed=True) if self.code_bits == 4 else codes
+        if self.code_bits == 4:
+            codes = from_threads(unpack_bits(codes, 4, self.columns, signed=True))
         codes = codes.reshape(*stack, rounded_up(n), self.padded_length)
         codes = codes[..., :n, : self.length]
         out: Aux = {"scale": self._by_row(aux["scale"], n)}
@@ -208,6 +213,18 @@ class IntTiles(Format):
         a = jnp.swapaxes(a.reshape(*a.shape[:-2], self.blocks, rounded_up(n)), -1, -2)[..., :n, :]
         step = self.like.group // self.block if self.block else 1  # type: ignore[operator]
         return a[..., ::step][..., : self.like.groups(self.length)]
+
+
+def for_threads(tiles: AnyArray) -> Array:
+    """Return rows of tiles [..., B], B a multiple of 32, in the order of threads."""
+    parts = jnp.asarray(tiles).reshape(*tiles.shape[:-1], tiles.shape[-1] // 32, 4, 4, 2)
+    return jnp.moveaxis(parts, -3, -1).reshape(tiles.shape)
+
+
+def from_threads(tiles: AnyArray) -> Array:
+    """Return rows of tiles [..., B] in the order of columns; undoes `for_threads`."""
+    parts = jnp.asarray(tiles).reshape(*tiles.shape[:-1], tiles.shape[-1] // 32, 4, 2, 4)
+    return jnp.moveaxis(parts, -1, -3).reshape(tiles.shape)
 
 
 def rounded_up(size: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +19,7 @@ import qjax
 from qjax import ops
 from qjax.errors import FormatError, LayoutError, LoweringError, QjaxWarning
 from qjax.formats import NF4, Float8, Int, IntTiles, quantize_array
+from qjax.formats.tiles import for_threads, from_threads
 from qjax.kernels import Problem, registry
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.mosaic import schedule_for
@@ -66,10 +69,50 @@ def test_order_of_tiles():
     tiles = (np.stack([half & 15, half >> 4], axis=-1).reshape(4, 4, 64, 32) ^ 8) - 8
     scale = np.asarray(p.aux["scale"]).reshape(4, 256)
     codes = np.asarray(w.unpacked())
+    place = np.empty(32, int)  # of a column among 32
+    for c, v, t in itertools.product(range(4), range(2), range(4)):
+        place[8 * t + 2 * c + v] = 8 * c + 4 * v + t
+    tiles = tiles[..., place]
     for n, k in [(0, 0), (1, 33), (63, 99), (64, 0), (129, 98)]:
         assert tiles[n // 64, k // 32, n % 64, k % 32] == codes[n, k]
         assert scale[k // 32, n] == np.asarray(w.aux["scale"])[n, k // 32]
     assert not tiles[2, :, 2:].any() and not tiles[:, 3, :, 4:].any() and not scale[:, 130:].any()
+
+
+def in_threads(layout, numbers):
+    """Where a layout of Mosaic's puts an array: [warp, lane, *registers, element of a register]."""
+    for tile in layout.tiling.tiles:
+        lead, sizes = numbers.shape[: -len(tile)], numbers.shape[-len(tile) :]
+        numbers = numbers.reshape(*lead, *(n for size, t in zip(sizes, tile, strict=True) for n in (size // t, t)))
+        first = len(lead)
+        outer, inner = range(first, numbers.ndim, 2), range(first + 1, numbers.ndim, 2)
+        numbers = numbers.transpose(*range(first), *outer, *inner)
+    assert layout.vector_dim == -1
+    numbers = np.moveaxis(numbers, (*layout.warp_dims, *layout.lane_dims), (0, 1, 2))
+    return numbers.reshape(4, 32, *numbers.shape[3:])
+
+
+@pytest.mark.parametrize("columns", [32, 64])
+def test_codes_of_a_word_are_those_of_the_threads_operand(columns):
+    """What the inlined code does with registers, which the interpreter does not run, on layouts as jax defines them."""
+    mgpu = importlib.import_module("jax.experimental.mosaic.gpu")
+    codes = np.arange(64 * columns).reshape(64, columns)
+    words = in_threads(mgpu.WGMMA_LAYOUT_UPCAST_4X, np.asarray(for_threads(codes)))
+    words = words.reshape(4, 32, columns // 32, 2, 8)  # block of columns, half of 16 rows, nibble
+    pairs = np.stack([words[..., :4], words[..., 4:]], axis=-1)  # pair t: nibbles t and t + 4
+    operand = in_threads(mgpu.WGMMA_LAYOUT, codes).reshape(4, 32, columns // 8, 2, 2)
+    np.testing.assert_array_equal(np.moveaxis(pairs, -2, -3).reshape(operand.shape), operand)
+    assert mgpu.WGMMA_LAYOUT.registers_shape((64, columns)) == (1, columns // 8, 1, 1, 2, 1, 1, 1, 1)
+    assert mgpu.WGMMA_LAYOUT_UPCAST_4X.registers_shape((64, columns)) == (1, columns // 32, 1, 1, 2, 1, 1, 1, 1)
+    np.testing.assert_array_equal(from_threads(for_threads(codes)), codes)
+
+
+@pytest.mark.parametrize(("magic", "dtype", "base"), [(0x4308, jnp.bfloat16, 136), (0x6408, np.float16, 1032)])
+def test_masks_that_widen(magic, dtype, base):
+    """One mask and one exclusive or, for all 4-bit codes: (nibble xor 8) written into the last bits of a number."""
+    codes = np.arange(-8, 8)
+    bits = ((codes & 0xF) ^ magic).astype(np.uint16)
+    np.testing.assert_array_equal(bits.view(dtype).astype(np.float32) - base, codes)
 
 
 def test_views_of_a_packed_weight():

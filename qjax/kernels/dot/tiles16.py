@@ -15,6 +15,10 @@ of the next steps of 128 columns come through TMA in a ring of ``stages``. Where
 ``splits`` and their sums are added afterwards. TMA moves x in cells of 8 tokens, so more than 8 tokens are padded to a
 multiple of 8; up to 8 need no padding, because TMA reads zeros behind the last token and writes none there.
 
+4-bit codes lie so that widening moves nothing between threads: one word of shared memory is eight codes of one thread,
+and a shift and a mask make two numbers of the left operand at once (`widened`, inlined below the level of Pallas; the
+interpreter gets the same numbers by reshaping, and a test compares registers with the layouts as jax defines them).
+
 Structure after the public descriptions of Marlin (arXiv:2408.11743) and Machete; written for one source on jax 0.10
 and 0.11.
 """
@@ -28,10 +32,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from qjax._compat import JAX_VERSION
-from qjax.formats.tiles import ROWS, IntTiles, rounded_up
+from qjax.formats.tiles import ROWS, IntTiles, from_threads, rounded_up
 
 STEP = 128
 """Columns of the weight in one step of the ring."""
@@ -125,7 +130,6 @@ def _kernel(
     per_row = fmt.block is None
     wide = WARPGROUPS * ROWS
     count, tokens = out.shape[0] // schedule.splits, out.shape[1]
-    stored = layouts.WGMMA_UPCAST_4X if fmt.code_bits == 4 else layouts.WGMMA_UPCAST_2X
     out_bits = out.dtype.itemsize * 8
 
     def load(ref: Any, layout: Any) -> Array:
@@ -146,21 +150,22 @@ def _kernel(
 
         def weights(w_s: Any, z_s: Any, at: int) -> Array:
             """Cells as 16-bit numbers in the registers of the left operand, [64, columns]."""
-            # The relayout comes before the cast, while codes move several to a register.
-            codes = plgpu.layout_cast(load(w_s.at[group, at], stored), layouts.WGMMA)
-            if dtype == jnp.bfloat16:
-                numbers, base = codes.astype(dtype), 0
-            else:  # jax converts each code to float16 by itself; written into the last bits of 1024 they go two at once
-                if fmt.code_bits == 4:
-                    bits = lax.bitcast_convert_type(codes.astype(jnp.bfloat16) + jnp.bfloat16(136), jnp.int16)
-                    bits = bits & jnp.int16(0xF)
-                else:
-                    bits = (codes ^ jnp.int8(-128)).astype(jnp.int16) & jnp.int16(0xFF)
-                numbers, base = lax.bitcast_convert_type(bits | jnp.int16(0x6400), dtype), 1024 + fmt.offset
+            ref = w_s.at[group, at]
+            if fmt.code_bits == 4:
+                numbers = widened(plgpu, load(ref, layouts.WGMMA_UPCAST_4X), dtype, bool(interpret))
+                base = (128 if dtype == jnp.bfloat16 else 1024) + fmt.offset
+            else:  # the relayout comes before the cast, while codes move two to a register
+                codes = plgpu.layout_cast(load(ref, layouts.WGMMA_UPCAST_2X), layouts.WGMMA)
+                numbers, base = codes, 0
+                if dtype == jnp.bfloat16:
+                    numbers = codes.astype(dtype)
+                else:  # jax converts each code to float16 by itself; as last bits of 1024 they go two at once
+                    bits = (codes ^ jnp.int8(-128)).astype(jnp.int16) & jnp.int16(0xFF) | jnp.int16(0x6400)
+                    numbers, base = lax.bitcast_convert_type(bits, dtype), 1024 + fmt.offset
             if z_s is None:
                 return numbers - jnp.asarray(base, dtype) if base else numbers
             z = load(z_s.at[0 if per_row else at * columns // block, own], layouts.WGMMA.reduce(1))
-            z = z if dtype == jnp.bfloat16 else (z.astype(jnp.float32) + base).astype(dtype)
+            z = (z.astype(jnp.float32) + base).astype(dtype)
             return numbers - over_rows(z, numbers.shape)
 
         def step(_: Any, w_s: Any, *rest: Any) -> Array:
@@ -233,6 +238,64 @@ def _kernel(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )
+
+
+def widened(plgpu: Any, codes: Array, dtype: Any, interpret: bool) -> Array:
+    """Write 4-bit codes in the order of threads into the last bits of 128 (bfloat16) or 1024 (float16).
+
+    Args:
+        plgpu: the module.
+        codes: int4 [64, B], in registers as ``WGMMA_UPCAST_4X``: eight codes of a row to a word.
+        dtype: bfloat16 or float16.
+        interpret: whether the interpreter runs it, which knows no registers.
+
+    Returns:
+        128 + 8 + code, or 1024 + 8 + code, [64, B] in the order of columns, as ``WGMMA``.
+    """
+    if interpret:
+        return (from_threads(codes).astype(jnp.float32) + (136 if dtype == jnp.bfloat16 else 1032)).astype(dtype)
+    layouts = plgpu.Layout
+
+    @plgpu.inline_mgpu(
+        arg_types=(layouts.WGMMA_UPCAST_4X,),
+        return_type=plgpu.ShapeDtypeStruct(codes.shape, dtype, layout=layouts.WGMMA),
+    )
+    def inline(_: Any, words: Any) -> Any:
+        return _widened_registers(words, dtype)
+
+    return inline(codes)
+
+
+def _widened_registers(words: Any, dtype: Any) -> Any:
+    """The registers of `widened`: pair t of a word is its nibbles t and t + 4, two numbers of columns 8t and on."""
+    ir: Any = importlib.import_module("jaxlib.mlir.ir")
+    llvm: Any = importlib.import_module("jaxlib.mlir.dialects.llvm")
+    mgpu: Any = importlib.import_module("jax.experimental.mosaic.gpu")
+    utils: Any = importlib.import_module("jax.experimental.mosaic.gpu.utils")
+    word = ir.IntegerType.get_signless(32)
+    magic, kind = ("0x43084308", ir.BF16Type) if dtype == jnp.bfloat16 else ("0x64086408", ir.F16Type)
+    pair = ir.VectorType.get((2,), kind.get())
+    blocks = words.shape[1] // 32
+    # [tile of rows, tile of columns, warp, 1, half of 16 rows, 1, lanes, vector]: what is spread over threads counts 1.
+    out = np.empty((1, 4 * blocks, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+    for block in range(blocks):
+        for half in range(2):
+            codes = utils.bitcast(words.registers[0, block, 0, 0, half, 0, 0, 0, 0], word)
+            for t in range(4):
+                bits = llvm.inline_asm(
+                    word,
+                    [codes],
+                    f"""
+                    {{
+                    .reg .b32 shifted;
+                    shr.u32 shifted, $1, {4 * t};
+                    lop3.b32 $0, shifted, 0x000F000F, {magic}, (0xf0 & 0xcc) ^ 0xaa;
+                    }}
+                    """,
+                    "=r,r",
+                )
+                out[0, 4 * block + t, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(bits, pair)
+    return mgpu.FragmentedArray(_registers=out, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
 
 def tiling(plgpu: Any, columns: int, bits: int) -> tuple[Any, ...]:
