@@ -129,8 +129,8 @@ def plot(folder: Path, rows: Sequence[Row], models: Sequence[str], path: Path) -
             for n, (kind, title) in enumerate(METHODS.items()):
                 found_here = sorted(points.get(kind, []))
                 if found_here:
-                    line = "" if kind == "preset" else "-"
-                    axes.plot(*zip(*found_here, strict=True), line, marker="o", ms=4, lw=1, color=f"C{n}", label=title)
+                    style = {"ls": "none" if kind == "preset" else "-", "lw": 1, "color": f"C{n}"}
+                    axes.plot(*zip(*found_here, strict=True), marker="o", ms=4, label=title, **style)
             axes.set_yscale("log")
             axes.set_title(model)
             axes.set_xlabel("stored bits per quantized weight")
