@@ -54,8 +54,8 @@ def test_patterns_name_rows():
 
 
 def test_sentence_pairs_are_the_same_every_time(data_dir):
-    pairs = models.sentence_pairs(data_dir, 10)
-    assert pairs == models.sentence_pairs(data_dir, 10) and len(pairs) == 20
+    pairs = models.book_pairs(data_dir, 10)
+    assert pairs == models.book_pairs(data_dir, 10) and len(pairs) == 20
     assert all(4 <= len(s.split()) <= 30 for pair in pairs for s in pair)
 
 

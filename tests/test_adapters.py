@@ -137,6 +137,7 @@ def test_nnx_scan_over_layers():
     assert {r.name for r in model.report.quantized} == {"0/kernel", "1/kernel", "2/kernel"}
 
 
+@pytest.mark.slow
 def test_equinox_module_with_static_leaves():
     eqx = pytest.importorskip("equinox")
     mlp = eqx.nn.MLP(16, 4, 32, depth=2, activation=jax.nn.gelu, key=jax.random.key(0))
@@ -182,6 +183,7 @@ def test_mixture_of_experts_by_ragged_dot():
     assert float(jnp.abs(quantized(quantized.params, *args) - want).max() / jnp.abs(want).max()) < 0.03
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("recipe", [W8, W8A8], ids=["w8", "w8a8"])
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_convolutions(groups, recipe):

@@ -36,6 +36,7 @@ def fitted(observer, fmt, x):
     return aux, fmt.decode(fmt.encode(x, aux), aux)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("observer", OBSERVERS, ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("fmt", [SYMMETRIC, ASYMMETRIC], ids=lambda f: f.name)
 def test_states_form_a_monoid(observer, fmt):
@@ -141,6 +142,7 @@ def test_mse_finds_the_best_factor_of_each_group(norm):
     np.testing.assert_allclose(error, oracle, rtol=1e-4)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("fmt", [Int(4, group=16, symmetric=False), Int(3), Float8()], ids=lambda f: f.name)
 def test_mse_in_pieces_is_mse_of_the_whole(fmt, monkeypatch):
     """Formats study, MSE clipping: the factor lies within the grid, and the error is never that of a worse one."""
@@ -178,6 +180,7 @@ def test_patience_keeps_what_a_block_had():
         MSE(patience=0)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "fmt", [Int(2), Int(4, group=16, symmetric=False), Float8(per="tensor"), NVFP4()], ids=lambda f: f.name
 )

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -389,6 +390,7 @@ def evaluated_tokens(folder, path):
     return qjax.evaluate.text_blocks(tokenizer, path.read_text(), "A", context=32).tokens
 
 
+@pytest.mark.slow
 def test_study_of_images(capsys, vit_folder, pictures, tmp_path):
     data = ("--images", pictures, "--calibration", pictures, "--samples", "3")
     code, out, err = run(
@@ -501,7 +503,8 @@ def test_an_older_folder_that_a_kill_left_aside_is_put_back(folder, saved, tmp_p
 
     shutil.copytree(saved, tmp_path / ".q.old")
     with pytest.raises(qjax.errors.CheckpointError):
-        save_folder(tmp_path / "q", folder, None, qjax.report.Report.load(saved))
+        unsaved = SimpleNamespace(recipe=qjax.Recipe([]))  # no model that can be saved
+        save_folder(tmp_path / "q", folder, unsaved, qjax.report.Report.load(saved))
     assert [p.name for p in tmp_path.iterdir()] == ["q"] and (tmp_path / "q" / "qjax.json").is_file()
 
 
@@ -527,6 +530,7 @@ def test_ctrl_c(capsys, folder, monkeypatch):
 # -- the real models ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stories_at_8_bits(capsys, data_dir, tmp_path):
     out, stories = tmp_path / "q", data_dir / "text" / "tinystories-sample.txt"
     code, _, _ = run(

@@ -69,6 +69,7 @@ def run(capsys, *argv):
     return code, json.loads(out) if out else None, err
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_decoders(capsys, folder_of, tmp_path, kind):
     sites = {"gpt2": 4, "opt": 6, "mixtral": 7, "qwen2_moe": 10}[kind]  # the router and the shared gate stay float
@@ -153,6 +154,7 @@ rounding = { rounding = "GPTQ", block_size = 8 }
 """
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_layer_by_layer(capsys, folder_of, tmp_path, kind):
     """--resume and --low-memory change how the job goes and not what comes out."""

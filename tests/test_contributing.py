@@ -10,6 +10,7 @@ import pytest
 
 
 # The second example of evaluation.md is that of an extra, and reads tasks from the network.
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("page", "count", "run_first"), [("CONTRIBUTING.md", 3, 3), ("docs/evaluation.md", 2, 1)])
 def test_the_examples_run(root, page, count, run_first):
     blocks = re.findall(r"^```python\n(.*?)^```", (root / page).read_text(), re.MULTILINE | re.DOTALL)

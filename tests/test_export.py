@@ -27,6 +27,7 @@ TOKEN = qjax.Int(8, per="token")
 GRAINED = qjax.Recipe([qjax.Rule("**", weights=qjax.formats.DualGrained(32), inputs=TOKEN, clamp_group=True)])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "recipe", ["W4A16", "W8A8", "FP8_DYNAMIC", "PTQTP", GRAINED], ids=lambda r: r if isinstance(r, str) else "grained"
 )

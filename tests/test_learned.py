@@ -43,6 +43,7 @@ def shaken(state):
     return jax.tree.map(lambda a: a * jax.random.uniform(next(keys), a.shape, minval=0.7, maxval=1.4), state)
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     ("name", "rule"),
     [(name, rule) for name in ("matmul", "scan", "jit_shared") for rule in RULES]
@@ -76,6 +77,7 @@ def lsq_by_hand(w, scale, low, high, factor, cotangent):
     return codes * scale, cotangent * inside, (cotangent * d_scale).sum(-1, keepdims=True) * factor
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     bits=st.integers(2, 8),

@@ -96,7 +96,10 @@ def test_values_and_derivatives_are_those_of_the_formula(rows, k, n, r, alpha, f
     close(got, want, 1e-4)
 
 
-WHOLE = "jit_shared while while_carries_params fori scan scan_const scan_of_scan scan_by_index scan_remat".split()
+WHOLE = (
+    "jit_shared while while_carries_params fori fori_backwards scan scan_const scan_of_scan scan_by_index scan_remat "
+    "scan_reversed"
+).split()
 """Constructs whose bodies XLA compiles as a whole, even where the function itself runs op by op."""
 
 
@@ -107,6 +110,7 @@ def same(name, got, want, whole=False):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, want)
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("fmt", ["float", "int4 g4"])
 @pytest.mark.parametrize("name", ADAPTED)
 def test_every_construct(name, fmt):
@@ -134,6 +138,7 @@ def test_every_construct(name, fmt):
     assert any((np.asarray(merged[k]) != np.asarray(dense(q)[k])).any() for k in merged)
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", [n for n in ADAPTED if n not in ("while", "while_carries_params", "pure_callback")])
 def test_derivatives_through_every_construct(name):
     """d/dA and d/dB are those of the merged weights, by the chain rule of W + s A B."""
@@ -270,6 +275,7 @@ def test_a_step_keeps_packed_codes_and_no_float_weight():
         assert [k for k in kept if k[1] == jnp.uint8 and k[0][-1] == width // 2], kept
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_merging(fmt):
     p, x = params(), batch()
@@ -479,6 +485,7 @@ def test_bad_states():
         t.convert(p, state, x)
 
 
+@pytest.mark.slow
 def test_the_example(root, monkeypatch, capsys):
     """QLoRA in miniature: the loss falls as it does on float weights, with a third of the parameter memory."""
     spec = importlib.util.spec_from_file_location("qlora", root / "examples" / "qlora.py")

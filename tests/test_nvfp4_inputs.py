@@ -44,6 +44,7 @@ def test_one_product_by_the_definition():
     assert "static" in model.explain("w")
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", CASES)
 def test_every_construct(name):
     fn, p, x = CASES[name], params(), batch()

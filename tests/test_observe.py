@@ -25,6 +25,7 @@ def sites_of(name: str):
     return [s for s in program.sites if s.op in ("dot", "conv", "ragged_dot") and not s.reason]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", CASES)
 def test_a_constant_from_one_batch_is_the_scale_of_that_batch(name):
     """With one site quantized at a time, what reaches it is float: the calibrated constant is the dynamic scale."""
@@ -167,6 +168,7 @@ def auto_mesh_4():
     return jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("observer", [qjax.AbsMax(), qjax.MinMax(), qjax.Percentile(99.0), qjax.MSE()])
 @pytest.mark.parametrize("fmt", [INT8, qjax.Int(8, per="tensor", symmetric=False), qjax.Float8(per="tensor")])
 def test_batches_are_merged_like_one(fmt, observer):
@@ -433,6 +435,7 @@ def test_a_killed_calibration_goes_on_to_the_same_state(tmp_path, monkeypatch):
 LAYOUTS = [("batches", None), ("weights", None), *(("both", o) for o in (None, qjax.MinMax(), qjax.Percentile(99.0)))]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize(("what", "observer"), LAYOUTS)
 def test_sharded_calibration_equals_that_on_one_device(kind, what, observer):

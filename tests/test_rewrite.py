@@ -42,6 +42,7 @@ def test_an_empty_recipe_changes_nothing(name):
     assert str(jax.make_jaxpr(fn)(p, x)) == str(jax.make_jaxpr(lambda p, x: replayed(fn, p, x))(p, x))
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("while", "while_carries_params", "pure_callback")])
 def test_an_empty_recipe_keeps_gradients(name):
     fn, p, x = CASES[name], params(), batch()

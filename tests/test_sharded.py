@@ -140,6 +140,7 @@ def alone(name):
     return trained(network, recipe(name), weights(), *data())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
@@ -176,6 +177,7 @@ def adapted_alone():
     return adapted(network, weights(), *data())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_low_rank_adapters(kind, layout):
@@ -192,6 +194,7 @@ def test_low_rank_adapters(kind, layout):
     check_shards(model.params, laid)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 @pytest.mark.parametrize("inputs", [None, qjax.dynamic(qjax.Int(8, per="token"))], ids=["W4A16", "W4A8"])

@@ -68,6 +68,7 @@ def test_channels_with_outliers_no_longer_take_the_range():
     assert error[0.5] < error[None] / 2 and error[0.8] < error[None] / 2, error
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", CASES)
 def test_every_construct(name):
     """Smoothing changes no function by more than rounding does, and what is packed stands for the float weight."""

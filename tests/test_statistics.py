@@ -18,6 +18,7 @@ from qjax.statistics import ChannelRange, MeanMagnitude, Samples, SecondMoment
 ALL = (ChannelRange(), SecondMoment(), Samples(count=5, seed=3), MeanMagnitude())
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 99))
 def test_cutting_and_order_do_not_matter(cuts, k, seed):
@@ -91,6 +92,7 @@ def test_experts_have_moments_of_their_own():
     np.testing.assert_array_equal(state["rows"], [4, 0, 6])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("strides,padding,dilation", [((1, 1), "SAME", (1, 1)), ((2, 1), "VALID", (1, 2))])
 @pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")])
 def test_rows_of_a_convolution_are_its_patches(strides, padding, dilation, layout):

@@ -246,6 +246,7 @@ MIXED = qjax.Recipe(
 )
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("max_runs", [4, 1], ids=["split", "select"])
 @pytest.mark.parametrize(
     "name",

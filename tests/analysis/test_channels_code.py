@@ -357,6 +357,7 @@ def foreign(name):
     return test_gemma.model(grouped=name == "grouped")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("name", "site", "wanted"),
     [

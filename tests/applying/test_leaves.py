@@ -44,6 +44,7 @@ def plan(fmt, shape, in_axes, stack_axes, key_axes, dtype=jnp.float32):
     return LeafPlan(0, "w", shape, np.dtype(dtype), in_axes, stack_axes, key_axes, {k: Stored(fmt) for k in keys})
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_quantize_array(layout):
     shape, in_axes, stack_axes, key_axes = LAYOUTS[layout]

@@ -127,6 +127,7 @@ def floats(params) -> dict:
     return jax.tree.map(lambda a: a.dequantize() if is_quantized(a) else a, params, is_leaf=is_quantized)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_the_layers_gives_what_is_done_by_hand(name):
     fn, form = FORMS[name]
@@ -158,6 +159,7 @@ def test_casts_of_a_stack_stay_in_their_blocks():
     assert len(model.report.quantized) == 2 * LAYERS + 1
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", CASES)
 def test_constants_are_those_of_the_whole_function(name):
     """Every construct in blocks of its own making: static scales are those that `calibrate` finds."""
@@ -171,6 +173,7 @@ def test_constants_are_those_of_the_whole_function(name):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_several_formats():
     """Slices that differ are stored as a stack of parts, float ones among them."""
     p = stacked()
@@ -226,6 +229,7 @@ class Counted:
         return self.array[i]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", [GPTQ, STATIC], ids=["gptq", "static"])
 def test_lazy_leaves_are_read_slice_by_slice(recipe):
     p = stacked()
@@ -251,6 +255,7 @@ def test_lazy_leaves_without_data():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("form", ["scan", "unrolled"])
 @pytest.mark.parametrize("recipe", [GPTQ, STATIC], ids=["gptq", "static"])
 def test_donated_leaves_are_freed_and_nothing_else_changes(form, recipe):
@@ -267,6 +272,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("form", ["scan", "unrolled"])
 @pytest.mark.parametrize("recipe", [GPTQ, STATIC], ids=["gptq", "static"])
 def test_a_killed_job_goes_on_to_the_same_result(tmp_path, form, recipe):

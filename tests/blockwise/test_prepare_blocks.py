@@ -86,6 +86,7 @@ def floats(model):
     return jax.tree.map(lambda a: a.dequantize() if is_quantized(a) else a, model.params, is_leaf=is_quantized)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rules", [RULES, GPTQ], ids=["nearest", "gptq"])
 def test_a_pass_sees_the_activations_of_its_block(form, rules):
@@ -128,6 +129,7 @@ def test_two_passes_see_what_the_one_before_did():
     assert all(note.endswith("levelled by 1") for note in notes if note not in notes[::2]), notes
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("rules", [RULES, GPTQ], ids=["nearest", "gptq"])
 def test_a_killed_job_goes_on_to_the_same_result(tmp_path, rules):
     recipe = qjax.Recipe(rules, prepare=[Level()])
@@ -184,6 +186,7 @@ class Wrong:
         }[self.how]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("how", "message"),
     [

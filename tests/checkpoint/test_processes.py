@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from calibrating_process import RECIPE, apply, batches, model
 
 import qjax
@@ -45,6 +46,7 @@ def test_two_processes(tmp_path, root):
     assert np.abs(np.asarray(loaded.params["w"].dequantize()) - w).max() < 0.02
 
 
+@pytest.mark.slow
 def test_two_processes_calibrate_what_one_loads(tmp_path, root):
     said = run_two("calibrating_process.py", root, tmp_path)
     for out in said:

@@ -316,6 +316,7 @@ def test_tokens_of_the_published_protocols(stories, protocol, tokens):
     assert evaluate.text_blocks(tokenizer, text, protocol, context=config.max_position_embeddings).tokens == tokens
 
 
+@pytest.mark.slow
 def test_published_perplexity_a(stories):
     fn, params, config, tokenizer, text = stories
     result = evaluate.perplexity(fn, params, tokenizer, text, config=config)

@@ -78,6 +78,7 @@ def test_sites(model):
     check_trace(model)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(model, recipe):
     packed = check_recipe(model, recipe)

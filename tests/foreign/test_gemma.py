@@ -100,6 +100,7 @@ def test_sites(gemma):
     check_trace(gemma)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(gemma, recipe):
     packed = check_recipe(gemma, recipe)

@@ -96,6 +96,7 @@ def test_sites(model):
     check_trace(model)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(model, recipe):
     check_recipe(model, recipe)

@@ -70,6 +70,7 @@ def test_sites(model):
     check_trace(model)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(model, recipe):
     check_recipe(model, recipe)

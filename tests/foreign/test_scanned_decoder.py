@@ -137,6 +137,7 @@ def test_sites(model):
     check_trace(model)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(model, recipe):
     packed = check_recipe(model, recipe)
@@ -152,6 +153,7 @@ def test_leaves_may_stay_in_their_boxes(model, variables):
     check_layout(box.value)
 
 
+@pytest.mark.slow
 def test_layers_of_one_scan_in_several_formats(model):
     rule = lambda name, fmt: qjax.Rule(name, weights=fmt, clamp_group=True)  # noqa: E731
     recipe = qjax.Recipe(

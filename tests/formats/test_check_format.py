@@ -22,6 +22,7 @@ FORMATS = [
 ]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_built_in(fmt):
     check_format(fmt, examples=15, exact_zero=getattr(fmt, "zero", None) != "float")

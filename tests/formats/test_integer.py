@@ -181,6 +181,7 @@ def test_eager_jit_and_vmap_agree_to_the_bit():
             np.testing.assert_array_equal(a, c)
 
 
+@pytest.mark.every(2)
 @pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="qwix is not installed")
 @pytest.mark.parametrize(("bits", "tile"), [(8, None), (8, 32), (4, None), (4, 32), (3, 32)])
 def test_codes_and_scales_equal_qwix(bits, tile):

@@ -66,6 +66,7 @@ def relative(near, w) -> float:
     return float(np.sum((np.asarray(near) - w) ** 2) / np.sum(w**2))
 
 
+@pytest.mark.slow
 def test_property_suite():
     check_format(ALIGNED, examples=2)
 
@@ -76,6 +77,7 @@ def test_property_suite_of_other_shares():
         check_format(fmt, examples=20)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("fmt", "n", "k"),
     [
@@ -106,6 +108,7 @@ def test_equals_the_method_strip_by_strip(fmt, n, k):
         assert off.mean() <= 0.01, off.sum()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("n", "k"), [(48, 192), (20, 100)])
 def test_outliers_stand_in_two_bit_strips_and_are_exact(n, k):
     w, fmt = weights(n, k), SPARSE
@@ -246,6 +249,7 @@ def mean_error(fmt, seeds=range(4)) -> float:
     return float(np.mean([relative(make(weights(48, 192, s), fmt).near, weights(48, 192, s)) for s in seeds]))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "rising",
     [

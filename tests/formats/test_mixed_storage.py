@@ -206,6 +206,7 @@ def test_shards_of_a_matrix_are_refused():
     assert quantized_specs(Q, P("x"), mesh).codes == P("x", None, None, None)
 
 
+@pytest.mark.slow
 def test_products_scan_grad_and_vmap():
     w = np.random.default_rng(1).standard_normal((3, 20, 100)).astype(np.float32)  # [stack, N, K]
     q = quantize_array(w, MixedBits(outliers=0.01), in_axes=2, stack_axes=0)
@@ -223,6 +224,7 @@ def test_products_scan_grad_and_vmap():
     np.testing.assert_allclose(pulled, np.einsum("srn,snc->src", 2 * want, near), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_convolutions_experts_tables_and_loops_over_rows():
     """Through the program: what cannot follow the codes is dequantized, and the numbers are those of the weight."""
     rng = np.random.default_rng(0)

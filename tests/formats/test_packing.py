@@ -31,6 +31,7 @@ def unpack_oracle(packed: np.ndarray, bits: int, length: int, signed: bool) -> n
     return codes
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_layout_is_the_documented_bit_stream(bits):
     rng = np.random.default_rng(bits)

@@ -46,6 +46,7 @@ def canonical(w, in_axes, stack_axes):
     return x.reshape(*stacks, int(np.prod([w.shape[a] for a in rest])), -1)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_layouts(name):
     shape, in_axes, stack_axes, stored = WEIGHTS[name]

@@ -24,6 +24,7 @@ def specs(q, axis):
     return jax.tree.map(lambda a: P("x", None) if axis == "out" else along(a), q)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_meshes(fmt, kind):

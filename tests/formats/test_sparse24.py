@@ -89,6 +89,7 @@ def test_bits_to_the_bit(fmt, bits):
     assert odd.nbytes == q.nbytes and odd.shape == (3, 1021)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fmt", [Sparse24(4, 24), Sparse24(8, None)])
 def test_property_suite(fmt):
     check_format(fmt, examples=3, nearest=False)

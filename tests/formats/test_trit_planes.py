@@ -136,6 +136,7 @@ def test_the_choice_equals_brute_force(planes, kind, seed):
     np.testing.assert_allclose(found.cross, np.stack([trits[r] @ w[r] for r in range(3)], -1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("init", ["sign", "residual"])
 def test_the_error_never_grows(planes, init):
@@ -178,6 +179,7 @@ def test_planted_planes_are_a_fixed_point():
     assert np.abs(f).max() < 1e-3
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_first_scales_in_closed_form(planes):
     x = normal(20)
@@ -283,6 +285,7 @@ def test_bytes_of_any_row(planes, store, length):
     assert q.shape == (2, length)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("base3", [True, False])
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_layout_is_the_documented_one(planes, base3):

@@ -18,6 +18,7 @@ from qjax.formats.two_level import round_up
 from qjax.testing import check_format
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("fmt", "allowed"),
     [

@@ -63,6 +63,7 @@ def test_equals_integer_arithmetic(bits, symmetric, group, act, rows, seed):
     np.testing.assert_allclose(y, want, rtol=0, atol=3e-6 * np.abs(want).max() + 1e-30)
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("act", [Int(8, per="token"), Int(8, per="token", symmetric=False), Int(8, group=32)])
 @pytest.mark.parametrize("fmt", [Int(8), Int(4, symmetric=False), Int(4, group=32), Int(8, group=32, symmetric=False)])
 @pytest.mark.parametrize("stack", [(), (2,)])

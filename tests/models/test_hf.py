@@ -231,6 +231,7 @@ def test_image_processor(tmp_path):
         models.image_processor(tmp_path)([tmp_path / "broken.jpg"])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scan", [False, True])
 def test_lazy_parameters(folder, scan, monkeypatch):
     """Nothing is read before quantize needs it; then the same codes as from the loaded model."""

@@ -51,6 +51,7 @@ def test_cache_is_the_full_forward(model):
     assert jax.tree.structure(scanned.init(0)) == jax.tree.structure(stacked)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scan", [False, True])
 def test_sites(model, scan):
     _, fn, params = model

@@ -49,6 +49,7 @@ def test_names():
     assert "lm_head/kernel" not in names(LanguageModel(CASES["windows"]).abstract_params())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", CASES)
 def test_scanned_is_unrolled(case):
     fn = LanguageModel(CASES[case])
@@ -63,6 +64,7 @@ def test_scanned_is_unrolled(case):
     assert all(jax.tree.leaves(back))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("case", CASES)
 def test_cache_is_the_full_forward(case, scan_layers):

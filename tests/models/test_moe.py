@@ -70,6 +70,7 @@ def test_experts_without_tokens(model):
     assert np.isfinite(one).all()
 
 
+@pytest.mark.every(2)
 def test_cache_and_scan(model):
     _, fn, params = model
     whole = jax.jit(fn)(params, TOKENS)
@@ -87,6 +88,7 @@ def is_packed(leaf):
     return isinstance(leaf, qjax.formats.QArray)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scan", [False, True])
 def test_no_expert_stays_float(model, scan):
     _, fn, params = model

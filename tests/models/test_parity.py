@@ -111,6 +111,7 @@ def close(ours, theirs, relative=1e-4):
     assert np.abs(theirs).max() > 0.1, "logits near zero would prove nothing"
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("case", DECODERS)
 def test_decoder(case, tmp_path, transformers):
     family, settings = DECODERS[case]
@@ -151,6 +152,7 @@ LEARNED_POSITIONS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", LEARNED_POSITIONS)
 def test_decoder_with_learned_positions(case, tmp_path, transformers):
     family, suffix, settings = LEARNED_POSITIONS[case]

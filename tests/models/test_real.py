@@ -42,6 +42,7 @@ def test_stories260k_text(data_dir):
     assert tok.decode(out[0]).startswith("Once upon a time, there was a little girl named Lily. She loved to play")
 
 
+@pytest.mark.slow
 def test_vit_tiny_accuracy(data_dir):
     pytest.importorskip("PIL")
     folder, photos = data_dir / "models" / "vit-tiny-patch16-224", data_dir / "images" / "imagenet-sample-500"

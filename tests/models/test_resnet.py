@@ -25,6 +25,7 @@ def tiny():
     return fn, fn.init(0)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("depth", "correct"), [(20, 1627), (56, 1663)])
 def test_real_accuracy(data_dir, depth, correct):
     folder = data_dir / "models" / f"resnet{depth}-cifar10"

@@ -247,6 +247,7 @@ def test_a_printed_equation_is_short(setting):
     assert len(line) < 120 and setting.fmt.name in line
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("k", [32, 48, 64, 250, 251, 1024])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_inside_a_loop_over_layers_the_numbers_are_the_same(k, rows):

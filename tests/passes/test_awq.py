@@ -107,6 +107,7 @@ def test_clipping_takes_the_best_range_of_each_block(fmt):
     assert 0.5 < ratio.min() < 1 and ratio.max() <= 1 + 1e-6
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "fmt",
     [FMT, qjax.Int(3, group=24, symmetric=False), qjax.Int(4, per="tensor"), qjax.MXFP4(), qjax.NVFP4()],

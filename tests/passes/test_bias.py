@@ -126,6 +126,7 @@ def quantized(fn, params, batches, finish=None, **settings):
     return qjax.quantize(fn, params, recipe=recipe, batches=batches, **settings)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", ["dense", "heads", "experts", "image"])
 def test_the_mean_error_of_each_channel_is_gone(case):
     params, fn, _ = FOUND[case]

@@ -73,6 +73,7 @@ def test_equals_the_algorithm(n, k, group, order, size, seed):
     assert np.mean(np.abs(got - want) > 1e-3) < 0.02 or loss(got) < 1.05 * loss(want) + 1e-4
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fmt", [qjax.Int(4, group=8), qjax.Int(3), qjax.Int(8, per="tensor"), qjax.Float8()])
 def test_independent_inputs_are_rounded_to_nearest(fmt):
     w = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
@@ -82,6 +83,7 @@ def test_independent_inputs_are_rounded_to_nearest(fmt):
     jax.tree.map(np.testing.assert_array_equal, dict(aux), dict(want_aux))
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("order", [None, "static"])
 @pytest.mark.parametrize("observer", [None, qjax.MSE()])

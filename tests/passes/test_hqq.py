@@ -63,6 +63,7 @@ def test_scales_and_ranges_help_and_integer_zero_points_are_kept():
     assert loss(qjax.HQQ(), whole) < loss(qjax.RTN(), whole)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fmt", [FLOAT, qjax.Int(3, symmetric=False, zero="float", per="tensor")])
 def test_blocks_that_say_nothing(fmt):
     for w in (np.zeros((2, 20), np.float32), np.full((2, 20), 3.0, np.float32), np.full((2, 20), -1e-30, np.float32)):

@@ -130,6 +130,7 @@ def test_what_it_refuses():
         qjax.QoQ().round(np.ones((2, 64), np.float32), CHANNEL)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["W4A8", "DGQ", "QOQ_G128", "QOQ"])
 def test_presets(name):
     rng = np.random.default_rng(0)

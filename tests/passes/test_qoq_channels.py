@@ -131,6 +131,7 @@ def edited(model, step, seed=0):
 PASSES = [DGQSmooth(0.1), SmoothOutputs(0.3), Reorder(), SmoothAttention()]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("step", PASSES, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("name", ["llama", "scanned", "moe"])
 def test_logits_are_unchanged(name, step):

@@ -46,6 +46,7 @@ def notes_of(fn, params, step=None) -> str:
     return "\n".join(qjax.quantize(fn, params, TOKENS, recipe=recipe).report.notes)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_function_stays(name, scan):
@@ -106,6 +107,7 @@ def test_what_is_not_folded_is_said():
     assert qjax.Recipe.from_dict(recipe.to_dict()).hash == recipe.hash
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 def test_parameters_that_are_read_when_they_are_due(scan):
     """Lazy leaves give what leaves in memory give; a weight is read for itself and for nothing else."""
@@ -135,6 +137,7 @@ def test_a_zero_in_a_scale_beside_a_bias():
     assert "has a zero where" in notes_of(fn, params)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("inner", [None, "gptq"])
 def test_four_bits_with_outliers_in_the_stream(inner):
     """Planted outlier channels: W4A4 with everything rotated, folded or as it passes, beside W4A4 as it is."""

@@ -27,6 +27,7 @@ def product(p, x):
     return x @ p["w"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("inputs", [None, "dynamic", "static"])
 @pytest.mark.parametrize("block", [None, 8])
 def test_one_product_by_the_equations(inputs, block):
@@ -60,6 +61,7 @@ def test_one_product_by_the_equations(inputs, block):
     ]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", CASES)
 def test_every_construct(name):
     """A rotation changes no function by more than rounding does, and what is packed stands for the float weight."""

@@ -109,6 +109,7 @@ def relative(a, b) -> float:
     return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_factors_go_into_the_norm_and_into_the_projection_before(form):
     fn, shape = FORMS[form]
@@ -184,6 +185,7 @@ def test_a_result_of_the_function_is_not_touched():
         qjax.quantize(fn, p, recipe=recipe, batches=ROWS)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_llama(scan):
     config = dataclasses.replace(TINY)

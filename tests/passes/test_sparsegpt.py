@@ -86,6 +86,7 @@ def test_two_of_four_are_kept_and_the_product_better_than_by_magnitude():
     assert loss(eight[2]) < loss(near)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fmt", [Sparse24(4, 8), Sparse24(8, None)])
 def test_independent_inputs_are_pruned_by_magnitude(fmt):
     w = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)

@@ -58,6 +58,7 @@ def surgery(w, h, scale, zero, top, where, one, dampening=0.01):
     return out
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fmt", [PURE, SPARSE], ids=lambda f: f.name)
 def test_feedback_equals_the_algorithm(fmt):
     codes, aux = rounded(W, moment(X), qjax.TwoBit(), fmt)

@@ -39,6 +39,7 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_every_token(done):
     """Perplexity, KL, agreement and recovery from the quantized model's logits, block by block in float64."""
     model = qjax.quantize(decoder, PARAMS, np.zeros((1, 4), np.int32), recipe="W4A16")
@@ -99,6 +100,7 @@ def test_a_complete_study_computes_nothing(done, monkeypatch):
     assert again.json() == result.json() and again.html() == result.html()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("moment", ["between", "within"])
 def test_a_killed_study_goes_on(moment, done, tmp_path, root, monkeypatch):
     """Killed after the second recipe, or after the first block of the third."""
@@ -229,6 +231,7 @@ def classifier(params, images):
     return jnp.tanh(images.reshape(len(images), -1) @ params["w"]) @ params["head"]
 
 
+@pytest.mark.slow
 def test_images_and_the_average_over_tasks():
     rng = np.random.default_rng(3)
     params = {"w": rng.normal(size=(48, 20)).astype(np.float32) / 7, "head": rng.normal(size=(20, 5)) / 4}
