@@ -9,7 +9,17 @@ import jax
 FAMILIES = (("H100", (9, 0)), ("H200", (9, 0)), ("H800", (9, 0)), ("H20", (9, 0)), ("B200", (10, 0)), ("A100", (8, 0)))
 """Compute capability by a part of a device's name, for devices that are described and not there."""
 
-NEEDED = ("kernel", "emit_pipeline_warp_specialized", "wgmma", "layout_cast", "load", "ACC", "SMEM", "CompilerParams")
+NEEDED = (
+    "kernel",
+    "emit_pipeline_warp_specialized",
+    "wgmma",
+    "layout_cast",
+    "load",
+    "inline_mgpu",
+    "ACC",
+    "SMEM",
+    "CompilerParams",
+)
 
 
 def cuda_capability() -> tuple[int, int] | None:
