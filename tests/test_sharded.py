@@ -140,7 +140,7 @@ def alone(name):
     return trained(network, recipe(name), weights(), *data())
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
@@ -177,7 +177,7 @@ def adapted_alone():
     return adapted(network, weights(), *data())
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_low_rank_adapters(kind, layout):

@@ -56,6 +56,7 @@ def test_what_they_are():
         Samples(count=0)
 
 
+@pytest.mark.slow
 def test_every_row_is_as_likely_as_any_other():
     """Rows of a stream of 1,000, of which 100 are kept: over seeds each is kept about a tenth of the time."""
     x = np.arange(1000, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
@@ -132,6 +133,7 @@ def test_grouped_convolutions_are_refused():
         observed(fn, p, jnp.ones((1, 4, 4, 4)), {"conv": Tap(statistics=(SecondMoment(),))})
 
 
+@pytest.mark.slow
 def test_devices_are_merged():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     x = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
