@@ -40,7 +40,7 @@ def test_killed_at_random_moments(kind, tmp_path, root):
         attempts += 1
         job = start("killed", "killed.npz")
         try:
-            job.wait(draw.uniform(0, 0.5 * length))
+            job.wait(draw.uniform(0, 0.9 * length))
         except subprocess.TimeoutExpired:
             job.send_signal(signal.SIGKILL)
             job.communicate()
