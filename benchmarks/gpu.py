@@ -32,9 +32,10 @@ from qjax import ops
 from qjax.formats import Float8, Int, IntTiles, QArray, assemble, quantize_array
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.devices import cuda_capability
+from qjax.kernels.dot.hopper import STEP, Schedule
+from qjax.kernels.dot.hopper import TOKENS as TILES
 from qjax.kernels.dot.mosaic import schedule_for
-from qjax.kernels.dot.tiles16 import STEP, Schedule, tiles16
-from qjax.kernels.dot.tiles16 import TOKENS as TILES
+from qjax.kernels.dot.tiles16 import tiles16
 
 SHAPES = {
     "Llama-3-70B gate and up": (57344, 8192),

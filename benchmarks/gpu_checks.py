@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -72,6 +74,18 @@ def error(fmt: Int, n: int, k: int, tokens: int, dtype: str) -> tuple[float, boo
     return float(np.max(wrong)), all(np.array_equal(results[0], r) for r in results)
 
 
+@contextlib.contextmanager
+def checked(row: dict[str, Any], out: list[dict[str, Any]]) -> Iterator[None]:
+    """Keep a row whatever happens: one kernel that fails must not hide the others."""
+    try:
+        yield
+    except Exception as failure:
+        row |= {"right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
+    out.append(row)
+    if not row["right"]:
+        print(f"WRONG: {row}", flush=True)
+
+
 def checks(quick: bool) -> list[dict[str, Any]]:
     """Every format and dtype at odd and even sizes; tokens over all tiles."""
     out = []
@@ -81,14 +95,9 @@ def checks(quick: bool) -> list[dict[str, Any]]:
                 every = (1, 2, 3, 5, 7, 8, 13, 16, 31, 64, 100, 128, 257) if fmt is G128 and i == 1 else (7, 17)
                 for tokens in every[:: 2 if quick else 1]:
                     row = {"weights": fmt.name, "dtype": dtype, "n": n, "k": k, "tokens": tokens}
-                    try:
+                    with checked(row, out):
                         worst, steady = error(fmt, n, k, tokens, dtype)
                         row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
-                    except Exception as failure:  # one kernel that fails must not hide the others
-                        row |= {"right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
-                    out.append(row)
-                    if not row["right"]:
-                        print(f"WRONG: {row}", flush=True)
     return out
 
 
@@ -130,14 +139,9 @@ def codes(quick: bool) -> list[dict[str, Any]]:
             aux = ops.activation_aux(x, act)
             run = jax.jit(lambda x, w, aux, a=act: ops.q_dot(x, w, act=(a, aux), out_dtype=jnp.float32, **BY_KERNEL))
             row = {"weights": weights.name, "act": act.name, "dtype": "bfloat16", "tokens": tokens}
-            try:
+            with checked(row, out):
                 y = np.asarray(run(x, w, aux), np.float64)
                 inputs = np.asarray(act.decode(act.encode(x, aux), aux), np.float64)
                 worst = np.max(np.abs(y - inputs @ numbers.T) / (np.abs(inputs) @ np.abs(numbers).T))
                 row |= {"error": float(worst), "right": bool(worst < close)}
-            except Exception as failure:  # one kernel that fails must not hide the others
-                row |= {"right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
-            out.append(row)
-            if not row["right"]:
-                print(f"WRONG: {row}", flush=True)
     return out

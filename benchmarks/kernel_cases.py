@@ -14,8 +14,9 @@ from qjax import ops
 from qjax.formats import Float8, Int, IntTiles, Layout, QArray
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.codes8 import codes8
+from qjax.kernels.dot.hopper import TOKENS, Schedule
 from qjax.kernels.dot.mosaic import STAGES
-from qjax.kernels.dot.tiles16 import TOKENS, Schedule, tiles16
+from qjax.kernels.dot.tiles16 import tiles16
 
 G128 = Int(4, group=128)
 

@@ -140,7 +140,7 @@ def alone(name):
     return trained(network, recipe(name), weights(), *data())
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)

@@ -22,8 +22,8 @@ from qjax.formats import NF4, Float8, Int, IntTiles, quantize_array
 from qjax.formats.tiles import for_threads, from_threads
 from qjax.kernels import Problem, registry
 from qjax.kernels.devices import cuda_capability, platform_here
+from qjax.kernels.dot.hopper import STEP, TOKENS
 from qjax.kernels.dot.mosaic import schedule_for
-from qjax.kernels.dot.tiles16 import STEP, TOKENS
 from qjax.models import LanguageModel
 from qjax.models.llama import LlamaConfig
 

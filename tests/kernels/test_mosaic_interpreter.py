@@ -16,7 +16,8 @@ from qjax import ops
 from qjax._compat import JAX_VERSION
 from qjax.formats import Int
 from qjax.kernels.dot.codes8 import codes8
-from qjax.kernels.dot.tiles16 import Schedule, tiles16
+from qjax.kernels.dot.hopper import Schedule
+from qjax.kernels.dot.tiles16 import tiles16
 
 pytestmark = pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
 

@@ -5,21 +5,32 @@
     y[m, n]     = total[n, m] * w_scale[n] * x_scale[m]
 
 Adding steps outside the tensor cores is what keeps float8 exact enough: inside, sums of float8 products keep about 14
-bits. Codes lie in neutral order, rows of bytes, and TMA brings them as they are, so weights need no packing. Transposed
-for the same reason as in `tiles16`: tokens are the narrow side. Blocks of threads, ring and cut of K are as there.
+bits. Codes lie in neutral order, rows of bytes, and TMA brings them as they are, so weights need no packing. Blocks of
+threads, ring and cut of K are those of `hopper`.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax._compat import JAX_VERSION
-from qjax.kernels.dot.tiles16 import ROWS, STEP, WARPGROUPS, Schedule, tiling
+from qjax.formats.tiles import ROWS
+from qjax.kernels.dot.hopper import (
+    STEP,
+    WIDE,
+    Place,
+    Schedule,
+    Work,
+    hopper_kernel,
+    load,
+    own_rows,
+    pallas,
+    tiling,
+    turned,
+)
 
 
 def codes8(
@@ -64,79 +75,33 @@ def codes8(
 
 
 def _kernel(out: jax.ShapeDtypeStruct, dtype: Any, k: int, schedule: Schedule, interpret: Any) -> Any:
-    pl: Any = importlib.import_module("jax.experimental.pallas")
-    plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
-    layouts = plgpu.Layout
-    tile = schedule.tokens
+    pl, plgpu = pallas()
+    layouts, tile, n = plgpu.Layout, schedule.tokens, out.shape[2]
     steps = k // STEP // schedule.splits
-    wide = WARPGROUPS * ROWS
-    count, tokens, n = out.shape[0] // schedule.splits, out.shape[1], out.shape[2]
-    out_bits = out.dtype.itemsize * 8
     sums = jnp.dtype(jnp.int32 if dtype == jnp.int8 else jnp.float32)
+    cells = tiling(STEP, 8)
 
-    def load(ref: Any, layout: Any) -> Array:
-        where = (ref,) if JAX_VERSION >= (0, 11) else (ref, ())
-        return plgpu.load(*where, layout=layout, optimized=False)
-
-    def turned(ref: Any) -> Any:
-        return ref.T if JAX_VERSION >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
-
-    def body(w: Any, x: Any, *rest: Any) -> None:
-        *scales, y, y_tile = rest
-        group = lax.axis_index("warpgroup")
-        e, i, j, part = (lax.axis_index(name) for name in ("matrix", "rows", "tokens", "part"))
-
+    def work(at: Place, w: Any, x: Any, *scales: Any) -> Work:
         def step(_: Any, w_s: Any, x_s: Any, total: Array) -> Array:
             def product(acc: Any) -> Array:
-                plgpu.wgmma(acc, w_s.at[pl.ds(group * ROWS, ROWS)], turned(x_s))
+                plgpu.wgmma(acc, w_s.at[pl.ds(at.group * ROWS, ROWS)], turned(x_s))
                 plgpu.wgmma_wait(0)
                 return acc[...]
 
             return total + pl.run_scoped(product, plgpu.ACC((ROWS, tile), sums))
 
-        def around(pipeline: Any) -> None:
-            total = pipeline(plgpu.layout_cast(jnp.zeros((ROWS, tile), sums), layouts.WGMMA))
+        def finish(total: Array) -> Array:
             total = total.astype(jnp.float32)
-            if scales:
-                of_rows = load(scales[0].at[e, pl.ds(i * wide + group * ROWS, ROWS)], layouts.WGMMA.reduce(1))
-                of_tokens = load(scales[1].at[e, pl.ds(j * tile, tile)], layouts.WGMMA.reduce(0))
-                total = total * lax.broadcast_in_dim(of_rows, total.shape, (0,))
-                total = total * lax.broadcast_in_dim(of_tokens, total.shape, (1,))
-            total = total.astype(out.dtype)
-            if out_bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
-                total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
-            turned(y_tile.at[group])[...] = total
-            plgpu.commit_smem()
-            there = y.at[part * count + e, pl.ds(j * tile, tile), pl.ds(i * wide + group * ROWS, ROWS)]
-            plgpu.copy_smem_to_gmem(y_tile.at[group], there)
-            plgpu.wait_smem_to_gmem(0)
+            if not scales:
+                return total
+            of_rows = load(scales[0].at[at.matrix, own_rows(at)], layouts.WGMMA.reduce(1))
+            of_tokens = load(scales[1].at[at.matrix, pl.ds(at.tokens * tile, tile)], layouts.WGMMA.reduce(0))
+            total = total * lax.broadcast_in_dim(of_rows, total.shape, (0,))
+            return total * lax.broadcast_in_dim(of_tokens, total.shape, (1,))
 
-        above = e * (n // wide)
-        cells = tiling(plgpu, STEP, 8)
-        plgpu.emit_pipeline_warp_specialized(
-            step,
-            grid=(steps,),
-            wg_axis="warpgroup",
-            num_compute_wgs=WARPGROUPS,
-            memory_registers=40,
-            max_concurrent_steps=min(schedule.stages, steps),
-            compute_context=around,
-            in_specs=[
-                plgpu.BlockSpec((wide, STEP), lambda k: (above + i, part * steps + k), transforms=cells),
-                plgpu.BlockSpec((tile, STEP), lambda k: (j, part * steps + k), transforms=cells),
-            ],
-        )(w, x.at[e])
+        above = at.matrix * (n // WIDE)
+        of_w = plgpu.BlockSpec((WIDE, STEP), lambda k: (above + at.rows, at.part * steps + k), transforms=cells)
+        of_x = plgpu.BlockSpec((tile, STEP), lambda k: (at.tokens, at.part * steps + k), transforms=cells)
+        return Work(step, finish, [(w, of_w), (x.at[at.matrix], of_x)])
 
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(n // wide, -(-tokens // tile), schedule.splits, count),
-        grid_names=("rows", "tokens", "part", "matrix"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=tiling(plgpu, 1024 // out_bits, out_bits))
-        ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({} if interpret is None else {"interpret": interpret}),
-    )
+    return hopper_kernel(work, out, rows=n, steps=steps, sums=sums, schedule=schedule, interpret=interpret)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from qjax.formats import Float8, Format, Int, QArray
-from qjax.formats.tiles import IntTiles, cannot_tile, rounded_up
+from qjax.formats.tiles import ROWS, IntTiles, cannot_tile, rounded_up
 from qjax.kernels.devices import has_mosaic
 from qjax.kernels.dot.codes8 import codes8
+from qjax.kernels.dot.hopper import STEP, TOKENS, WARPGROUPS, Schedule
 from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.reference import dot_reference
-from qjax.kernels.dot.tiles16 import ROWS, STEP, TOKENS, WARPGROUPS, Schedule, tiles16
+from qjax.kernels.dot.tiles16 import tiles16
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 PROCESSORS = 132

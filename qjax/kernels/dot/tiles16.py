@@ -8,12 +8,7 @@ The quantized operand is the left one of `wgmma`, which may come from registers,
 
 with whole numbers on the left side: a code less its zero point is exact in bfloat16 and float16, and scales stay in
 float32, so the weight is never rounded. Tokens are the narrow side (8 to 128 a tile), rows of the weight the side of
-64 that a warpgroup multiplies at once.
-
-A block of threads is two warpgroups that multiply, 64 rows each, and one that fetches: weights, scales and activations
-of the next steps of 128 columns come through TMA in a ring of ``stages``. Where there are few tiles, K is cut in
-``splits`` and their sums are added afterwards. TMA moves x in cells of 8 tokens, so more than 8 tokens are padded to a
-multiple of 8; up to 8 need no padding, because TMA reads zeros behind the last token and writes none there.
+64 that a warpgroup multiplies at once. Blocks of threads, ring and cut of K are those of `hopper`.
 
 4-bit codes lie so that widening moves nothing between threads: one word of shared memory is eight codes of one thread,
 and a shift and a mask make two numbers of the left operand at once (`widened`, inlined below the level of Pallas; the
@@ -25,7 +20,6 @@ and 0.11.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -35,32 +29,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax._compat import JAX_VERSION
 from qjax.formats.tiles import ROWS, IntTiles, from_threads, rounded_up
-
-STEP = 128
-"""Columns of the weight in one step of the ring."""
-
-WARPGROUPS = 2
-"""Warpgroups that multiply."""
-
-TOKENS = (8, 16, 32, 64, 128)
-"""Tokens that a tile may have."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How the work is cut.
-
-    Attributes:
-        tokens: tokens of a tile, one of `TOKENS`.
-        stages: steps of the ring that are under way at once.
-        splits: parts of K that are summed apart; it divides the number of steps.
-    """
-
-    tokens: int
-    stages: int
-    splits: int = 1
+from qjax.kernels.dot.hopper import (
+    STEP,
+    WARPGROUPS,
+    WIDE,
+    Place,
+    Schedule,
+    Work,
+    hopper_kernel,
+    load,
+    own_rows,
+    pallas,
+    tiling,
+    turned,
+)
 
 
 def tiles16(
@@ -120,32 +103,19 @@ def _kernel(
     zeros: bool,
     interpret: Any,
 ) -> Any:
-    # Slow to import, and needed on GPUs alone. Their types differ between the versions of jax.
-    pl: Any = importlib.import_module("jax.experimental.pallas")
-    plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    pl, plgpu = pallas()
     layouts = plgpu.Layout
     tile, columns, block = schedule.tokens, fmt.columns, fmt.block or STEP
     steps = fmt.padded_length // STEP // schedule.splits
     blocks = STEP // block  # of scales in a step
     per_row = fmt.block is None
-    wide = WARPGROUPS * ROWS
-    count, tokens = out.shape[0] // schedule.splits, out.shape[1]
-    out_bits = out.dtype.itemsize * 8
-
-    def load(ref: Any, layout: Any) -> Array:
-        where = (ref,) if JAX_VERSION >= (0, 11) else (ref, ())
-        return plgpu.load(*where, layout=layout, optimized=False)
-
-    def turned(ref: Any) -> Any:
-        return ref.T if JAX_VERSION >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
 
     def over_rows(numbers: Array, shape: tuple[int, ...]) -> Array:
         return lax.broadcast_in_dim(numbers, shape, (0,))
 
-    def body(cells: Any, scale: Any, *rest: Any) -> None:
-        *zero, x, y, y_tile = rest
-        group = lax.axis_index("warpgroup")
-        e, i, j, part = (lax.axis_index(name) for name in ("matrix", "rows", "tokens", "part"))
+    def work(place: Place, cells: Any, scale: Any, *rest: Any) -> Work:
+        *zero, x = rest
+        group, e, i, j, part = place
         own = pl.ds(group * ROWS, ROWS)
 
         def weights(w_s: Any, z_s: Any, at: int) -> Array:
@@ -190,54 +160,23 @@ def _kernel(
             plgpu.commit_smem()
             return total
 
-        def around(pipeline: Any) -> None:
-            total = pipeline(plgpu.layout_cast(jnp.zeros((ROWS, tile), jnp.float32), layouts.WGMMA))
+        def finish(total: Array) -> Array:
             if per_row:
-                ours = scale.at[e, 0, pl.ds(i * wide + group * ROWS, ROWS)]
-                total = total * over_rows(load(ours, layouts.WGMMA.reduce(1)), total.shape)
-            total = total.astype(out.dtype)
-            if out_bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
-                total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
-            turned(y_tile.at[group])[...] = total
-            plgpu.commit_smem()
-            there = y.at[part * count + e, pl.ds(j * tile, tile), pl.ds(i * wide + group * ROWS, ROWS)]
-            plgpu.copy_smem_to_gmem(y_tile.at[group], there)
-            plgpu.wait_smem_to_gmem(0)
+                total = total * over_rows(load(scale.at[e, 0, own_rows(place)], layouts.WGMMA.reduce(1)), total.shape)
+            return total
 
-        above = e * (rows // wide)
+        above = e * (rows // WIDE)
         # A scale per row is read at the end, and the ring carries none; its zero point is the same at every step.
         numbers = [*([] if per_row else [scale]), *zero]
-        number_spec = plgpu.BlockSpec((blocks, wide), lambda k: (0 * k if per_row else part * steps + k, i))
+        number_spec = plgpu.BlockSpec((blocks, WIDE), lambda k: (0 * k if per_row else part * steps + k, i))
         cells_shape = (WARPGROUPS, STEP // columns, ROWS, columns)
         cells_spec = plgpu.BlockSpec(cells_shape, lambda k: (above + i, part * steps + k, 0, 0))
-        plgpu.emit_pipeline_warp_specialized(
-            step,
-            grid=(steps,),
-            wg_axis="warpgroup",
-            num_compute_wgs=WARPGROUPS,
-            memory_registers=40,
-            max_concurrent_steps=min(schedule.stages, steps),
-            compute_context=around,
-            in_specs=[
-                cells_spec,
-                *[number_spec] * len(numbers),
-                plgpu.BlockSpec((tile, STEP), lambda k: (j, part * steps + k), transforms=tiling(plgpu, columns, 16)),
-            ],
-        )(cells, *[a.at[e] for a in numbers], x.at[e])
+        x_spec = plgpu.BlockSpec((tile, STEP), lambda k: (j, part * steps + k), transforms=tiling(columns, 16))
+        ring = [(cells, cells_spec), *((a.at[e], number_spec) for a in numbers), (x.at[e], x_spec)]
+        return Work(step, finish, ring)
 
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(rows // wide, -(-tokens // tile), schedule.splits, count),
-        grid_names=("rows", "tokens", "part", "matrix"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=tiling(plgpu, 1024 // out_bits, out_bits))
-        ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **({} if interpret is None else {"interpret": interpret}),
-    )
+    how = {"schedule": schedule, "interpret": interpret}
+    return hopper_kernel(work, out, rows=rows, steps=steps, sums=jnp.float32, **how)
 
 
 def widened(plgpu: Any, codes: Array, dtype: Any, interpret: bool) -> Array:
@@ -296,8 +235,3 @@ def _widened_registers(words: Any, dtype: Any) -> Any:
                 )
                 out[0, 4 * block + t, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(bits, pair)
     return mgpu.FragmentedArray(_registers=out, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
-
-
-def tiling(plgpu: Any, columns: int, bits: int) -> tuple[Any, ...]:
-    """Tiles of 8 rows and so many columns, swizzled over their width."""
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * bits // 8)
