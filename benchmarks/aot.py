@@ -1,6 +1,6 @@
 """Compile the GPU kernels for sm_90a without a GPU, and read registers, spills, shared memory and instructions.
 
-    PYTHONPATH=. python -m benchmarks.aot [--check] [--only TEXT]
+    PYTHONPATH=. python -m benchmarks.aot [--check] [--family NAME ...] [--only TEXT]
 
 Needs the CUDA plugin of jax and a toolkit, or the wheels that stand for it (240 MB), in an environment of Python 3.12:
 
@@ -9,9 +9,9 @@ Needs the CUDA plugin of jax and a toolkit, or the wheels that stand for it (240
 
 It refuses kernels that spill, touch local memory, are serialized by the assembler (C7512, C7514), do not use the tensor
 cores (HGMMA, IGMMA, QGMMA) or convert codes number by number (I2F), and programs of several layers that copy a weight
-before it is read. It writes `benchmarks/results/aot-sm_90a.json`; `--check` compares with it instead, figure by figure
-where jax and the assembler are of the versions that wrote it. `python -m benchmarks.kernel_states` then renews the
-table of `docs/kernels.md`. 37 kernels take three quarters of a minute on one core.
+before it is read. It writes `benchmarks/results/aot-sm_90a/FAMILY.json`; `--check` compares with it instead, figure by
+figure where jax and the assembler are of the versions that wrote it. `python -m benchmarks.kernel_states` then renews
+the table of `docs/kernels.md`. 37 kernels take three quarters of a minute on one core.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "aot-sm_90a.json"
+from benchmarks.kernel_cases import FAMILIES, cases, programs
+
+RESULTS = Path(__file__).parent / "results" / "aot-sm_90a"
 COUNTED = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "LDSM", "LDS", "PRMT", "SHFL", "LOP3", "HADD2", "FFMA", "FMUL")
 LIMIT = 232448
 """Bytes of shared memory that a block may have on Hopper."""
@@ -125,9 +127,16 @@ def faults(found: dict[str, Any]) -> list[str]:
     """What must not be in a kernel, and is. Sums of integers are converted at the end, codes are not."""
     out = [f"{name} is {found[name]}" for name in ("stack_bytes", "spilled_bytes", "local") if found[name]]
     out += [f"I2F is {found['I2F']}"] * (found["I2F"] > 0 and found["multiplies"] != "IGMMA")
-    out += [f"{name} is missing" for name in (found["multiplies"], "UTMALDG") if not found[name]]
+    needed = (found["multiplies"], "UTMALDG") if found["multiplies"] else ()
+    out += [f"{name} is missing" for name in needed if not found[name]]
     out += [f"warning {code}" for code in found["warnings"] if code in ("C7512", "C7514")]
     return out + [f"{found['shared_bytes']} bytes of shared memory"] * (found["shared_bytes"] > LIMIT)
+
+
+def stored(family: str) -> dict[str, Any]:
+    """The committed table of a family."""
+    path = RESULTS / f"{family}.json"
+    return json.loads(path.read_text()) if path.exists() else {"made_by": {}, "kernels": {}}
 
 
 def compared(found: dict[str, Any], stored: dict[str, Any] | None) -> list[str]:
@@ -141,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the table in place of writing it")
     parser.add_argument("--only", default="", help="kernels whose name holds this text; nothing is written")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES, help="default: all")
     given = parser.parse_args()
     tools = toolkit()
     if isinstance(tools, str):
@@ -150,31 +160,36 @@ def main() -> int:
     os.environ.update(JAX_PLATFORMS="cpu", CUDA_ROOT=str(tools[1]), JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     import jax
 
-    from benchmarks.kernel_cases import cases, programs
-
     version = subprocess.run([str(tools[0]), "--version"], capture_output=True, text=True, check=True).stdout
     made_by = {"jax": jax.__version__, "ptxas": re.findall(r"V(\d+\.\d+)\.\d+", version)[0]}
-    table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made_by": {}, "kernels": {}}
-    same = table["made_by"] == made_by
-    kernels, wrong = {}, []
-    for case in cases():
-        if given.only not in case.name:
-            continue
-        found = kernels[case.name] = {"multiplies": case.multiplies, **compiled(*case.function())}
-        why = faults(found) + (compared(found, table["kernels"].get(case.name)) if given.check and same else [])
-        wrong += [f"{case.name}: {w}" for w in why]
-        figures = f"{found['registers']:4} registers {found['shared_bytes']:7} shared {found['instructions']:5} long"
-        print(f"{case.name:48} {figures}  {'; '.join(why) or 'fine'}", flush=True)
-    for name, program in programs().items() if not given.only else ():
-        why = copies(*program)
-        wrong += [f"{name}: {w}" for w in why]
-        print(f"{name:48} {'; '.join(why) or 'the weights are read where they lie'}", flush=True)
-    if given.check and not same:
-        print(f"the table is of {table['made_by']}, this is {made_by}: figures were not compared")
-    if not given.check and not given.only and not wrong:
-        RESULTS.write_text(json.dumps({"made_by": made_by, "kernels": kernels}, indent=1) + "\n")
-        print(f"written to {RESULTS}")
-    print("\n".join(["", *wrong]) if wrong else f"{len(kernels)} kernels, all as they have to be")
+    count, wrong = 0, []
+    for family in given.family:
+        table = stored(family)
+        same = table["made_by"] == made_by
+        kernels, faulty = {}, []
+        for case in cases(family):
+            if given.only not in case.name:
+                continue
+            found = kernels[case.name] = {"multiplies": case.multiplies, **compiled(*case.function())}
+            why = faults(found) + (compared(found, table["kernels"].get(case.name)) if given.check and same else [])
+            faulty += [f"{case.name}: {w}" for w in why]
+            figures = (
+                f"{found['registers']:4} registers {found['shared_bytes']:7} shared {found['instructions']:5} long"
+            )
+            print(f"{case.name:48} {figures}  {'; '.join(why) or 'fine'}", flush=True)
+        for name, program in programs(family).items() if not given.only else ():
+            why = copies(*program)
+            faulty += [f"{name}: {w}" for w in why]
+            print(f"{name:48} {'; '.join(why) or 'the weights are read where they lie'}", flush=True)
+        if given.check and not same:
+            print(f"the table of {family} is of {table['made_by']}, this is {made_by}: figures were not compared")
+        if not given.check and not given.only and not faulty:
+            path = RESULTS / f"{family}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"made_by": made_by, "kernels": kernels}, indent=1) + "\n")
+            print(f"written to {path}")
+        count, wrong = count + len(kernels), wrong + faulty
+    print("\n".join(["", *wrong]) if wrong else f"{count} kernels, all as they have to be")
     return 1 if wrong else 0
 
 

@@ -1,18 +1,21 @@
-"""Whether the GPU kernels are right on the GPU at hand: every kind of weight, scale and dtype against float64 NumPy."""
+"""W4A16 and W8A16 on the GPU at hand: every kind of weight, scale and dtype against float64 NumPy; then times."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.kernel_cases import G128
+from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, SHAPES, TOKENS, Clock, checked, copies
+from benchmarks.kernel_cases.weights16 import G128
 from qjax import ops
-from qjax.formats import Float8, Int, QArray, assemble, quantize_array
+from qjax.formats import Int, IntTiles, QArray, assemble
+from qjax.formats.tiles import rounded_up
+from qjax.kernels.dot.mosaic import schedule_for
 
 FORMATS = (
     G128,
@@ -29,14 +32,6 @@ FORMATS = (
 
 SMALL = ((200, 200), (512, 1024), (264, 72))
 """(N, K) of what is compared with NumPy; with few tiles K is cut in parts."""
-
-CLOSE = 1e-5
-"""Largest difference from NumPy, relative to the sum of magnitudes of the terms: tensor cores truncate as they add."""
-
-CLOSE_FLOAT8 = 1e-3
-"""The same where float8 codes are multiplied, whose sums tensor cores keep to about 14 bits."""
-
-BY_KERNEL: dict[str, Any] = {"implementation": "mosaic"}
 
 
 def weight(fmt: Int, n: int, k: int, seed: int) -> tuple[QArray, np.ndarray]:
@@ -74,18 +69,6 @@ def error(fmt: Int, n: int, k: int, tokens: int, dtype: str) -> tuple[float, boo
     return float(np.max(wrong)), all(np.array_equal(results[0], r) for r in results)
 
 
-@contextlib.contextmanager
-def checked(row: dict[str, Any], out: list[dict[str, Any]]) -> Iterator[None]:
-    """Keep a row whatever happens: one kernel that fails must not hide the others."""
-    try:
-        yield
-    except Exception as failure:
-        row |= {"right": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
-    out.append(row)
-    if not row["right"]:
-        print(f"WRONG: {row}", flush=True)
-
-
 def checks(quick: bool) -> list[dict[str, Any]]:
     """Every format and dtype at odd and even sizes; tokens over all tiles."""
     out = []
@@ -94,11 +77,12 @@ def checks(quick: bool) -> list[dict[str, Any]]:
             for i, (n, k) in enumerate(SMALL):
                 every = (1, 2, 3, 5, 7, 8, 13, 16, 31, 64, 100, 128, 257) if fmt is G128 and i == 1 else (7, 17)
                 for tokens in every[:: 2 if quick else 1]:
-                    row = {"weights": fmt.name, "dtype": dtype, "n": n, "k": k, "tokens": tokens}
+                    kernel = f"W{fmt.code_bits}A16 {fmt.name}, {dtype}"
+                    row = {"kernel": kernel, "case": f"[{n}, {k}], {tokens} tokens"}
                     with checked(row, out):
                         worst, steady = error(fmt, n, k, tokens, dtype)
                         row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
-    return out
+    return out + special()
 
 
 def special() -> list[dict[str, Any]]:
@@ -120,28 +104,42 @@ def special() -> list[dict[str, Any]]:
     both = jax.jit(jax.vmap(lambda w: product(turned.T, w, jnp.float32)))(stacked)
     each = [np.asarray(product(turned.T, weight(G128, 256, 256, s)[0], jnp.float32)) for s in (1, 2)]
     rows["a stack of weights"] = bool(np.array_equal(np.asarray(both), np.stack(each)))
-    return [{"check": name, "right": bool(right)} for name, right in rows.items()]
+    kernel = f"W4A16 {G128.name}, bfloat16"
+    return [{"kernel": kernel, "case": name, "right": bool(right)} for name, right in rows.items()]
 
 
-def codes(quick: bool) -> list[dict[str, Any]]:
-    """W8A8, per token and per tensor."""
+@functools.partial(jax.jit, static_argnums=1)
+def _random_tiles(key: Any, like: Any) -> Any:
+    return jax.random.bits(key, like.shape, jnp.uint8)
+
+
+def packed(n: int, k: int, seed: int) -> QArray:
+    """A weight of random codes in tiles, drawn on the device."""
+    fmt = IntTiles(G128, k)
+    like = jax.ShapeDtypeStruct((1, rounded_up(n) * fmt.padded_length // 2), jnp.uint8)
+    aux = {
+        "tiles": _random_tiles(jax.random.key(seed), like),
+        "scale": jnp.full((1, fmt.blocks * rounded_up(n)), 0.01, jnp.float32),
+    }
+    whole = assemble(jnp.zeros((1, 1), jnp.int8), {"scale": jnp.ones((1, 1))}, Int(4), shape=(1, 1), in_axes=1)
+    layout = dataclasses.replace(whole.layout, pad=0)
+    return QArray(jnp.zeros((n, 0), jnp.int8), aux, fmt, layout, jnp.dtype(jnp.bfloat16))
+
+
+def times(clock: Clock) -> list[dict[str, Any]]:
+    """Every layer at all numbers of tokens beside bfloat16; other schedules of one layer."""
     out = []
-    rng = np.random.default_rng(0)
-    for weights, act, close in (
-        (Int(8), Int(8, per="token"), CLOSE),
-        (Int(8, per="tensor"), Int(8, per="tensor"), CLOSE),
-        (Float8(), Float8(per="token"), CLOSE_FLOAT8),
-    ):
-        w = quantize_array(jnp.asarray(rng.normal(size=(512, 1024)), jnp.float32), weights, in_axes=1)
-        numbers = np.asarray(w.dequantize(), np.float64)
-        for tokens in (1, 7, 16, 64, 130)[:: 2 if quick else 1]:
-            x = jnp.asarray(rng.normal(size=(tokens, 1024)), jnp.bfloat16)
-            aux = ops.activation_aux(x, act)
-            run = jax.jit(lambda x, w, aux, a=act: ops.q_dot(x, w, act=(a, aux), out_dtype=jnp.float32, **BY_KERNEL))
-            row = {"weights": weights.name, "act": act.name, "dtype": "bfloat16", "tokens": tokens}
-            with checked(row, out):
-                y = np.asarray(run(x, w, aux), np.float64)
-                inputs = np.asarray(act.decode(act.encode(x, aux), aux), np.float64)
-                worst = np.max(np.abs(y - inputs @ numbers.T) / (np.abs(inputs) @ np.abs(numbers).T))
-                row |= {"error": float(worst), "right": bool(worst < close)}
+    for layer, (n, k) in SHAPES.items():
+        ours = [packed(n, k, s) for s in range(copies(n * k // 2))]
+        for tokens in TOKENS:
+            if clock.left() <= 0:
+                return out
+            x = jax.random.normal(jax.random.key(0), (tokens, k), jnp.bfloat16)
+            row = {"kernel": f"W4A16 {G128.name}, bfloat16", "layer": layer, "n": n, "k": k, "tokens": tokens}
+            with checked(row, out, "us"):
+                row["us"] = clock.us(product, *[(x, w) for w in ours])
+                row |= {"bytes": ours[0].nbytes + x.nbytes + tokens * n * 2, "flops": 2 * tokens * n * k}
+                row["ceiling_us"] = clock.ceiling_us(n * k * 4.125 / 8, 2 * tokens * n * k)
+                row["schedule"] = str(schedule_for(n, k, tokens))
+                row["peers"] = {"bfloat16": clock.bfloat16_us(n, k, tokens)}
     return out

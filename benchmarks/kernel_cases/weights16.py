@@ -1,4 +1,4 @@
-"""The kernels that are compiled ahead of time and measured on a device, each with the schedules it is run with."""
+"""16-bit activations and integer weights in tiles, and whole programs around that kernel."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qjax import ops
-from qjax.formats import Float8, Int, IntTiles, Layout, QArray
+from qjax.formats import Int, IntTiles, Layout, QArray
 from qjax.formats.tiles import rounded_up
-from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import TOKENS, Schedule
 from qjax.kernels.dot.mosaic import STAGES
 from qjax.kernels.dot.tiles16 import tiles16
@@ -25,34 +23,20 @@ G128 = Int(4, group=128)
 class Case:
     """One compiled kernel: what is fixed when it is compiled, on a matrix large enough to fill its ring."""
 
-    fmt: Int | Float8
+    fmt: Int
     dtype: str
     schedule: Schedule
     n: int = 1024
     k: int = 4096
-    codes: bool = False
+    multiplies = "HGMMA"
 
     @property
     def name(self) -> str:
-        """As the table calls it; of W8A8 the activations are quantized and the result has the dtype."""
-        kind = "W8A8" if self.codes else f"W{self.fmt.code_bits}A16"
-        parts = f" in {self.schedule.splits} parts" if self.schedule.splits > 1 else ""
-        return f"{kind} {self.fmt.name}, {self.dtype}, {self.schedule.tokens} tokens{parts}"
-
-    @property
-    def multiplies(self) -> str:
-        """The instruction that it has to use."""
-        return "HGMMA" if not self.codes else "IGMMA" if isinstance(self.fmt, Int) else "QGMMA"
+        """As the table calls it."""
+        return f"W{self.fmt.code_bits}A16 {self.fmt.name}, {self.dtype}, {described(self.schedule)}"
 
     def function(self) -> Any:
         """The kernel, and the shapes of its arguments."""
-        if self.codes:
-            tokens, dtype = self.schedule.tokens, self.fmt.code_dtype
-            one = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype)  # noqa: E731
-            ours, theirs = (one(dtype, rows, self.k) for rows in (self.n, tokens))
-            arguments = (ours, one(np.float32, self.n), theirs, one(np.float32, tokens))
-            return functools.partial(codes8, out_dtype=jnp.dtype(self.dtype), schedule=self.schedule), arguments
-        assert isinstance(self.fmt, Int)
         fmt = IntTiles(self.fmt, self.k)
         codes = jnp.uint8 if self.fmt.bits == 4 else jnp.int8
         numbers = fmt.blocks * rounded_up(self.n)
@@ -66,6 +50,11 @@ class Case:
         )
         how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
         return functools.partial(tiles16, **how), arguments
+
+
+def described(schedule: Schedule) -> str:
+    """A schedule in words."""
+    return f"{schedule.tokens} tokens" + (f" in {schedule.splits} parts" if schedule.splits > 1 else "")
 
 
 def programs() -> dict[str, tuple[Any, Any, int]]:
@@ -115,10 +104,5 @@ def cases() -> list[Case]:
             (Int(8, group=128), "bfloat16"),
             (Int(8, group=64, symmetric=False), "float16"),
         )
-    ]
-    out += [
-        Case(fmt, "bfloat16", Schedule(t, STAGES[t], splits), codes=True)
-        for fmt in (Int(8), Float8())
-        for t, splits in ((8, 1), (16, 4), (64, 1), (128, 1))
     ]
     return out
