@@ -67,32 +67,43 @@ class Elsewhere:
         return jnp.zeros((*jnp.shape(packed)[:-1], length), jnp.int8)
 
 
-@register_format("int_tiles")
-@dataclasses.dataclass(frozen=True)
-class IntTiles(Format):
-    """``Int(4, ...)`` or ``Int(8, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
+class Tiled(Format):
+    """Base of the formats that `qjax.ops.pack` makes: a weight in the order of a kernel, all of it in aux.
 
-    Made by `qjax.ops.pack`, not by rounding. Sliced along stack axes only.
-
-    Args:
-        like: the format of the weight that was packed.
-        length: K, the columns of the matrix without padding.
-
-    Raises:
-        FormatError: where ``like`` has no such layout, with the reason.
+    Subclasses are dataclasses with ``like``, the format of the weight that was packed, and ``length``, K without
+    padding. They define `cannot`, `tiled` and `untiled`, name their arrays in ``row_aux``, and stand in the table of
+    `qjax.kernels.pack`. Made by packing, not by rounding; sliced along stack axes only.
     """
 
-    like: Int
-    length: int
+    takes: ClassVar[tuple[type[Format], ...]]
+    """Kinds of formats of which some have this order."""
+
+    for_codes: ClassVar[bool] = False
+    """Whether its kernel multiplies with the codes of quantized activations, rather than with 16-bit floats."""
 
     weights_only = True
     whole_matrix = True
-    row_aux: ClassVar[tuple[str, ...]] = ("tiles", "scale", "zero")
+
+    like: Format
+    length: int
 
     def __post_init__(self) -> None:
-        why = cannot_tile(self.like, self.length)
+        why = self.cannot(self.like, self.length)
         if why:
-            raise FormatError(f"IntTiles: {why}")
+            raise FormatError(f"{type(self).__name__}: {why}")
+
+    @classmethod
+    def cannot(cls, fmt: Format, length: int) -> str | None:
+        """Return why a weight of this format, with rows of ``length``, does not have this order; None if it has."""
+        raise NotImplementedError(f"{cls.__name__} has to define cannot")
+
+    def tiled(self, codes: AnyArray, aux: Aux) -> Aux:
+        """Return aux of this format, [*stack, 1, anything] each, from codes [*stack, N, K] and aux of ``like``."""
+        raise NotImplementedError(f"{type(self).__name__} has to define tiled")
+
+    def untiled(self, aux: Aux, n: int) -> tuple[Array, Aux]:
+        """Return codes [*stack, N, K] and aux as ``like`` has them; undoes `tiled`."""
+        raise NotImplementedError(f"{type(self).__name__} has to define untiled")
 
     @property
     def name(self) -> str:
@@ -117,12 +128,7 @@ class IntTiles(Format):
     @property
     def code_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As in ``like``."""
-        return self.like.bits
-
-    @property
-    def offset(self) -> int:
-        """What is taken from unsigned codes to make them signed: 8 or 128."""
-        return 1 << (self.like.bits - 1)
+        return self.like.code_bits
 
     @property
     def code_dtype(self) -> np.dtype:
@@ -131,8 +137,62 @@ class IntTiles(Format):
 
     @property
     def packing(self) -> Elsewhere:
-        """Codes stand in ``aux["tiles"]``."""
+        """Codes stand in aux."""
         return Elsewhere(self.length)
+
+    @property
+    def padded_length(self) -> int:
+        """K'."""
+        return rounded_up(self.length)
+
+    def fit(self, x: AnyArray, weight: AnyArray | None = None) -> Aux:
+        raise FormatError(f"{self.name}: weights are rounded to {self.like.name}, then packed by qjax.ops.pack")
+
+    def encode(self, x: AnyArray, aux: Aux) -> Array:
+        raise FormatError(f"{self.name}: weights are rounded to {self.like.name}, then packed by qjax.ops.pack")
+
+    def decode(self, codes: AnyArray, aux: Aux) -> Array:
+        """Return what ``like`` decodes to, float32; only the shape of ``codes`` is looked at."""
+        return self.like.decode(*self.untiled(aux, codes.shape[-2]))
+
+
+@register_format("int_tiles")
+@dataclasses.dataclass(frozen=True)
+class IntTiles(Tiled):
+    """``Int(4, ...)`` or ``Int(8, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
+
+    Made by `qjax.ops.pack`, not by rounding. Sliced along stack axes only.
+
+    Args:
+        like: the format of the weight that was packed.
+        length: K, the columns of the matrix without padding.
+
+    Raises:
+        FormatError: where ``like`` has no such layout, with the reason.
+    """
+
+    like: Int
+    length: int
+
+    takes: ClassVar[tuple[type[Format], ...]] = (Int,)
+    row_aux: ClassVar[tuple[str, ...]] = ("tiles", "scale", "zero")
+
+    @classmethod
+    def cannot(cls, fmt: Format, length: int) -> str | None:
+        if not isinstance(fmt, Int) or fmt.bits not in (4, 8):
+            return f"codes of {fmt.name} weights are no integers of 4 or 8 bits"
+        if fmt.zero == "float":
+            return f"zero points of {fmt.name} lie between codes, where bfloat16 would round them"
+        if length < 1:
+            return "rows are empty"
+        if fmt.groups(length) > 1 and fmt.group % 32:  # type: ignore[operator]
+            return f"groups of {fmt.group} columns are no multiple of 32"
+        return None
+
+    @property
+    def offset(self) -> int:
+        """What is taken from unsigned codes to make them signed: 8 or 128."""
+        return 1 << (self.like.bits - 1)
 
     @property
     def block(self) -> int | None:
@@ -147,24 +207,9 @@ class IntTiles(Format):
         return min(self.block or ROWS, ROWS)
 
     @property
-    def padded_length(self) -> int:
-        """K'."""
-        return rounded_up(self.length)
-
-    @property
     def blocks(self) -> int:
         """G, the stored scales of a row."""
         return self.padded_length // self.block if self.block else 1
-
-    def fit(self, x: AnyArray, weight: AnyArray | None = None) -> Aux:
-        raise FormatError(f"{self.name}: weights are rounded to {self.like.name}, then packed by qjax.ops.pack")
-
-    def encode(self, x: AnyArray, aux: Aux) -> Array:
-        raise FormatError(f"{self.name}: weights are rounded to {self.like.name}, then packed by qjax.ops.pack")
-
-    def decode(self, codes: AnyArray, aux: Aux) -> Array:
-        """Return (code - zero) * scale in float32; only the shape of ``codes`` is looked at."""
-        return self.like.decode(*self.untiled(aux, codes.shape[-2]))
 
     def tiled(self, codes: AnyArray, aux: Aux) -> Aux:
         """Return aux of this format from codes [*stack, N, K] and aux of ``like``."""
@@ -183,7 +228,7 @@ class IntTiles(Format):
         return out
 
     def untiled(self, aux: Aux, n: int) -> tuple[Array, Aux]:
-        """Return codes [*stack, N, K] and aux of ``like``, a scale of the tensor as one per row; undoes `tiled`."""
+        """Return codes [*stack, N, K] and aux as ``like`` has them; undoes `tiled`."""
         stack = aux["tiles"].shape[:-2]
         width = self.columns * self.code_bits // 8
         tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, width)
@@ -196,7 +241,7 @@ class IntTiles(Format):
         if not self.symmetric:
             codes = (codes.astype(jnp.int32) + self.offset).astype(jnp.uint8)
             out["zero"] = (self._by_row(aux["zero"].astype(jnp.float32), n) + self.offset).astype(jnp.uint8)
-        return codes, out
+        return codes, {k: a[..., :1, :] for k, a in out.items()} if self.per == "tensor" else out
 
     def _by_block(self, a: AnyArray, n: int) -> Array:
         """[*stack, N or 1, groups] as [*stack, 1, G N']."""
@@ -230,16 +275,3 @@ def from_threads(tiles: AnyArray) -> Array:
 def rounded_up(size: int) -> int:
     """Return the size with padding."""
     return -(-size // MULTIPLE) * MULTIPLE
-
-
-def cannot_tile(fmt: Format, length: int) -> str | None:
-    """Return why a weight of this format, with rows of ``length``, has no layout in tiles; None if it has one."""
-    if not isinstance(fmt, Int) or fmt.bits not in (4, 8):
-        return f"codes of {fmt.name} weights are no integers of 4 or 8 bits"
-    if fmt.zero == "float":
-        return f"zero points of {fmt.name} lie between codes, where bfloat16 would round them"
-    if length < 1:
-        return "rows are empty"
-    if fmt.groups(length) > 1 and fmt.group % 32:  # type: ignore[operator]
-        return f"groups of {fmt.group} columns are no multiple of 32"
-    return None

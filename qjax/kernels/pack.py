@@ -12,12 +12,31 @@ import jax.numpy as jnp
 from jax import Array
 
 from qjax.errors import LayoutError, near
-from qjax.formats import Aux, Format, QArray
+from qjax.formats import SIGNS, SMOOTH, Aux, Format, QArray
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
-from qjax.formats.tiles import IntTiles, cannot_tile
+from qjax.formats.tiles import IntTiles, Tiled
 
-TARGETS = ("mosaic",)
+TILED: dict[str, tuple[type[Tiled], ...]] = {"mosaic": (IntTiles,)}
+"""By target, the orders that there are; of those that take a format the first is made."""
+
+TARGETS = tuple(TILED)
+
+BESIDE = (SIGNS, SMOOTH)
+"""Names in aux that say what is done to activations, and stay as they are."""
+
+
+def tiled_format(fmt: Format, length: int, target: str = "mosaic") -> Tiled | str:
+    """Return the order in which a target's kernel reads weights of a format with rows of ``length``, or why none."""
+    kinds = [kind for kind in TILED[target] if isinstance(fmt, kind.takes)]
+    reasons = []
+    for kind in kinds:
+        why = kind.cannot(fmt, length)
+        if why is None:
+            return kind(fmt, length)  # pyright: ignore[reportCallIssue] (a dataclass with like and length)
+        reasons.append(why)
+    known = dict.fromkeys(k.__name__ for kind in TILED[target] for k in kind.takes)
+    return "; ".join(dict.fromkeys(reasons)) or f"{fmt.name} weights have none, there is one for {', '.join(known)}"
 
 
 def pack(w: QArray, target: str = "mosaic") -> QArray:
@@ -36,12 +55,11 @@ def pack(w: QArray, target: str = "mosaic") -> QArray:
     """
     if target not in TARGETS:
         raise LayoutError(f"pack: target={target!r}{near(str(target), TARGETS)}; there is {', '.join(TARGETS)}")
-    if isinstance(w.fmt, IntTiles):
+    if isinstance(w.fmt, Tiled):
         return w
-    why = cannot_tile(w.fmt, w.length)
-    if why:
-        raise LayoutError(f"pack: {w!r} has no order for {target}: {why}; leave it as it is")
-    fmt = IntTiles(w.fmt, w.length)  # pyright: ignore[reportArgumentType] (cannot_tile has looked)
+    fmt = tiled_format(w.fmt, w.length, target)
+    if isinstance(fmt, str):
+        raise LayoutError(f"pack: {w!r} has no order for {target}: {fmt}; leave it as it is")
     return dataclasses.replace(_retold(w, fmt, *_tiled(w, fmt)), layout=dataclasses.replace(w.layout, pad=0))
 
 
@@ -56,15 +74,15 @@ def pack_tree(tree: Any, target: str = "mosaic") -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        able = isinstance(leaf, QArray) and not isinstance(leaf.fmt, IntTiles)
-        return pack(leaf, target) if able and cannot_tile(leaf.fmt, leaf.length) is None else leaf
+        able = isinstance(leaf, QArray) and not isinstance(leaf.fmt, Tiled)
+        return pack(leaf, target) if able and isinstance(tiled_format(leaf.fmt, leaf.length, target), Tiled) else leaf
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
 
 
 def neutral(w: QArray) -> QArray:
     """Return a packed weight in the neutral order of rows, as it was before `pack`; others as they are."""
-    if not isinstance(w.fmt, IntTiles):
+    if not isinstance(w.fmt, Tiled):
         return w
     fmt = w.fmt.like
     layout = dataclasses.replace(w.layout, pad=row_pad(fmt.packing, w.length))
@@ -72,18 +90,16 @@ def neutral(w: QArray) -> QArray:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _tiled(w: QArray, fmt: IntTiles) -> tuple[Array, Aux]:
+def _tiled(w: QArray, fmt: Tiled) -> tuple[Array, Aux]:
     c = w.canonical()
     codes = c.unpacked()
-    return fmt.packing.pack(codes), fmt.tiled(codes, {k: c.aux[k] for k in ("scale", "zero") if k in c.aux})
+    return fmt.packing.pack(codes), fmt.tiled(codes, {k: a for k, a in c.aux.items() if k not in BESIDE})
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _untiled(w: QArray, fmt: IntTiles) -> tuple[Array, Aux]:
+def _untiled(w: QArray, fmt: Tiled) -> tuple[Array, Aux]:
     c = w.canonical()
     codes, aux = fmt.untiled(c.aux, c.codes.shape[-2])
-    if fmt.per == "tensor":
-        aux = {k: a[..., :1, :] for k, a in aux.items()}
     return fmt.like.packing.pack(codes), aux
 
 
@@ -97,6 +113,7 @@ def _retold(w: QArray, fmt: Format, codes: Array, aux: Aux) -> QArray:
         return jnp.reshape(a, (*w.codes.shape[:stacks], *own, *(1,) * (ins - 1), a.shape[-1]))
 
     rows = math.prod(outs)
-    placed = {k: place(a, a.shape[-2] == rows and k not in fmt.row_aux) for k, a in aux.items()}
-    kept = {k: a for k, a in w.aux.items() if k not in aux and k not in ("tiles", "scale", "zero")}
+    of_matrix = fmt.row_aux if fmt.whole_matrix else ()
+    placed = {k: place(a, a.shape[-2] == rows and k not in of_matrix) for k, a in aux.items()}
+    kept = {k: a for k, a in w.aux.items() if k in BESIDE}
     return dataclasses.replace(w, codes=place(codes, True), aux={**placed, **kept}, fmt=fmt)

@@ -97,13 +97,18 @@ class Lowering:
     about: str = ""
     order: int = 0
 
+    def reads(self, fmt: Format) -> bool:
+        """Whether weights of this format are among those that it was registered for."""
+        return self.format is None or any(_reads(kind, fmt) for kind in _kinds(self.format))
+
     def refuses(self, problem: Problem) -> str | None:
         """Return why this lowering cannot run, or None if it can."""
         if problem.op != self.op:
             return f"it is a lowering of {self.op}"
         if self.platform is not None and problem.platform != self.platform:
             return f"it runs on {self.platform}"
-        if self.format is not None and not any(_reads(kind, problem.weight) for kind in _kinds(self.format)):
+        if not self.reads(problem.weight):
+            assert self.format is not None
             return f"it reads {' or '.join(_format_names(self.format))} weights"
         return _reason(self.when, problem)
 
@@ -161,7 +166,8 @@ def register_lowering(
         platform: "cpu", "cuda", "rocm", "tpu", or None for all.
         when: ``when(problem)`` returns True if it can run, else False or, better, the reason as a sentence.
         worth: like ``when``, for the question whether it is the better choice; asked only if no lowering is named.
-        name: how `implementation=` calls it; by default the function's name.
+        name: how `implementation=` calls it; by default the function's name. Functions for other formats may share a
+            name; one for the same platform and formats takes the place of the former.
         priority: higher is tried first. The lowerings of qjax stand at 0 to 9, the oracle at -1.
         about: one line for the printed table.
 
@@ -177,7 +183,8 @@ def register_lowering(
             name or function.__name__, op, function, format, platform, when, worth, priority, about, order=_counter
         )
         rows = _TABLE.setdefault(op, [])
-        rows[:] = [e for e in rows if (e.name, e.platform) != (entry.name, platform)]
+        place = (entry.name, platform, _kinds(format or ()))
+        rows[:] = [e for e in rows if (e.name, e.platform, _kinds(e.format or ())) != place]
         rows.append(entry)
         rows.sort(key=lambda e: (-e.priority, e.platform is None, -e.order))
         if platform is not None:
@@ -220,16 +227,26 @@ def select(problem: Problem, implementation: str | None = None) -> Lowering:
             f"implementation={implementation!r} of {problem.op}{near(implementation, known)}; "
             f"there are {', '.join(dict.fromkeys(known))}, or None to choose"
         )
-    reasons = []
-    for entry in named:
-        why = entry.refuses(problem)
-        if why is None:
-            return entry
-        reasons.append(why)
-    raise LoweringError(
-        f"implementation={implementation!r} cannot compute the {problem}: {'; '.join(dict.fromkeys(reasons))}. "
-        "Leave implementation=None to choose one that can"
-    )
+    entry = next((e for e in named if e.refuses(problem) is None), None)
+    if entry is None:
+        raise LoweringError(
+            f"implementation={implementation!r} cannot compute the {problem}: {refusal(problem, implementation)}. "
+            "Leave implementation=None to choose one that can"
+        )
+    return entry
+
+
+def refusal(problem: Problem, name: str) -> str | None:
+    """Return why no lowering of this name can compute a problem, or None if one can.
+
+    Where several share the name, those that were registered for the format of the weight are asked.
+    """
+    named = [e for e in _TABLE.get(problem.op, []) if e.name == name]
+    asked = [e for e in named if e.reads(problem.weight)] or named
+    reasons = [e.refuses(problem) for e in asked]
+    if None in reasons:
+        return None
+    return "; ".join(dict.fromkeys(filter(None, reasons))) or f"there is no {name} of {problem.op}"
 
 
 def choose(

@@ -15,13 +15,15 @@ from jax.typing import DTypeLike
 
 from qjax import _compat
 from qjax.errors import LayoutError, warn
-from qjax.formats import Aux, Float8, Format, Int, IntTiles, QArray
+from qjax.formats import Aux, Float8, Format, Int, QArray
 from qjax.formats.numerics import SMALLEST_SCALE, finite_part
 from qjax.formats.rotation import check_prepared
+from qjax.formats.tiles import Tiled
 from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
+from qjax.kernels.registry import refusal
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
 
 
@@ -56,9 +58,8 @@ class _Dot(QuantizedOp):
         )
 
     def chosen(self, problem: Problem, lowering: Lowering) -> None:
-        if isinstance(problem.weight, IntTiles) and not self.transpose and problem.platform == "cuda":
-            why = [e.refuses(problem) for e in _entries("mosaic")] if lowering.name == "dequantize" else []
-            if reason := next(filter(None, why), None):
+        if isinstance(problem.weight, Tiled) and not self.transpose and problem.platform == "cuda":
+            if lowering.name == "dequantize" and (reason := refusal(problem, "mosaic")):
                 _warn_once("", str(problem.weight), f"{problem}: the packed weight is dequantized, because {reason}")
 
     def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
@@ -201,7 +202,7 @@ def _check_choice(problem: Problem, implementation: str | None, at: str) -> None
     lowering = select(problem, implementation)
     if implementation is not None or problem.act is None:
         return
-    if isinstance(problem.weight, IntTiles):
+    if isinstance(problem.weight, Tiled) and not problem.weight.for_codes:
         return _warn_once(
             at,
             "tiles",
@@ -212,21 +213,13 @@ def _check_choice(problem: Problem, implementation: str | None, at: str) -> None
     same = kinds[0] == kinds[1] and problem.act.affine and (problem.weight.affine or problem.weight.int8_rows)
     if same and lowering.name in ("dequantize", "dequantize_blocks", "reference"):
         wanted = "int_dot" if kinds[0] else "float8_dot"
-        reasons = [e.refuses(problem) for e in _entries(wanted)]
-        why = next(filter(None, reasons), "no kernel fits")
-        _warn_once(at, wanted, f"{problem} is computed in float: {why}")
+        _warn_once(at, wanted, f"{problem} is computed in float: {refusal(problem, wanted) or 'no kernel fits'}")
 
 
 def _warn_once(at: str, about: str, message: str) -> None:
     if (at, about) not in _warned:
         _warned.add((at, about))
         warn(f"{at}{message}")
-
-
-def _entries(name: str) -> list[Any]:
-    from qjax.kernels import lowering_table
-
-    return [e for e in lowering_table("dot").rows if e.name == name]
 
 
 def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0, streamed: bool = False) -> Aux:

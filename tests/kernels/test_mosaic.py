@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import qjax
 from qjax import ops
 from qjax.errors import FormatError, LayoutError, LoweringError, QjaxWarning
-from qjax.formats import NF4, Float8, Int, IntTiles, quantize_array
+from qjax.formats import MXFP8, NF4, Float8, Int, IntTiles, quantize_array
 from qjax.formats.tiles import for_threads, from_threads
 from qjax.kernels import Problem, registry
 from qjax.kernels.devices import cuda_capability, platform_here
@@ -129,7 +129,7 @@ def test_views_of_a_packed_weight():
 def test_what_cannot_be_packed_is_refused_with_the_reason():
     ones = jnp.ones((64, 96))
     cases = [
-        (quantize_array(ones, NF4(group=32), in_axes=1), "no integers of 4 or 8 bits"),
+        (quantize_array(ones, MXFP8(), in_axes=1), "mxfp8.* weights have none, there is one for Int"),
         (quantize_array(ones, Int(3), in_axes=1), "no integers of 4 or 8 bits"),
         (quantize_array(ones, Int(4, group=24), in_axes=1), "no multiple of 32"),
         (quantize_array(ones, Int(4, symmetric=False, zero="float"), in_axes=1), "lie between codes"),

@@ -82,6 +82,19 @@ def test_registering_a_name_again_replaces_it():
     assert entry.function() == 2
 
 
+@pytest.mark.usefixtures("table")
+def test_functions_for_several_formats_share_a_name():
+    no = lambda p: "its reason"  # noqa: E731
+    ops.register_lowering("dot", NF4, "cpu", name="ours")(lambda *a: 1)
+    ops.register_lowering("dot", (MXFP4, Int), "cpu", when=no, name="ours")(lambda *a: 2)
+    assert [e.format for e in ops.lowering_table("dot").rows if e.name == "ours"] == [(MXFP4, Int), NF4]
+    w, x = quantize_array(jnp.ones((32, 8)), MXFP4(), in_axes=0), jnp.ones((2, 32))
+    with pytest.raises(LoweringError, match="rows, on cpu: its reason. Leave"):
+        ops.q_dot(x, w, implementation="ours")
+    with pytest.raises(LoweringError, match="it reads MXFP4 or Int weights; it reads NF4 weights"):
+        ops.q_dot(x, quantize_array(jnp.ones((32, 8)), Float8(), in_axes=0), implementation="ours")
+
+
 def test_choices_quote_what_was_measured(monkeypatch):
     rows = [
         {"op": "dot", "lowering": "dequantize", "weights": "int4 grouped", "act": "", "speed": {"1": 0.5, "16": 1.25}},

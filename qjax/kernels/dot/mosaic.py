@@ -7,19 +7,20 @@ activations by that of `codes8`, which reads codes in neutral order.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
 
 from qjax.formats import Float8, Format, Int, QArray
-from qjax.formats.tiles import ROWS, IntTiles, cannot_tile, rounded_up
+from qjax.formats.tiles import ROWS, IntTiles, rounded_up
 from qjax.kernels.devices import has_mosaic
 from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import STEP, TOKENS, WARPGROUPS, Schedule
 from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.dot.tiles16 import tiles16
-from qjax.kernels.registry import Act, Problem, register_lowering
+from qjax.kernels.registry import Act, Problem, When, register_lowering
 
 PROCESSORS = 132
 """Streaming multiprocessors of an H100 SXM or H200: one block of threads each."""
@@ -50,23 +51,31 @@ def schedule_for(n: int, k: int, rows: int, matrices: int = 1) -> Schedule:
     return Schedule(tokens, STAGES[tokens], splits)
 
 
-def _runs(problem: Problem) -> bool | str:
-    if problem.capability is None:
-        return "it is not known for which GPU is compiled (no CUDA device, no jax.sharding.AbstractDevice)"
-    if problem.capability[0] != 9:
-        major, minor = problem.capability
-        return f"wgmma exists on compute capability 9.0 (Hopper) alone, and this device has {major}.{minor}"
-    if not isinstance(problem.rows, int):
-        return "the number of rows is not known when compiling"
-    if problem.devices > 1:
-        return f"the compiler would partition it over {problem.devices} devices; call it inside jax.shard_map"
-    why = _refuses_tiles(problem) if problem.act is None else _refuses_codes(problem, problem.act)
-    return why or has_mosaic()
+def on_hopper(refuses: Callable[[Problem], str | None]) -> When:
+    """Return the condition of a kernel for Hopper: what all of them need, and what this one refuses and why."""
+
+    def runs(problem: Problem) -> bool | str:
+        if problem.capability is None:
+            return "it is not known for which GPU is compiled (no CUDA device, no jax.sharding.AbstractDevice)"
+        if problem.capability[0] != 9:
+            major, minor = problem.capability
+            return f"wgmma exists on compute capability 9.0 (Hopper) alone, and this device has {major}.{minor}"
+        if not isinstance(problem.rows, int):
+            return "the number of rows is not known when compiling"
+        if problem.devices > 1:
+            return f"the compiler would partition it over {problem.devices} devices; call it inside jax.shard_map"
+        return refuses(problem) or has_mosaic()
+
+    return runs
+
+
+def _refuses(problem: Problem) -> str | None:
+    return _refuses_tiles(problem) if problem.act is None else _refuses_codes(problem, problem.act)
 
 
 def _refuses_tiles(problem: Problem) -> str | None:
     if not isinstance(problem.weight, IntTiles):
-        why = cannot_tile(problem.weight, problem.k)
+        why = IntTiles.cannot(problem.weight, problem.k)
         return why or "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
     if problem.x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {problem.x_dtype.name}; cast them to bfloat16 or float16"
@@ -99,7 +108,7 @@ def _measured(problem: Problem) -> bool | str:
     "dot",
     (IntTiles, Int, Float8),
     "cuda",
-    when=_runs,
+    when=on_hopper(_refuses),
     worth=_measured,
     name="mosaic",
     priority=5,
