@@ -38,6 +38,14 @@ def cuda_capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
+def device_kind() -> str | None:
+    """Return the kind of the CUDA device for which is compiled, such as "NVIDIA H200"; None where there is none."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.device_kind
+    return jax.local_devices()[0].device_kind if jax.default_backend() in ("gpu", "cuda") else None
+
+
 def platform_here() -> str:
     """Return for which platform is compiled, as lowerings call it: "cuda" and "rocm" where jax's backend is "gpu"."""
     described = jax.sharding.get_abstract_mesh().abstract_device

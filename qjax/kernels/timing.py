@@ -47,7 +47,7 @@ def device_seconds(
     on all of them before.
 
     Args:
-        function: jax-traceable; jitted here.
+        function: jax-traceable, and jitted here; or compiled (`jax.stages.Compiled`) for arguments of these shapes.
         argument_sets: tuples of positional arguments (arrays or pytrees of them) of the same shapes.
         trials: rounds through the sets.
         method: "wall", "cupti" or "difference"; None chooses by `timing_method`.
@@ -61,7 +61,7 @@ def device_seconds(
         raise DeviceError(f"device_seconds: {len(sets)} sets of arguments and trials={trials}; one of each is needed")
     if method not in (None, *_CLOCKS):
         raise DeviceError(f"device_seconds: method={method!r}; there are {', '.join(_CLOCKS)}, or None to choose")
-    once = jax.jit(function)
+    once = function if isinstance(function, jax.stages.Compiled) else jax.jit(function)
     for arguments in sets:  # what fails, fails here and not under a profiler
         jax.block_until_ready(once(*arguments))
     return _CLOCKS[method or timing_method()](once, sets, trials)
@@ -138,6 +138,8 @@ def _wall(once: Any, sets: Sequence[tuple[Any, ...]], trials: int) -> float:
 
 
 def _difference(once: Any, sets: Sequence[tuple[Any, ...]], trials: int) -> float:
+    if isinstance(once, jax.stages.Compiled):
+        raise DeviceError("device_seconds: a compiled function cannot be put into a program; give the function itself")
     short = max(CALLS, len(sets))
     while True:
         brief, long = (_program_seconds(once, sets, calls, trials) for calls in (short, 2 * short))

@@ -21,6 +21,7 @@ from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.dot.tiles16 import tiles16
 from qjax.kernels.registry import Act, Problem, When, register_lowering
+from qjax.kernels.tuned import Key, bucket, schedule_of
 
 PROCESSORS = 132
 """Streaming multiprocessors of an H100 SXM or H200: one block of threads each."""
@@ -49,6 +50,20 @@ def schedule_for(n: int, k: int, rows: int, matrices: int = 1) -> Schedule:
     fits = [s for s in range(1, steps + 1) if steps % s == 0 and steps // s >= FEWEST_STEPS]
     splits = max([s for s in fits if s * blocks <= PROCESSORS], default=1)
     return Schedule(tokens, STAGES[tokens], splits)
+
+
+REVISIONS = {"tiles16": 1, "codes8": 1}
+"""Of each kernel; raised where a schedule means another program, so that what was measured before is not taken."""
+
+
+def _schedule(problem: Problem, tokens: int) -> Schedule:
+    """How a product is cut: as was measured best on this device, else by `schedule_for`."""
+    kernel = "codes8" if problem.act else "tiles16"
+    formats = problem.weight.name + (f" x {problem.act.name}" if problem.act else "")
+    n, k = rounded_up(problem.n), rounded_up(problem.k)
+    key = Key(kernel, REVISIONS[kernel], formats, problem.x_dtype.name, n, k, bucket(tokens), problem.matrices)
+    rule = schedule_for(problem.n, problem.k, tokens, problem.matrices)
+    return schedule_of(key, rule, lambda s: k // STEP % s.splits == 0)
 
 
 def on_hopper(refuses: Callable[[Problem], str | None]) -> When:
@@ -120,7 +135,7 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     if x.size == 0 or not problem.n or not problem.matrices:
         return dot_reference(problem, x, w, act)
     count, tokens = problem.matrices, math.prod(rows)
-    schedule = schedule_for(problem.n, problem.k, tokens, count)
+    schedule = _schedule(problem, tokens)
     if act is not None:
         fmt, aux = act
         of_tokens = jnp.broadcast_to(fmt.scale_of(aux), (*x.shape[:-1], 1))
