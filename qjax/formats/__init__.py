@@ -2,6 +2,7 @@
 
 from qjax.formats import export as _export  # noqa: F401 (registers the serialization of quantized arrays)
 from qjax.formats.base import Aux, Format
+from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.dual_grained import DualGrained
 from qjax.formats.float8 import Float8
 from qjax.formats.integer import Int
@@ -29,6 +30,7 @@ __all__ = [
     "SIGNS",
     "SMOOTH",
     "Aux",
+    "CodeTiles",
     "DualGrained",
     "Float8",
     "Format",

@@ -13,12 +13,16 @@ from jax import Array
 
 from qjax.errors import LayoutError, near
 from qjax.formats import SIGNS, SMOOTH, Aux, Format, QArray
+from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
 from qjax.formats.tiles import IntTiles, Tiled
 
-TILED: dict[str, tuple[type[Tiled], ...]] = {"mosaic": (IntTiles,)}
-"""By target, the orders that there are; of those that take a format the first is made."""
+TILED: dict[str, tuple[type[Tiled], ...]] = {"mosaic": (IntTiles, CodeTiles), "mosaic_int8": (CodeTiles,)}
+"""By target, the orders that there are; of those that take a format the first is made.
+
+"mosaic_int8" is for products with int8 activations; formats that are for such products alone have it in both.
+"""
 
 TARGETS = tuple(TILED)
 
@@ -46,36 +50,43 @@ def pack(w: QArray, target: str = "mosaic") -> QArray:
     kernel cannot, it is dequantized. Save weights before packing, or `neutral` ones.
 
     Args:
-        w: an ``Int(4, ...)`` or ``Int(8, ...)`` weight; zero points have to be integers, groups multiples of 32 (or one
-            scale per row).
-        target: "mosaic", for the tensor cores of NVIDIA's Hopper (`qjax.formats.tiles`).
+        w: an ``Int(4, ...)``, ``Int(8, ...)``, ``DualGrained`` or ``Progressive`` weight; zero points have to be
+            integers, groups multiples of 32 (or one scale per row). One that is packed for another target is packed
+            anew.
+        target: for the tensor cores of NVIDIA's Hopper: "mosaic", for the activations that a format is made for,
+            16-bit floats with ``Int`` (`qjax.formats.tiles`), int8 with ``DualGrained`` and ``Progressive``;
+            "mosaic_int8", for int8 activations with ``Int(4, ...)`` too (`qjax.formats.code_tiles`).
 
     Raises:
         LayoutError: for another target, or a format that has no such order, with the reason.
     """
     if target not in TARGETS:
         raise LayoutError(f"pack: target={target!r}{near(str(target), TARGETS)}; there is {', '.join(TARGETS)}")
-    if isinstance(w.fmt, Tiled):
-        return w
-    fmt = tiled_format(w.fmt, w.length, target)
+    fmt = _order_for(w, target)
     if isinstance(fmt, str):
         raise LayoutError(f"pack: {w!r} has no order for {target}: {fmt}; leave it as it is")
+    if fmt == w.fmt:
+        return w
+    w = neutral(w)
     return dataclasses.replace(_retold(w, fmt, *_tiled(w, fmt)), layout=dataclasses.replace(w.layout, pad=0))
+
+
+def _order_for(w: QArray, target: str) -> Tiled | str:
+    return tiled_format(w.fmt.like if isinstance(w.fmt, Tiled) else w.fmt, w.length, target)
 
 
 def pack_tree(tree: Any, target: str = "mosaic") -> Any:
     """Return a tree in which every weight that has an order for the target is packed, and all else is as it was.
 
-    For models whose activations stay in float: products with quantized activations want the neutral order.
-
     Args:
         tree: any pytree, such as ``model.params``; the packed one is called in its place: ``model(tree, *args)``.
-        target: as in `pack`.
+        target: as in `pack`: "mosaic" for models whose activations stay in float, "mosaic_int8" for those with int8
+            activations (8-bit weights stay in neutral order then, which their kernel reads).
     """
 
     def one(leaf: Any) -> Any:
-        able = isinstance(leaf, QArray) and not isinstance(leaf.fmt, Tiled)
-        return pack(leaf, target) if able and isinstance(tiled_format(leaf.fmt, leaf.length, target), Tiled) else leaf
+        able = isinstance(leaf, QArray) and isinstance(_order_for(leaf, target), Tiled)
+        return pack(leaf, target) if able else leaf
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
 

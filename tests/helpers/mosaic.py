@@ -54,6 +54,19 @@ def blank(fmt: Format, n: int, k: int, stack: tuple[int, ...] = ()) -> QArray:
     return quantize_array(zeros, fmt, in_axes=len(stack) + 1, stack_axes=tuple(range(len(stack))))
 
 
+def in_threads(layout: Any, numbers: np.ndarray) -> np.ndarray:
+    """Where a layout of Mosaic's puts an array: [warp, lane, *registers, element of a register]."""
+    for tile in layout.tiling.tiles:
+        lead, sizes = numbers.shape[: -len(tile)], numbers.shape[-len(tile) :]
+        numbers = numbers.reshape(*lead, *(n for size, t in zip(sizes, tile, strict=True) for n in (size // t, t)))
+        first = len(lead)
+        outer, inner = range(first, numbers.ndim, 2), range(first + 1, numbers.ndim, 2)
+        numbers = numbers.transpose(*range(first), *outer, *inner)
+    assert layout.vector_dim == -1
+    numbers = np.moveaxis(numbers, (*layout.warp_dims, *layout.lane_dims), (0, 1, 2))
+    return numbers.reshape(4, 32, *numbers.shape[3:])
+
+
 @contextlib.contextmanager
 def interpreter(detect_races: bool = True) -> Iterator[Any]:
     """Settings for ``interpret=``, with `wgmma` taught to read its left operand from registers; jax 0.11 or newer.

@@ -79,28 +79,15 @@ def test_order_of_tiles():
     assert not tiles[2, :, 2:].any() and not tiles[:, 3, :, 4:].any() and not scale[:, 130:].any()
 
 
-def in_threads(layout, numbers):
-    """Where a layout of Mosaic's puts an array: [warp, lane, *registers, element of a register]."""
-    for tile in layout.tiling.tiles:
-        lead, sizes = numbers.shape[: -len(tile)], numbers.shape[-len(tile) :]
-        numbers = numbers.reshape(*lead, *(n for size, t in zip(sizes, tile, strict=True) for n in (size // t, t)))
-        first = len(lead)
-        outer, inner = range(first, numbers.ndim, 2), range(first + 1, numbers.ndim, 2)
-        numbers = numbers.transpose(*range(first), *outer, *inner)
-    assert layout.vector_dim == -1
-    numbers = np.moveaxis(numbers, (*layout.warp_dims, *layout.lane_dims), (0, 1, 2))
-    return numbers.reshape(4, 32, *numbers.shape[3:])
-
-
 @pytest.mark.parametrize("columns", [32, 64])
 def test_codes_of_a_word_are_those_of_the_threads_operand(columns):
     """What the inlined code does with registers, which the interpreter does not run, on layouts as jax defines them."""
     mgpu = importlib.import_module("jax.experimental.mosaic.gpu")
     codes = np.arange(64 * columns).reshape(64, columns)
-    words = in_threads(mgpu.WGMMA_LAYOUT_UPCAST_4X, np.asarray(for_threads(codes)))
+    words = mosaic.in_threads(mgpu.WGMMA_LAYOUT_UPCAST_4X, np.asarray(for_threads(codes)))
     words = words.reshape(4, 32, columns // 32, 2, 8)  # block of columns, half of 16 rows, nibble
     pairs = np.stack([words[..., :4], words[..., 4:]], axis=-1)  # pair t: nibbles t and t + 4
-    operand = in_threads(mgpu.WGMMA_LAYOUT, codes).reshape(4, 32, columns // 8, 2, 2)
+    operand = mosaic.in_threads(mgpu.WGMMA_LAYOUT, codes).reshape(4, 32, columns // 8, 2, 2)
     np.testing.assert_array_equal(np.moveaxis(pairs, -2, -3).reshape(operand.shape), operand)
     assert mgpu.WGMMA_LAYOUT.registers_shape((64, columns)) == (1, columns // 8, 1, 1, 2, 1, 1, 1, 1)
     assert mgpu.WGMMA_LAYOUT_UPCAST_4X.registers_shape((64, columns)) == (1, columns // 32, 1, 1, 2, 1, 1, 1, 1)

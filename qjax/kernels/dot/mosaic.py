@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from qjax.formats import Float8, Format, Int, QArray
+from qjax.formats import CodeTiles, Float8, Format, Int, QArray
 from qjax.formats.tiles import ROWS, IntTiles, rounded_up
 from qjax.kernels.devices import has_mosaic
 from qjax.kernels.dot.codes8 import codes8
@@ -100,7 +100,10 @@ def _refuses_tiles(problem: Problem) -> str | None:
 def _refuses_codes(problem: Problem, act: Format) -> str | None:
     weight = problem.weight
     if isinstance(weight, IntTiles):
-        return f"activations are quantized ({act.name}), and a weight in tiles takes 16-bit floats; qjax.ops.neutral(w)"
+        wanted = "qjax.ops.neutral(w)" if weight.like.bits == 8 else "qjax.ops.pack(w, 'mosaic_int8')"
+        return f"activations are quantized ({act.name}), and a weight in tiles takes 16-bit floats; {wanted}"
+    if isinstance(weight, Int) and weight.bits == 4 and CodeTiles.cannot(weight, problem.k) is None:
+        return "codes of 4 bits are read in an order of their own; qjax.ops.pack(w, 'mosaic_int8') makes it, once"
     for fmt in (weight, act):
         if fmt.per == "group":
             return f"{fmt.name} has a scale per group, which a product of codes would have to sum one by one"
@@ -117,6 +120,14 @@ def _refuses_codes(problem: Problem, act: Format) -> str | None:
 
 def _measured(problem: Problem) -> bool | str:
     return problem.act is None or "XLA's library has this product as well, and which is faster has not been measured"
+
+
+def coded(problem: Problem, x: Array, act: Act) -> tuple[Array, Array]:
+    """Return the codes of activations [E, M, K] and their float32 scales [E, M], one of a tensor for every token."""
+    fmt, aux = act
+    scale = jnp.broadcast_to(fmt.scale_of(aux), (*x.shape[:-1], 1))
+    tokens = math.prod(x.shape[len(problem.stack) : -1])
+    return fmt.encode(x, aux).reshape(problem.matrices, tokens, problem.k), scale.reshape(problem.matrices, tokens)
 
 
 @register_lowering(
@@ -137,14 +148,13 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     count, tokens = problem.matrices, math.prod(rows)
     schedule = _schedule(problem, tokens)
     if act is not None:
-        fmt, aux = act
-        of_tokens = jnp.broadcast_to(fmt.scale_of(aux), (*x.shape[:-1], 1))
+        codes, of_tokens = coded(problem, x, act)
         of_rows = jnp.broadcast_to(w.fmt.scale_of(w.aux), (*problem.stack, problem.n, 1))
         y = codes8(
             w.codes.reshape(count, problem.n, problem.k),
             of_rows.reshape(count, problem.n),
-            fmt.encode(x, aux).reshape(count, tokens, problem.k),
-            of_tokens.reshape(count, tokens),
+            codes,
+            of_tokens,
             out_dtype=problem.out_dtype,
             schedule=schedule,
         )

@@ -1,0 +1,82 @@
+"""The lowering of W4A8 on NVIDIA's Hopper: weights in the tiles of `CodeTiles`, int8 activations, by `codes4x8`."""
+
+from __future__ import annotations
+
+import math
+
+from jax import Array
+
+from qjax.formats import CodeTiles, DualGrained, Int, Progressive, QArray
+from qjax.formats.tiles import rounded_up
+from qjax.kernels.dot.codes4x8 import codes4x8
+from qjax.kernels.dot.hopper import STEP, Schedule
+from qjax.kernels.dot.integer import LARGEST_SUM
+from qjax.kernels.dot.mosaic import coded, on_hopper, schedule_for
+from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.registry import Act, Problem, register_lowering
+from qjax.kernels.tuned import Key, bucket, schedule_of
+
+STAGES = {8: 8, 16: 8, 32: 8, 64: 6, 128: 5}
+"""Steps under way by tokens of a tile, of 8 KiB of codes and 128 bytes a token each. Untuned."""
+
+REVISION = 1
+"""Of the kernel; raised where a schedule means another program, so that what was measured before is not taken."""
+
+
+def _refuses(problem: Problem) -> str | None:
+    weight, act = problem.weight, problem.act
+    if not isinstance(weight, CodeTiles):
+        why = CodeTiles.cannot(weight, problem.k)
+        return why or "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
+    if act is None:
+        other = "; qjax.ops.pack(w, 'mosaic') is for them" if isinstance(weight.like, Int) else ""
+        return f"activations are floats, and a weight in tiles for codes takes int8 ones{other}"
+    if not (isinstance(act, Int) and act.bits == 8 and act.symmetric):
+        return f"{act.name} activations are no symmetric int8 ones"
+    if act.per == "group":
+        return f"{act.name} activations have a scale per group, where one per token or tensor is needed"
+    if weight.whole_rows and problem.k > LARGEST_SUM:
+        return f"a sum of {problem.k} products may overflow int32"
+    return None
+
+
+@register_lowering(
+    "dot",
+    (CodeTiles, DualGrained, Progressive),
+    "cuda",
+    when=on_hopper(_refuses),
+    name="mosaic",
+    priority=5,
+    about="wgmma on Hopper: 4-bit weights, packed for it, expanded to int8 in registers, with int8 activations",
+)
+def w4a8(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
+    """Return the product by the kernel."""
+    rows = x.shape[len(problem.stack) : -1]
+    if x.size == 0 or not problem.n or not problem.matrices:
+        return dot_reference(problem, x, w, act)
+    assert act is not None and isinstance(problem.weight, CodeTiles)
+    count, tokens = problem.matrices, math.prod(rows)
+    codes, of_tokens = coded(problem, x, act)
+    levels = w.aux.get("levels")
+    y = codes4x8(
+        w.aux["tiles"].reshape(count, -1),
+        None if levels is None else levels.reshape(count, -1),
+        w.aux["scale"].reshape(count, -1),
+        codes,
+        of_tokens,
+        fmt=problem.weight,
+        n=problem.n,
+        out_dtype=problem.out_dtype,
+        schedule=chosen(problem, tokens),
+    )
+    return y.reshape(*problem.stack, *rows, problem.n)
+
+
+def chosen(problem: Problem, tokens: int) -> Schedule:
+    """Return how a product is cut: as was measured best on this device, else by the rule of `schedule_for`."""
+    n, k = rounded_up(problem.n), rounded_up(problem.k)
+    formats = f"{problem.weight.name} x {problem.act.name}" if problem.act else problem.weight.name
+    key = Key("codes4x8", REVISION, formats, problem.x_dtype.name, n, k, bucket(tokens), problem.matrices)
+    rule = schedule_for(problem.n, problem.k, tokens, problem.matrices)
+    rule = Schedule(rule.tokens, STAGES[rule.tokens], rule.splits)
+    return schedule_of(key, rule, lambda s: k // STEP % s.splits == 0)
