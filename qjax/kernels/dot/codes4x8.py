@@ -166,10 +166,12 @@ def _kernel(
 
             def product(b: int, start: Array) -> Array:
                 """What is there, and the product of the columns of block b."""
-                a = numbers(b * words_of)
+                a, last = numbers(b * words_of), b == STEP // columns - 1
 
                 def add(acc: Any) -> None:
                     plgpu.wgmma(acc, a, turned(x_s.at[:, pl.ds(b * columns, columns)]))
+                    if last:  # The slot was read by ordinary loads and is refilled by TMA: two proxies, which a fence
+                        plgpu.commit_smem()  # orders, while tensor cores are at work.
                     plgpu.wgmma_wait(0)
 
                 return accumulated(pl, plgpu, add, start, bool(interpret))
@@ -179,12 +181,10 @@ def _kernel(
             else:
                 for b in range(blocks):
                     start = plgpu.layout_cast(jnp.full((ROWS, tile), MAGIC, jnp.int32), layouts.WGMMA)
+                    by = load(ringed[-1].at[b, own], layouts.WGMMA.reduce(1))
                     part = product(b, start)
                     part = lax.bitcast_convert_type(part, jnp.float32) - jnp.float32(12582912)
-                    by = load(ringed[-1].at[b, own], layouts.WGMMA.reduce(1))
                     total = total + part * over_rows(by, part.shape)
-            # The slot was read by ordinary loads and is refilled by TMA: two proxies, which a fence orders.
-            plgpu.commit_smem()
             return total
 
         def finish(total: Array) -> Array:
