@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from qjax.errors import LayoutError, near
-from qjax.formats import SIGNS, SMOOTH, Aux, Format, QArray
+from qjax.formats import Aux, Format, QArray
 from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
@@ -26,8 +26,10 @@ TILED: dict[str, tuple[type[Tiled], ...]] = {"mosaic": (IntTiles, CodeTiles), "m
 
 TARGETS = tuple(TILED)
 
-BESIDE = (SIGNS, SMOOTH)
-"""Names in aux that say what is done to activations, and stay as they are."""
+
+def _beside(name: str) -> bool:
+    """Whether an array of aux says what is done to activations (``input.scale``, signs): those stay as they are."""
+    return "." in name
 
 
 def tiled_format(fmt: Format, length: int, target: str = "mosaic") -> Tiled | str:
@@ -104,7 +106,7 @@ def neutral(w: QArray) -> QArray:
 def _tiled(w: QArray, fmt: Tiled) -> tuple[Array, Aux]:
     c = w.canonical()
     codes = c.unpacked()
-    return fmt.packing.pack(codes), fmt.tiled(codes, {k: a for k, a in c.aux.items() if k not in BESIDE})
+    return fmt.packing.pack(codes), fmt.tiled(codes, {k: a for k, a in c.aux.items() if not _beside(k)})
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -126,5 +128,5 @@ def _retold(w: QArray, fmt: Format, codes: Array, aux: Aux) -> QArray:
     rows = math.prod(outs)
     of_matrix = fmt.row_aux if fmt.whole_matrix else ()
     placed = {k: place(a, a.shape[-2] == rows and k not in of_matrix) for k, a in aux.items()}
-    kept = {k: a for k, a in w.aux.items() if k in BESIDE}
+    kept = {k: a for k, a in w.aux.items() if _beside(k)}
     return dataclasses.replace(w, codes=place(codes, True), aux={**placed, **kept}, fmt=fmt)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qjax
 from qjax import ops
 from qjax._compat import JAX_VERSION
 from qjax.errors import FormatError, LayoutError, LoweringError
@@ -310,3 +311,27 @@ def test_a_stack_of_matrices_and_nan_in_its_row():
     assert np.isnan(y[1, 1].astype(np.float32)).all() and not races
     y, want = (np.delete(a.reshape(6, 128), 4, axis=0).astype(np.float64) for a in (y, want))
     assert np.max(np.abs(y - want)) <= 2**-8 * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize(
+    ("weights", "act"),
+    [(DualGrained(group=64), qjax.dynamic(TOKEN)), (Int(4, group=64), qjax.static(Int(8, per="tensor")))],
+)
+def test_a_model_is_on_the_kernel(weights, act):
+    """Every product of a rewritten function, a scan over layers included; scales of activations dynamic and static."""
+    keys = jax.random.split(jax.random.key(0))
+    params = {"layers": jax.random.normal(keys[0], (2, 128, 128)), "head": jax.random.normal(keys[1], (128, 256))}
+
+    def fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0] @ params["head"]
+
+    x = jnp.ones((3, 128))
+    recipe = qjax.Recipe([qjax.Rule("**", weights=weights, inputs=act)])
+    batches = {"batches": [(x,)]} if act.fmt.per == "tensor" else {}
+    model = qjax.quantize(fn, params, x, recipe=recipe, **batches)
+    tree = ops.pack_tree(model.params, "mosaic_int8")
+    assert all(isinstance(w.fmt, CodeTiles) for w in tree.values())
+    np.testing.assert_allclose(model(tree, x), model(model.params, x), rtol=1e-5, atol=1e-5)
+    with mosaic.described_gpu():
+        text = jax.jit(lambda p, x: model(p, x)).trace(tree, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
