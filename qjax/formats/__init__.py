@@ -20,7 +20,9 @@ from qjax.formats.rotation import SIGNS, SMOOTH
 from qjax.formats.sparse24 import Sparse24
 from qjax.formats.tiles import IntTiles
 from qjax.formats.trit_planes import TritPlanes
+from qjax.formats.trit_tiles import TritTiles
 from qjax.formats.views import concatenate, stack
+from qjax.formats.word_tiles import WordTiles
 
 __all__ = [
     "MXFP4",
@@ -43,6 +45,8 @@ __all__ = [
     "QStack",
     "Sparse24",
     "TritPlanes",
+    "TritTiles",
+    "WordTiles",
     "assemble",
     "canonical_matrix",
     "concatenate",

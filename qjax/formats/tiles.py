@@ -156,9 +156,46 @@ class Tiled(Format):
         return self.like.decode(*self.untiled(aux, codes.shape[-2]))
 
 
+class Blocked(Tiled):
+    """Base of orders in which numbers of groups stand by block, [*stack, 1, G N'] as [G, N'], 0 in rows of padding."""
+
+    @property
+    def block(self) -> int | None:
+        """Columns that share one stored scale: 16, 32, 64, 128, or None for all of K."""
+        if self.like.groups(self.length) == 1:
+            return None
+        return next(b for b in (128, 64, 32, 16) if self.like.group % b == 0)  # type: ignore[operator]
+
+    @property
+    def columns(self) -> int:
+        """B, the columns of a tile."""
+        return min(self.block or ROWS, ROWS)
+
+    @property
+    def blocks(self) -> int:
+        """G, the stored scales of a row."""
+        return self.padded_length // self.block if self.block else 1
+
+    def by_block(self, a: AnyArray, n: int) -> Array:
+        """[*stack, N or 1, groups] as [*stack, 1, G N']."""
+        a = jnp.asarray(a)
+        a = jnp.broadcast_to(a, (*a.shape[:-2], n, a.shape[-1]))
+        if self.block:
+            a = jnp.repeat(a, self.like.group // self.block, axis=-1)[..., : self.blocks]  # type: ignore[operator]
+        padding = [(0, 0)] * (a.ndim - 2) + [(0, rounded_up(n) - n), (0, self.blocks - a.shape[-1])]
+        return jnp.swapaxes(jnp.pad(a, padding), -1, -2).reshape(*a.shape[:-2], 1, -1)
+
+    def by_row(self, a: AnyArray, n: int) -> Array:
+        """[*stack, 1, G N'] as [*stack, N, groups]."""
+        a = jnp.asarray(a)
+        a = jnp.swapaxes(a.reshape(*a.shape[:-2], self.blocks, rounded_up(n)), -1, -2)[..., :n, :]
+        step = self.like.group // self.block if self.block else 1  # type: ignore[operator]
+        return a[..., ::step][..., : self.like.groups(self.length)]
+
+
 @register_format("int_tiles")
 @dataclasses.dataclass(frozen=True)
-class IntTiles(Tiled):
+class IntTiles(Blocked):
     """``Int(4, ...)`` or ``Int(8, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
 
     Made by `qjax.ops.pack`, not by rounding. Sliced along stack axes only.
@@ -194,23 +231,6 @@ class IntTiles(Tiled):
         """What is taken from unsigned codes to make them signed: 8 or 128."""
         return 1 << (self.like.bits - 1)
 
-    @property
-    def block(self) -> int | None:
-        """Columns that share one stored scale: 32, 64, 128, or None for all of K."""
-        if self.like.groups(self.length) == 1:
-            return None
-        return next(b for b in (128, 64, 32) if self.like.group % b == 0)  # type: ignore[operator]
-
-    @property
-    def columns(self) -> int:
-        """B, the columns of a tile."""
-        return min(self.block or ROWS, ROWS)
-
-    @property
-    def blocks(self) -> int:
-        """G, the stored scales of a row."""
-        return self.padded_length // self.block if self.block else 1
-
     def tiled(self, codes: AnyArray, aux: Aux) -> Aux:
         """Return aux of this format from codes [*stack, N, K] and aux of ``like``."""
         *stack, n, k = codes.shape
@@ -221,9 +241,9 @@ class IntTiles(Tiled):
         codes = codes.reshape(*stack, rounded_up(n) // ROWS, ROWS, self.padded_length // self.columns, self.columns)
         tiles = jnp.swapaxes(codes, -3, -2)
         tiles = pack_bits(for_threads(tiles), 4) if self.code_bits == 4 else tiles
-        out: Aux = {"tiles": tiles.reshape(*stack, 1, -1), "scale": self._by_block(aux["scale"], n).astype(jnp.float32)}
+        out: Aux = {"tiles": tiles.reshape(*stack, 1, -1), "scale": self.by_block(aux["scale"], n).astype(jnp.float32)}
         if not self.symmetric:
-            zero = self._by_block(aux["zero"].astype(jnp.float32) - self.offset, n)
+            zero = self.by_block(aux["zero"].astype(jnp.float32) - self.offset, n)
             out["zero"] = zero.astype(jnp.bfloat16)  # 8 bits, exactly
         return out
 
@@ -237,27 +257,11 @@ class IntTiles(Tiled):
             codes = from_threads(unpack_bits(codes, 4, self.columns, signed=True))
         codes = codes.reshape(*stack, rounded_up(n), self.padded_length)
         codes = codes[..., :n, : self.length]
-        out: Aux = {"scale": self._by_row(aux["scale"], n)}
+        out: Aux = {"scale": self.by_row(aux["scale"], n)}
         if not self.symmetric:
             codes = (codes.astype(jnp.int32) + self.offset).astype(jnp.uint8)
-            out["zero"] = (self._by_row(aux["zero"].astype(jnp.float32), n) + self.offset).astype(jnp.uint8)
+            out["zero"] = (self.by_row(aux["zero"].astype(jnp.float32), n) + self.offset).astype(jnp.uint8)
         return codes, {k: a[..., :1, :] for k, a in out.items()} if self.per == "tensor" else out
-
-    def _by_block(self, a: AnyArray, n: int) -> Array:
-        """[*stack, N or 1, groups] as [*stack, 1, G N']."""
-        a = jnp.asarray(a)
-        a = jnp.broadcast_to(a, (*a.shape[:-2], n, a.shape[-1]))
-        if self.block:
-            a = jnp.repeat(a, self.like.group // self.block, axis=-1)[..., : self.blocks]  # type: ignore[operator]
-        padding = [(0, 0)] * (a.ndim - 2) + [(0, rounded_up(n) - n), (0, self.blocks - a.shape[-1])]
-        return jnp.swapaxes(jnp.pad(a, padding), -1, -2).reshape(*a.shape[:-2], 1, -1)
-
-    def _by_row(self, a: AnyArray, n: int) -> Array:
-        """[*stack, 1, G N'] as [*stack, N, groups]."""
-        a = jnp.asarray(a)
-        a = jnp.swapaxes(a.reshape(*a.shape[:-2], self.blocks, rounded_up(n)), -1, -2)[..., :n, :]
-        step = self.like.group // self.block if self.block else 1  # type: ignore[operator]
-        return a[..., ::step][..., : self.like.groups(self.length)]
 
 
 def for_threads(tiles: AnyArray) -> Array:

@@ -17,8 +17,13 @@ from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
 from qjax.formats.tiles import IntTiles, Tiled
+from qjax.formats.trit_tiles import TritTiles
+from qjax.formats.word_tiles import WordTiles
 
-TILED: dict[str, tuple[type[Tiled], ...]] = {"mosaic": (IntTiles, CodeTiles), "mosaic_int8": (CodeTiles,)}
+TILED: dict[str, tuple[type[Tiled], ...]] = {
+    "mosaic": (IntTiles, WordTiles, TritTiles, CodeTiles),
+    "mosaic_int8": (CodeTiles,),
+}
 """By target, the orders that there are; of those that take a format the first is made.
 
 "mosaic_int8" is for products with int8 activations; formats that are for such products alone have it in both.

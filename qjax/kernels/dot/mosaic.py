@@ -20,6 +20,7 @@ from qjax.kernels.dot.hopper import STEP, TOKENS, WARPGROUPS, Schedule
 from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.dot.tiles16 import tiles16
+from qjax.kernels.pack import tiled_format
 from qjax.kernels.registry import Act, Problem, When, register_lowering
 from qjax.kernels.tuned import Key, bucket, schedule_of
 
@@ -90,8 +91,12 @@ def _refuses(problem: Problem) -> str | None:
 
 def _refuses_tiles(problem: Problem) -> str | None:
     if not isinstance(problem.weight, IntTiles):
-        why = IntTiles.cannot(problem.weight, problem.k)
-        return why or "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
+        order = tiled_format(problem.weight, problem.k)
+        return (
+            order
+            if isinstance(order, str)
+            else "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
+        )
     if problem.x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {problem.x_dtype.name}; cast them to bfloat16 or float16"
     return None
