@@ -69,18 +69,18 @@ def toolkit() -> tuple[Path, Path] | str:
     return (ptxas, disassembler) if disassembler else "no nvdisasm (nvidia-cuda-nvdisasm)"
 
 
-def executable(function: Any, arguments: Any) -> Any:
-    """A function compiled for the GPU that is described above."""
+def executable(function: Any, arguments: Any, kind: str = "NVIDIA H200", target: str = TARGET, **options: Any) -> Any:
+    """A function compiled for a GPU that is described, by default the one above."""
     import jax
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("one",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        return jax.jit(function).trace(*there).lower().compile()
+        return jax.jit(function).trace(*there).lower().compile(compiler_options=options or None)
 
 
 def copies(function: Any, arguments: Any, weight: int) -> list[str]:
@@ -92,7 +92,7 @@ def copies(function: Any, arguments: Any, weight: int) -> list[str]:
 
 
 def compiled(function: Any, arguments: Any) -> dict[str, Any]:
-    """What the assembler and the disassembler say of the one kernel in a function."""
+    """What the assembler and the disassembler say of the one kernel in a function, written in Mosaic GPU."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         try:
@@ -105,6 +105,11 @@ def compiled(function: Any, arguments: Any) -> dict[str, Any]:
         passes = report.with_name(report.stem + ".mlir-passes.log")
         with passes.open() as lines:
             shared = next(m for line in lines if (m := re.search(r"dynamic_shared_memory_size %c(\d+)", line)))
+    return figures(text, assembly, int(shared[1]), COUNTED)
+
+
+def figures(text: str, assembly: str, shared: int, counted: tuple[str, ...]) -> dict[str, Any]:
+    """The row of a kernel, from what the assembler says, the disassembly and the bytes of shared memory."""
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", assembly)
     count = collections.Counter(name.split(".")[0] for name in names)
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
@@ -114,11 +119,11 @@ def compiled(function: Any, arguments: Any) -> dict[str, Any]:
         "registers": int(registers[1]),
         "stack_bytes": int(spills[1]),
         "spilled_bytes": int(spills[2]) + int(spills[3]),
-        "shared_bytes": int(shared[1]),
+        "shared_bytes": shared,
         "instructions": sum(count.values()),
         "local": count["LDL"] + count["STL"],
         "I2F": sum(n for name, n in count.items() if name.startswith("I2F")),
-        **{name: count[name] for name in COUNTED},
+        **{name: count[name] for name in counted},
         "warnings": sorted(set(re.findall(r"\((C\d+)\)", text))),
     }
 
@@ -126,11 +131,13 @@ def compiled(function: Any, arguments: Any) -> dict[str, Any]:
 def faults(found: dict[str, Any]) -> list[str]:
     """What must not be in a kernel, and is. Sums of integers are converted at the end, codes are not."""
     out = [f"{name} is {found[name]}" for name in ("stack_bytes", "spilled_bytes", "local") if found[name]]
-    out += [f"I2F is {found['I2F']}"] * (found["I2F"] > 0 and found["multiplies"] != "IGMMA")
-    needed = (found["multiplies"], "UTMALDG") if found["multiplies"] else ()
+    out += [f"I2F is {found['I2F']}"] * (found["I2F"] > 0 and found["multiplies"] not in ("IGMMA", "IMMA"))
+    needed = (found["multiplies"], "UTMALDG" if "UTMALDG" in found else "LDGSTS") if found["multiplies"] else ()
     out += [f"{name} is missing" for name in needed if not found[name]]
     out += [f"warning {code}" for code in found["warnings"] if code in ("C7512", "C7514")]
-    return out + [f"{found['shared_bytes']} bytes of shared memory"] * (found["shared_bytes"] > LIMIT)
+    return out + [f"{found['shared_bytes']} bytes of shared memory"] * (
+        found["shared_bytes"] > found.get("limit", LIMIT)
+    )
 
 
 def stored(family: str) -> dict[str, Any]:
@@ -170,7 +177,8 @@ def main() -> int:
         for case in cases(family):
             if given.only not in case.name:
                 continue
-            found = kernels[case.name] = {"multiplies": case.multiplies, **compiled(*case.function())}
+            read = getattr(case, "compiled", compiled)  # a family of another kind brings its own
+            found = kernels[case.name] = {"multiplies": case.multiplies, **read(*case.function())}
             why = faults(found) + (compared(found, table["kernels"].get(case.name)) if given.check and same else [])
             faulty += [f"{case.name}: {w}" for w in why]
             figures = (

@@ -6,8 +6,23 @@ import functools
 
 import jax
 
-FAMILIES = (("H100", (9, 0)), ("H200", (9, 0)), ("H800", (9, 0)), ("H20", (9, 0)), ("B200", (10, 0)), ("A100", (8, 0)))
+FAMILIES = (
+    ("H100", (9, 0)),
+    ("H200", (9, 0)),
+    ("H800", (9, 0)),
+    ("H20", (9, 0)),
+    ("B200", (10, 0)),
+    ("A100", (8, 0)),
+    ("A30", (8, 0)),
+    ("A10", (8, 6)),
+    ("L40", (8, 9)),
+    ("L4", (8, 9)),
+    ("RTX 4090", (8, 9)),
+)
 """Compute capability by a part of a device's name, for devices that are described and not there."""
+
+PROCESSORS = 108
+"""Streaming multiprocessors of an A100, where the device does not say."""
 
 NEEDED = (
     "kernel",
@@ -44,6 +59,15 @@ def device_kind() -> str | None:
     if described is not None:
         return described.device_kind
     return jax.local_devices()[0].device_kind if jax.default_backend() in ("gpu", "cuda") else None
+
+
+def cuda_processors() -> int:
+    """Return how many streaming multiprocessors the CUDA device has for which is compiled, or those of an A100."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.num_cores or PROCESSORS
+    there = jax.local_devices()[0] if jax.default_backend() in ("gpu", "cuda") else None
+    return getattr(there, "core_count", None) or PROCESSORS
 
 
 def platform_here() -> str:

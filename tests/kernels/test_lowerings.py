@@ -50,5 +50,5 @@ def test_lowering(op, name):
 def test_no_lowering_is_forgotten():
     there = {(e.op, e.name) for e in ops.lowering_table().rows if e.function.__module__.startswith("qjax.")}
     oracles = {(op, "reference") for op in ("dot", "dot_transposed", "conv", "ragged_dot")}
-    on_gpus = {("dot", "mosaic")}  # test_mosaic.py, test_mosaic_interpreter.py
+    on_gpus = {("dot", "mosaic"), ("dot", "triton")}  # test_mosaic.py, test_mosaic_interpreter.py, test_triton.py
     assert there - oracles - on_gpus == set(SUITES)
