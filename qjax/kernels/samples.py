@@ -54,7 +54,9 @@ class Product:
 
 
 @functools.lru_cache(maxsize=1)
-def weights(fmt: Format, n: int, k: int, packed: bool, count: int | None = None) -> list[QArray]:
+def weights(
+    fmt: Format, n: int, k: int, packed: bool, count: int | None = None, act: Format | None = None
+) -> list[QArray]:
     """Return equal weights that lie apart in memory: as many as are larger than the cache, or ``count``.
 
     The last ones that were asked for are kept, so ask for all of one before those of another.
@@ -65,10 +67,12 @@ def weights(fmt: Format, n: int, k: int, packed: bool, count: int | None = None)
         k: columns.
         packed: whether in the order of this platform's kernels (`pack`), if the format has one.
         count: how many; None: at least 2, and `ROTATE` bytes.
+        act: format of the activations, for which the order is.
     """
     w = _quantized(fmt, n, k)
-    if packed and not isinstance(tiled_format(fmt, k), str):
-        w = pack(w)
+    target = "mosaic" if act is None else "mosaic_int8"
+    if packed and not isinstance(tiled_format(fmt, k, target), str):
+        w = pack(w, target)
     most = ROTATE.get(platform_here(), ROTATE["cpu"])
     count = max(2, -(-most // max(w.nbytes, 1))) if count is None else count
     return [w, *(jax.tree.map(jnp.copy, w) for _ in range(count - 1))]

@@ -153,7 +153,7 @@ def tune(
 
 def _tune(product: Product, implementation: str, known: Any, trials: int, clock: Callable[..., float]) -> Tuned | None:
     """Tune one product; None if its result is known."""
-    (like,) = weights(product.weight, product.n, product.k, True, 1) if known else _weights(product)[:1]
+    (like,) = _weights(product, 1) if known else _weights(product)[:1]
     problem = problem_of(product, like)
     lowering = select(problem, implementation)
     arrays = jax.eval_shape(lambda: arguments(product, [like])[0])
@@ -188,8 +188,8 @@ def _tune(product: Product, implementation: str, known: Any, trials: int, clock:
     return Tuned(product, row, tuple(tried))
 
 
-def _weights(product: Product) -> list[Any]:
-    return weights(product.weight, product.n, product.k, True)
+def _weights(product: Product, count: int | None = None) -> list[Any]:
+    return weights(product.weight, product.n, product.k, True, count, product.act)
 
 
 def _compiled(schedules: Sequence[Any], lower: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
