@@ -22,6 +22,7 @@ import jax
 
 from benchmarks import measure
 from benchmarks.gpu_parts import PARTS, part
+from benchmarks.gpu_parts.peers import merged
 from qjax.kernels.devices import cuda_capability
 
 
@@ -105,6 +106,7 @@ def main() -> None:
             begun = time.perf_counter()
             rows = record["parts"][p]["times"] = part(p).times(clock)
             print(f"{p}: {len(rows)} times, {time.perf_counter() - begun:.0f} s", flush=True)
+            merged(record["parts"])
             save()
     save()
     print(f"\n{text(record)}\n\nwritten to {given.out / stem}.md and .json")

@@ -1,0 +1,46 @@
+"""Peers of the GPU benchmark: the process, what it says when something fails, and where its times are put."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu_parts import peers
+from benchmarks.peers import gpu_products
+
+
+def test_times_stand_beside_the_kernels_that_compute_the_same():
+    shape = {"n": 256, "k": 128, "tokens": 16}
+    parts = {
+        "a": {"times": [{"kernel": "W4A16 int4 g128, bfloat16", **shape, "peers": {"bfloat16": 2.0}}]},
+        "b": {"times": [{"kernel": "Triton W8A8 int8 per channel, bfloat16, sm_90a", **shape}]},
+        "c": {"times": [{"kernel": "W4A16 int4 g128, bfloat16", **shape, "tokens": 1}], "checks": []},
+        "peers": {
+            "times": [
+                {"peer": "int4", "beside": "W4A16 int4 g128, bfloat16", **shape, "us": 3.0},
+                {"peer": "int8", "beside": "W8A8 int8", **shape, "us": 4.0},
+                {"peer": "none", "beside": "W8A8 int8", **shape, "failure": "no"},
+            ]
+        },
+    }
+    peers.merged(parts)
+    assert parts["a"]["times"][0]["peers"] == {"bfloat16": 2.0, "int4": 3.0}
+    assert parts["b"]["times"][0]["peers"] == {"int8": 4.0}
+    assert "peers" not in parts["c"]["times"][0]
+    peers.merged({"a": {"checks": []}})
+
+
+@pytest.mark.torch
+def test_what_fails_is_a_row_with_the_reason():
+    pytest.importorskip("torch")
+    assert peers.by_process([], [1], 0) == []
+    rows = peers.by_process([["a layer", 256, 256]], [1, 17], 60, "--device", "cpu")
+    by = {(r["kernel"], r["tokens"]): r for r in rows}
+    assert by["torch bfloat16", 17]["us"] > 0 and by["torch _int_mm", 17]["us"] > 0
+    assert ("torch _int_mm", 1) not in by  # it takes 17 tokens at least
+    assert all(r.get("us", 0) > 0 or r["failure"] for r in rows)
+    assert {r["kernel"] for r in rows} == set(gpu_products.PEERS)
+
+
+def test_a_process_that_dies_says_how():
+    (row,) = peers.by_process([["a layer"]], ["no number"], 60)
+    assert "ended with 2" in row["failure"]
