@@ -7,6 +7,7 @@ The rest of qjax reads jaxprs only through these helpers, so that one source ser
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -161,6 +162,32 @@ def partitioned_devices(ctx: Any) -> int:
             count *= 1 if name in manual else size
         return count
     return getattr(context, "num_devices", 1)
+
+
+def with_mesh(ctx: Any) -> Any:
+    """Return the context of a lowering that the compiler may partition with a mesh in it, or None if none is known.
+
+    `custom_partitioning` speaks of shardings by the axes of a mesh, which jax gives to a lowering only where its
+    primitive asks for devices; then it could not be lowered for a mesh that is abstract. Axes are those of the mesh
+    in the context of the caller, else of a cube of as many devices: every mesh of a power of two is a coarser one. The
+    devices stand for their numbers; which ones will run it is not looked at.
+    """
+    context = ctx.module_context.axis_context
+    if not hasattr(context, "device_assignment"):
+        return None  # inside shard_map, with some axes left to the compiler
+    if context.device_assignment is not None and context.abstract_mesh is not None:
+        return ctx
+    count = context.num_devices
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size != count:
+        if count & (count - 1):
+            return None
+        bits = count.bit_length() - 1
+        mesh = jax.sharding.AbstractMesh((2,) * bits, tuple(f"bit{i}" for i in range(bits)))
+    there = jax.devices()
+    devices = tuple(there[i % len(there)] for i in range(count))
+    context = dataclasses.replace(context, device_assignment=devices, abstract_mesh=mesh)
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=context))
 
 
 def vary_together(arrays: Sequence[Any]) -> list[Any]:

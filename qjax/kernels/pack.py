@@ -16,6 +16,7 @@ from qjax.formats import Aux, Format, QArray
 from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
+from qjax.formats.parts import TiledParts, cannot_cut
 from qjax.formats.tiles import IntTiles, Tiled
 from qjax.formats.trit_tiles import TritTiles
 from qjax.formats.word_tiles import WordTiles
@@ -50,7 +51,7 @@ def tiled_format(fmt: Format, length: int, target: str = "mosaic") -> Tiled | st
     return "; ".join(dict.fromkeys(reasons)) or f"{fmt.name} weights have none, there is one for {', '.join(known)}"
 
 
-def pack(w: QArray, target: str = "mosaic") -> QArray:
+def pack(w: QArray, target: str = "mosaic", *, parts: tuple[int, int] = (1, 1)) -> QArray:
     """Return a weight in the order that a kernel reads; what it stands for, its shape and its view stay the same.
 
     It is padded to whole tiles here. A packed weight is sliced along stack axes only, and runs everywhere: where the
@@ -63,39 +64,89 @@ def pack(w: QArray, target: str = "mosaic") -> QArray:
         target: for the tensor cores of NVIDIA's Hopper: "mosaic", for the activations that a format is made for,
             16-bit floats with ``Int`` (`qjax.formats.tiles`), int8 with ``DualGrained`` and ``Progressive``;
             "mosaic_int8", for int8 activations with ``Int(4, ...)`` too (`qjax.formats.code_tiles`).
+        parts: into how many equal parts the matrix is cut along (outputs, inputs) before each is packed by itself, so
+            that as many devices can share it (`qjax.formats.parts`).
 
     Raises:
-        LayoutError: for another target, or a format that has no such order, with the reason.
+        LayoutError: for another target, or a format that has no such order, or parts that would not be equal or cut a
+            group, with the reason.
     """
     if target not in TARGETS:
         raise LayoutError(f"pack: target={target!r}{near(str(target), TARGETS)}; there is {', '.join(TARGETS)}")
-    fmt = _order_for(w, target)
+    like, whole = w.fmt.like if isinstance(w.fmt, Tiled) else w.fmt, tuple(parts) == (1, 1)
+    why = None if whole else cannot_cut(like, w.codes.shape[w.stack_ndim], w.length, parts)
+    fmt = why or tiled_format(like, w.length // parts[1], target)
     if isinstance(fmt, str):
         raise LayoutError(f"pack: {w!r} has no order for {target}: {fmt}; leave it as it is")
-    if fmt == w.fmt:
+    fmt = fmt if whole else TiledParts(fmt)
+    if whole and fmt == w.fmt:
         return w
     w = neutral(w)
-    return dataclasses.replace(_retold(w, fmt, *_tiled(w, fmt)), layout=dataclasses.replace(w.layout, pad=0))
+    packed = _retold(w, fmt, *_tiled(w, fmt, parts[0]))
+    return dataclasses.replace(packed, layout=dataclasses.replace(w.layout, pad=0))
 
 
 def _order_for(w: QArray, target: str) -> Tiled | str:
     return tiled_format(w.fmt.like if isinstance(w.fmt, Tiled) else w.fmt, w.length, target)
 
 
-def pack_tree(tree: Any, target: str = "mosaic") -> Any:
+def pack_tree(tree: Any, target: str = "mosaic", *, specs: Any = None, mesh: Any = None) -> Any:
     """Return a tree in which every weight that has an order for the target is packed, and all else is as it was.
 
     Args:
         tree: any pytree, such as ``model.params``; the packed one is called in its place: ``model(tree, *args)``.
         target: as in `pack`: "mosaic" for models whose activations stay in float, "mosaic_int8" for those with int8
             activations (8-bit weights stay in neutral order then, which their kernel reads).
+        specs: for a mesh: the same tree with the `PartitionSpec` of the float weight, in the user's layout, in place of
+            each weight. Weights are packed in one part for each device and placed there.
+        mesh: of the specs.
+
+    Raises:
+        LayoutError: specs without a mesh, or one that would not cut a weight evenly, with its path.
     """
+    if (specs is None) != (mesh is None):
+        raise LayoutError("pack_tree: specs and mesh go together; give both, or none")
 
-    def one(leaf: Any) -> Any:
-        able = isinstance(leaf, QArray) and isinstance(_order_for(leaf, target), Tiled)
-        return pack(leaf, target) if able else leaf
+    def able(leaf: Any) -> bool:
+        done = isinstance(leaf, QArray) and isinstance(leaf.fmt, TiledParts) and specs is None
+        return not done and isinstance(leaf, QArray) and isinstance(_order_for(leaf, target), Tiled)
 
-    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
+    is_weight = lambda leaf: isinstance(leaf, QArray)  # noqa: E731
+    if specs is None:
+        return jax.tree.map(lambda leaf: pack(leaf, target) if able(leaf) else leaf, tree, is_leaf=is_weight)
+
+    def placed(path: Any, leaf: Any, spec: Any) -> Any:
+        if not able(leaf):
+            return leaf
+        along = _along(leaf, spec, jax.tree_util.keystr(path, simple=True, separator="/"))
+        counts = [math.prod(mesh.shape[a] for a in _names(entry)) for entry in along]
+        outs, ins = leaf.stack_ndim, leaf.codes.ndim - 1
+        try:
+            packed = pack(leaf, target, parts=(counts[outs], counts[ins]))
+        except LayoutError as e:
+            raise LayoutError(f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {e}") from e
+        cut = lambda a: jax.P(*(s if n > 1 else None for s, n in zip(along, a.shape, strict=True)))  # noqa: E731
+        return jax.tree.map(lambda a: jax.device_put(a, jax.NamedSharding(mesh, cut(a))), packed)
+
+    return jax.tree_util.tree_map_with_path(placed, tree, specs, is_leaf=is_weight)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _along(w: QArray, spec: Any, where: str) -> list[Any]:
+    """The entry of a spec for each stored axis of a weight, if the weight can be cut so."""
+    spec = spec.spec if isinstance(spec, jax.NamedSharding) else spec
+    entries = (*spec, *[None] * (w.ndim - len(spec)))
+    along: list[Any] = [None] * w.codes.ndim
+    for k, axis in enumerate((*w.stack_axes, *w.out_axes)):
+        along[k] = entries[axis]
+    along[-1] = entries[w.in_axes[0]]
+    inner = [*along[w.stack_ndim + 1 : w.stack_ndim + len(w.out_axes)], *(entries[a] for a in w.in_axes[1:])]
+    if any(inner):
+        raise LayoutError(f"{where}: {spec} cuts {w!r} along an axis that is not the first of its outputs or inputs")
+    return along
 
 
 def neutral(w: QArray) -> QArray:
@@ -107,17 +158,18 @@ def neutral(w: QArray) -> QArray:
     return dataclasses.replace(_retold(w, fmt, *_untiled(w, w.fmt)), layout=layout)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _tiled(w: QArray, fmt: Tiled) -> tuple[Array, Aux]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _tiled(w: QArray, fmt: Tiled, rows: int = 1) -> tuple[Array, Aux]:
     c = w.canonical()
-    codes = c.unpacked()
-    return fmt.packing.pack(codes), fmt.tiled(codes, {k: a for k, a in c.aux.items() if not _beside(k)})
+    codes, aux = c.unpacked(), {k: a for k, a in c.aux.items() if not _beside(k)}
+    return fmt.packing.pack(codes), fmt.cut(codes, aux, rows) if isinstance(fmt, TiledParts) else fmt.tiled(codes, aux)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _untiled(w: QArray, fmt: Tiled) -> tuple[Array, Aux]:
     c = w.canonical()
-    codes, aux = fmt.untiled(c.aux, c.codes.shape[-2])
+    columns = (c.codes.shape[-1],) if isinstance(fmt, TiledParts) else ()
+    codes, aux = fmt.untiled(c.aux, c.codes.shape[-2], *columns)
     return fmt.like.packing.pack(codes), aux
 
 
@@ -127,7 +179,7 @@ def _retold(w: QArray, fmt: Format, codes: Array, aux: Aux) -> QArray:
     outs = w.codes.shape[stacks : w.codes.ndim - ins]
 
     def place(a: AnyArray, whole: bool) -> Array:
-        own = outs if whole else (1,) * len(outs)
+        own = outs if whole else (a.shape[-2], *(1,) * (len(outs) - 1))  # parts stand along the first of the outs
         return jnp.reshape(a, (*w.codes.shape[:stacks], *own, *(1,) * (ins - 1), a.shape[-1]))
 
     rows = math.prod(outs)

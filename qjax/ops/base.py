@@ -40,6 +40,7 @@ from qjax.formats import Format
 from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.registry import on_new_platform
 from qjax.ops.deferred import Deferred, deferred
+from qjax.ops.partition import partitioned
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -127,6 +128,8 @@ class QuantizedOp:
     """What an op has to say for itself; `quantized_linear` makes a primitive of it."""
 
     name: str
+    partitions: bool = False
+    """Whether `qjax.ops.partition` knows the roles of its dimensions."""
 
     def problem(self, spec: Any, operands: Operands, platform: str, devices: int) -> Problem:
         """Return what `select` is asked. The operands have shapes and dtypes at least."""
@@ -266,6 +269,12 @@ class LinearOp:
         devices = _compat.partitioned_devices(ctx)
         operands = call.operands(ctx.avals_in)
         problem = self.definition.problem(call.spec, operands, where, devices)
+        if devices > 1 and self.definition.partitions:
+            alone = select(dataclasses.replace(problem, devices=1), call.spec.implementation)
+            wider = _compat.with_mesh(ctx) if alone.refuses(problem) else None
+            if wider is not None:  # a kernel, which the compiler cannot cut: each device runs it on what it holds
+                function = partitioned(self, call, ctx.avals_in)
+                return mlir.lower_fun(function, multiple_results=False)(wider, *args)
         lowering = select(problem, call.spec.implementation)
         self.definition.chosen(problem, lowering)
 

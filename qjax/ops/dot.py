@@ -37,6 +37,10 @@ class _Dot(QuantizedOp):
     def name(self) -> str:
         return "q_dot_transposed" if self.transpose else "q_dot"
 
+    @property
+    def partitions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.transpose
+
     def problem(self, spec: Spec, operands: Operands, platform: str, devices: int) -> Problem:
         x, w = operands.x, operands.w
         stacks = w.codes.ndim - 2

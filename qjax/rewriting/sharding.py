@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from qjax.errors import LayoutError
 from qjax.formats import SIGNS, QArray
+from qjax.formats.parts import TiledParts
 
 
 def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "", apart: bool = False) -> QArray:
@@ -46,6 +47,8 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "", apart: boo
             f"{where}of the axes that a product sums over, a quantized weight {q.shape} can be sharded along the "
             f"first, {first}, and the spec {spec} names axis {next(a for a in inner if by_axis[a] is not None)}"
         )
+    if isinstance(q.fmt, TiledParts):
+        return _of_parts(q, [*stored[:-1], by_axis[first]], mesh, where)
     if q.fmt.whole_matrix and any(by_axis[a] is not None for a in (first, *q.out_axes)):
         raise LayoutError(
             f"{where}{q.fmt.name} has scales and corrections of whole matrices, so a weight {q.shape} can be sharded "
@@ -76,6 +79,19 @@ def quantized_specs(q: QArray, spec: Any, mesh: Any, where: str = "", apart: boo
         return PartitionSpec(*(s if n != 1 else None for s, n in zip(along, a.shape, strict=True)))
 
     return dataclasses.replace(q, codes=child(q.codes), aux={k: child(a, k) for k, a in q.aux.items()})
+
+
+def _of_parts(q: QArray, along: list[Any], mesh: Any, where: str) -> QArray:
+    """The specs of a weight that is packed in parts: shards are whole parts."""
+    rows, columns = next(iter(q.aux.values())).shape[q.stack_ndim], q.codes.shape[-1]
+    for names, parts in ((along[q.stack_ndim], rows), (along[-1], columns)):
+        if names is not None and parts % _shards(names, mesh):
+            raise LayoutError(
+                f"{where}{_shards(names, mesh)} shards of a weight packed in {rows} x {columns} parts along outputs "
+                f"and inputs; pack it for this mesh (qjax.ops.pack_tree(tree, specs=..., mesh=...)), or replicate it"
+            )
+    cut = lambda a: PartitionSpec(*(s if n != 1 else None for s, n in zip(along, a.shape, strict=True)))  # noqa: E731
+    return dataclasses.replace(q, codes=cut(q.codes), aux={name: cut(a) for name, a in q.aux.items()})
 
 
 def _aligned(q: QArray, shards: int) -> bool:

@@ -1,0 +1,192 @@
+"""How a product that runs by a kernel is partitioned over devices, where the compiler may.
+
+The compiler cannot look into a kernel, and would gather what it reads. `partitioned` wraps the product in
+`jax.experimental.custom_partitioning`, with a rule for the propagation of shardings (Shardy) and a function for each
+device, which is the same product of what the device holds:
+
+    weight sharded over N       each device multiplies its rows; the result is sharded over N
+    weight sharded over K       partial sums in float32, added over the devices (one all-reduce), then rounded
+    activations over rows       each device multiplies its tokens
+    stacks                      likewise, each device its matrices
+
+The weight lies where it lies: what it is sharded by decides, and activations are brought there. A mesh axis that the
+weight does not use may cut the rows. What can be cut: weights in neutral order where shards start on bytes and groups,
+and weights packed in parts (`qjax.ops.pack` with ``parts``) at their parts. A weight that is packed whole is the same
+on all devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental.custom_partitioning import custom_partitioning
+
+from qjax.formats.parts import TiledParts
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """What the dimensions of operands and result are: names of factors, or "" for one that is never cut.
+
+    Attributes:
+        operands: for each flat operand, the role of each of its dimensions.
+        result: of the result.
+        sizes: into how many units each role can be cut at most.
+        weight: position of the largest array of the weight, whose sharding decides.
+    """
+
+    operands: tuple[tuple[str, ...], ...]
+    result: tuple[str, ...]
+    sizes: dict[str, int]
+    weight: int
+
+
+def roles(operands: Any, avals: Sequence[Any]) -> Roles:
+    """Return the roles of a product x [*stack, *rows, K], W [*stack, N, K] -> y [*stack, *rows, N].
+
+    Args:
+        operands: `qjax.ops.base.Operands` of shapes.
+        avals: its leaves.
+    """
+    x, w = operands.x, operands.w
+    stacks = w.codes.ndim - 2
+    stack = tuple(f"s{i}" for i in range(stacks))
+    rows = tuple(f"r{i}" for i in range(x.ndim - stacks - 1))
+    n, k = w.codes.shape[-2], x.shape[-1]
+    first = 1 + len(jax.tree.leaves(operands.aux))
+    own = list(avals[first:])
+    along_k = [a.shape[-1] for a in [*avals[1:first], *own] if a.shape[-1] > 1]
+    if isinstance(w.fmt, TiledParts):
+        units = {"n": own[1].shape[-2], "k": math.gcd(w.codes.shape[-1], *along_k)}
+    elif w.fmt.whole_matrix or w.layout.pad:
+        units = {"n": 1, "k": 1}
+    else:
+        units = {"n": n, "k": math.gcd(k, *along_k)}
+    sizes = {**units, **dict(zip((*stack, *rows), x.shape[:-1], strict=True))}
+
+    def named(names: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
+        # A dimension of 1 is shared by all, or there is one of it.
+        return tuple(r if d > 1 and sizes[r] > 1 else "" for r, d in zip(names, shape, strict=True))
+
+    of_x = [named((*stack, *rows, "k"), a.shape) for a in avals[:first]]
+    of_w = [named((*stack, "n", "k"), a.shape) for a in own]
+    largest = max(range(len(own)), key=lambda i: math.prod(own[i].shape) * own[i].dtype.itemsize)
+    result = named((*stack, *rows, "n"), (*x.shape[:-1], n))
+    return Roles((*of_x, *of_w), result, sizes, first + largest)
+
+
+def sharding_rule(r: Roles, shapes: Sequence[Sequence[int]], result: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Return the rule in the notation of `custom_partitioning`, and its keywords.
+
+    A dimension that is longer than its role has units is two factors, "(k k3)", of which the first may be cut.
+    """
+    apart, order = [], []
+    known: dict[str, int] = {}
+    alone: set[str] = set()
+
+    def text(names: Sequence[str], shape: Sequence[int]) -> str:
+        out = []
+        for role, size in zip(names, shape, strict=True):
+            if role and size == r.sizes[role]:
+                alone.add(role)
+                order.append(role)
+                out.append(role)
+                continue
+            rest = f"z{len(apart)}"
+            apart.append(rest)
+            order.extend([role, rest] if role else [rest])
+            out.append(f"({role} {rest})" if role else rest)
+            if role:
+                known.update({role: r.sizes[role], rest: size // r.sizes[role]})
+        return " ".join(out)
+
+    operands = ", ".join(text(names, shape) for names, shape in zip(r.operands, shapes, strict=True))
+    rule = f"{operands} -> {text(r.result, result)}"
+    seen = list(dict.fromkeys(order))
+    keywords: dict[str, Any] = {name: size for name, size in known.items() if name not in alone}
+    keywords["need_replication_factors"] = tuple(name for name in seen if name in apart)
+    keywords["reduction_factors"] = tuple(name for name in seen if name == "k")
+    return rule, keywords
+
+
+def chosen_axes(r: Roles, specs: Sequence[Sequence[Any]], result: Sequence[Any], mesh: Any) -> dict[str, Axes]:
+    """Return the mesh axes that cut each role: those of the weight, then those of the rows that are left.
+
+    Args:
+        r: the roles.
+        specs: partition specs of the operands, as propagated.
+        result: that of the result.
+        mesh: for the sizes of axes.
+    """
+    out: dict[str, Axes] = {}
+    used: set[str] = set()
+    places = [(r.operands[r.weight], specs[r.weight]), (r.result, result), (r.operands[0], specs[0])]
+    for names, spec in places:
+        for role, entry in zip(names, [*spec, *[None] * (len(names) - len(spec))], strict=True):
+            axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+            of_weight = role in ("n", "k") and names is not r.operands[r.weight]
+            if not role or not axes or role in out or of_weight or used & set(axes):
+                continue
+            if r.sizes[role] % math.prod(mesh.shape[a] for a in axes) == 0:
+                out[role] = axes
+                used |= set(axes)
+    return out
+
+
+def partitioned(op: Any, call: Any, avals: Sequence[Any]) -> Any:
+    """Return a function of the flat operands that computes the product, partitioned as the module says.
+
+    Args:
+        op: the `qjax.ops.base.LinearOp`.
+        call: its static part.
+        avals: the abstract operands.
+    """
+    operands = call.operands(avals)
+    r = roles(operands, avals)
+    kept = [i for i, a in enumerate(avals) if math.prod(a.shape)]  # arrays without numbers are made again
+    out_shape = op.definition.out_shape(call.spec, operands)
+    r = dataclasses.replace(r, operands=tuple(r.operands[i] for i in kept), weight=kept.index(r.weight))
+
+    def bind(given: Sequence[Array], spec: Any, rows: int) -> Array:
+        every: list[Any] = [None] * len(avals)
+        for i, a in zip(kept, given, strict=True):
+            every[i] = a
+        for i, a in enumerate(avals):
+            if every[i] is None:  # codes of a weight in tiles: [*stack, N, 0]
+                every[i] = jnp.zeros((*a.shape[:-2], rows, a.shape[-1]), a.dtype)
+        return op.bind(spec, call.operands(every))
+
+    spec = dataclasses.replace(call.spec, out_sharding=None)
+    n = operands.w.codes.shape[-2]
+
+    @custom_partitioning
+    def whole(*given: Array) -> Array:
+        return bind(given, spec, n)
+
+    def partition(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
+        axes = chosen_axes(r, [a.sharding.spec for a in arg_shapes], result_shape.sharding.spec, mesh)
+        place = lambda names: jax.NamedSharding(mesh, jax.P(*(axes.get(name) for name in names)))  # noqa: E731
+        summed = axes.get("k", ())
+        local = dataclasses.replace(spec, out_dtype=np.dtype(np.float32)) if summed else spec
+        wide = np.dtype(np.float64) == spec.out_dtype
+        local = spec if wide else local
+        rows = n // math.prod(mesh.shape[a] for a in axes.get("n", ()))
+
+        def on_device(*given: Array) -> Array:
+            y = bind(given, local, rows)
+            return lax.psum(y, summed).astype(spec.out_dtype) if summed else y
+
+        return mesh, on_device, place(r.result), tuple(place(names) for names in r.operands)
+
+    rule, keywords = sharding_rule(r, [avals[i].shape for i in kept], out_shape)
+    whole.def_partition(partition, sharding_rule=rule, **keywords)
+    return lambda *leaves: whole(*(leaves[i] for i in kept))
