@@ -62,9 +62,8 @@ class _Dot(QuantizedOp):
         )
 
     def chosen(self, problem: Problem, lowering: Lowering) -> None:
-        if isinstance(problem.weight, Tiled) and not self.transpose and problem.platform == "cuda":
-            if lowering.name == "dequantize" and (reason := refusal(problem, "mosaic")):
-                _warn_once("", str(problem.weight), f"{problem}: the packed weight is dequantized, because {reason}")
+        if not self.transpose:
+            warn_of_dequantized(problem, lowering)
 
     def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
         w = operands.w
@@ -218,6 +217,14 @@ def _check_choice(problem: Problem, implementation: str | None, at: str) -> None
     if same and lowering.name in ("dequantize", "dequantize_blocks", "reference"):
         wanted = "int_dot" if kinds[0] else "float8_dot"
         _warn_once(at, wanted, f"{problem} is computed in float: {refusal(problem, wanted) or 'no kernel fits'}")
+
+
+def warn_of_dequantized(problem: Problem, lowering: Lowering) -> None:
+    """Say once, when a product is compiled for CUDA, why a packed weight is not read by its kernel."""
+    if isinstance(problem.weight, Tiled) and problem.platform == "cuda" and lowering.name == "dequantize":
+        if reason := refusal(problem, "mosaic"):
+            about = f"{problem.op} {problem.weight}"
+            _warn_once("", about, f"{problem}: the packed weight is dequantized, because {reason}")
 
 
 def _warn_once(at: str, about: str, message: str) -> None:

@@ -12,10 +12,11 @@ from jax.typing import DTypeLike
 from qjax.errors import LayoutError
 from qjax.formats import QArray
 from qjax.formats.rotation import check_prepared
-from qjax.kernels import Act, Problem, select
-from qjax.kernels.devices import platform_here
+from qjax.kernels import Act, Lowering, Problem, select
+from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
 from qjax.ops.base import Operands, QuantizedOp, Spec, quantized_linear
+from qjax.ops.dot import warn_of_dequantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,11 @@ class _RaggedDot(QuantizedOp):
             out_dtype=spec.out_dtype,
             devices=devices,
             settings=spec,
+            capability=cuda_capability() if platform == "cuda" else None,
         )
+
+    def chosen(self, problem: Problem, lowering: Lowering) -> None:
+        warn_of_dequantized(problem, lowering)
 
     def out_shape(self, spec: Spec, operands: Operands) -> tuple[int, ...]:
         return (operands.x.shape[0], operands.w.codes.shape[-2])

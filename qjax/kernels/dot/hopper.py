@@ -34,6 +34,9 @@ WARPGROUPS = 2
 WIDE = WARPGROUPS * ROWS
 """Rows of the weight that a block of threads multiplies."""
 
+CELL = 8
+"""Tokens that TMA moves at once where they are swizzled: a tile begins at a multiple of them."""
+
 TOKENS = (8, 16, 32, 64, 128)
 """Tokens that a tile may have."""
 
@@ -65,6 +68,8 @@ class Place(NamedTuple):
     """Tile of tokens."""
     part: Any
     """Of K."""
+    first: Any = None
+    """First token of a tile that a table places (`hopper_kernel`); a multiple of `CELL`."""
 
 
 class Work(NamedTuple):
@@ -113,9 +118,15 @@ def hopper_kernel(
     steps: int,
     sums: Any,
     schedule: Schedule,
+    tiles: int = 0,
     interpret: Any = None,
 ) -> Callable[..., Array]:
     """Return the kernel of a product.
+
+    With ``tiles``, a table says where each tile of tokens lies: the kernel then takes an int32 [tiles, 4] in front of
+    its operands, of which a row is (matrix, first cell, begin, end). The tile reads tokens from `CELL` times the first
+    cell on, and writes those from begin to end alone; the matrix -1 writes zeros there, and a row with begin = end
+    writes nothing.
 
     Args:
         work: called with a `Place` and the operands in global memory.
@@ -124,6 +135,7 @@ def hopper_kernel(
         steps: of 128 columns in a part of K.
         sums: dtype of the sum over steps.
         schedule: how the work is cut.
+        tiles: rows of the table, or 0 where tile follows tile in every matrix.
         interpret: settings of the interpreter, for tests.
     """
     pl, plgpu = pallas()
@@ -131,21 +143,46 @@ def hopper_kernel(
     count, tokens = out.shape[0] // schedule.splits, out.shape[1]
     bits = out.dtype.itemsize * 8
 
+    def store(total: Array, place: Place, y: Any, y_tile: Any, begin: Any = None, end: Any = None) -> None:
+        total = total.astype(out.dtype)
+        if bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
+            total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
+        turned(y_tile.at[place.group])[...] = total
+        plgpu.commit_smem()
+        if not tiles:
+            there = y.at[place.part * count + place.matrix, pl.ds(place.tokens * tile, tile), own_rows(place)]
+            plgpu.copy_smem_to_gmem(y_tile.at[place.group], there)
+        else:  # a copy has a fixed size, and the number of tokens is known when the kernel runs
+            cells = (end - begin) // CELL
+
+            def copy(size: int, start: Any) -> None:
+                here = y_tile.at[place.group, pl.ds(start - place.first, size)]
+                plgpu.copy_smem_to_gmem(here, y.at[place.part, pl.ds(start, size), own_rows(place)])
+
+            lax.fori_loop(0, cells, lambda i, _: copy(CELL, begin + i * CELL), None)
+            lax.fori_loop(begin + cells * CELL, end, lambda i, _: copy(1, i), None)
+        plgpu.wait_smem_to_gmem(0)
+
     def body(*refs: Any) -> None:
         *operands, y, y_tile = refs
-        axes = ("warpgroup", "matrix", "rows", "tokens", "part")
-        place = Place(*(lax.axis_index(name) for name in axes))
+        place = Place(*(lax.axis_index(name) for name in ("warpgroup", "matrix", "rows", "tokens", "part")))
+        if not tiles:
+            return product(place, operands, y, y_tile)
+        table, *operands = operands
+        matrix, cell, begin, end = (table[place.tokens, column] for column in range(4))
+        place = place._replace(matrix=matrix, first=cell * CELL)  # the compiler wants to see the multiple
+        pl.when((begin < end) & (matrix >= 0))(lambda: product(place, operands, y, y_tile, begin, end))
+
+        @pl.when((begin < end) & (matrix < 0) & (place.group < WARPGROUPS))
+        def _() -> None:
+            store(plgpu.layout_cast(jnp.zeros((ROWS, tile), sums), layouts.WGMMA), place, y, y_tile, begin, end)
+
+    def product(place: Place, operands: Sequence[Any], *there: Any) -> None:
         step, finish, ring = work(place, *operands)
 
         def around(pipeline: Any) -> None:
-            total = finish(pipeline(plgpu.layout_cast(jnp.zeros((ROWS, tile), sums), layouts.WGMMA))).astype(out.dtype)
-            if bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
-                total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
-            turned(y_tile.at[place.group])[...] = total
-            plgpu.commit_smem()
-            there = y.at[place.part * count + place.matrix, pl.ds(place.tokens * tile, tile), own_rows(place)]
-            plgpu.copy_smem_to_gmem(y_tile.at[place.group], there)
-            plgpu.wait_smem_to_gmem(0)
+            total = pipeline(plgpu.layout_cast(jnp.zeros((ROWS, tile), sums), layouts.WGMMA))
+            store(finish(total), place, *there)
 
         plgpu.emit_pipeline_warp_specialized(
             step,
@@ -158,14 +195,21 @@ def hopper_kernel(
             in_specs=[spec for _, spec in ring],
         )(*(ref for ref, _ in ring))
 
+    # The last axis of a grid runs fastest. Where a table places tiles, few tokens meet the whole of a large matrix.
+    grid = {"rows": rows // WIDE, "tokens": tiles or -(-tokens // tile), "part": schedule.splits, "matrix": count}
+    names = ("matrix", "tokens", "rows", "part") if tiles else tuple(grid)
+    # Tokens are copied one by one where a tile may end anywhere: they lie in rows, not in swizzled cells. jax 0.10
+    # wants that said as tiles of one row, and newer ones take no such tiles.
+    in_rows = () if JAX_VERSION >= (0, 11) else (plgpu.TilingTransform((1, ROWS)),)
+    transforms = in_rows if tiles else tiling(1024 // bits, bits)
     return plgpu.kernel(
         body,
         out_type=out,
-        grid=(rows // WIDE, -(-tokens // tile), schedule.splits, count),
-        grid_names=("rows", "tokens", "part", "matrix"),
+        grid=tuple(grid[name] for name in names),
+        grid_names=names,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=tiling(1024 // bits, bits))],
+        scratch_types=[plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=transforms)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )

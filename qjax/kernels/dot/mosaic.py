@@ -86,10 +86,11 @@ def on_hopper(refuses: Callable[[Problem], str | None]) -> When:
 
 
 def _refuses(problem: Problem) -> str | None:
-    return _refuses_tiles(problem) if problem.act is None else _refuses_codes(problem, problem.act)
+    return refuses_tiles(problem) if problem.act is None else _refuses_codes(problem, problem.act)
 
 
-def _refuses_tiles(problem: Problem) -> str | None:
+def refuses_tiles(problem: Problem) -> str | None:
+    """Return why a weight and 16-bit activations have no kernel of `tiles16`, or None."""
     if not isinstance(problem.weight, IntTiles):
         order = tiled_format(problem.weight, problem.k)
         return (

@@ -75,34 +75,55 @@ def tiles16(
         [E, M, N].
     """
     count, tokens, length = x.shape
-    rows, wide, columns = rounded_up(n), fmt.padded_length, fmt.columns
+    rows, columns = rounded_up(n), fmt.columns
     below = -tokens % 8 if tokens > 8 else 0
     if below or length % columns:  # cells of TMA; the weight was padded when it was packed
         x = jnp.pad(x, ((0, 0), (0, below), (0, -length % columns)))
-    # XLA sees that this moves nothing, and that a slice of a stack in front of it need not either.
-    cells = lax.bitcast_convert_type(tiles, jnp.int4) if fmt.code_bits == 4 else tiles
-    cells = cells.reshape(count * rows // ROWS, wide // columns, ROWS, columns)
-    scale = scale.reshape(count, fmt.blocks, rows)
-    zeros = () if zero is None else (zero.reshape(count, fmt.blocks, rows),)
+    operands = in_tiles(tiles, scale, zero, fmt, rows)
     # The sums of a cut K are added in float32. What is written is cut in cells of 128 bytes.
     partial = jnp.dtype(jnp.float32 if schedule.splits > 1 or jnp.dtype(out_dtype).itemsize != 2 else out_dtype)
     width = n if n * partial.itemsize % 128 == 0 else rows
     out = jax.ShapeDtypeStruct((schedule.splits * count, x.shape[1], width), partial)
-    call = _kernel(out, x.dtype, fmt, rows, schedule, zero is not None, interpret)
-    y = call(cells, scale, *zeros, x)
+    call = tiles16_kernel(out, x.dtype, fmt, rows, schedule, zero is not None, interpret=interpret)
+    y = call(*operands, x)
     y = y if schedule.splits == 1 else jnp.sum(y.reshape(schedule.splits, count, *y.shape[1:]), axis=0)
     return y[:, :tokens, :n].astype(out_dtype)
 
 
-def _kernel(
+def in_tiles(tiles: Array, scale: Array, zero: Array | None, fmt: IntTiles, rows: int) -> list[Array]:
+    """Return the arrays of a stack of weights as the kernel takes them, with ``rows`` padded to whole tiles."""
+    count, columns = tiles.shape[0], fmt.columns
+    # XLA sees that this moves nothing, and that a slice of a stack in front of it need not either.
+    cells = lax.bitcast_convert_type(tiles, jnp.int4) if fmt.code_bits == 4 else tiles
+    cells = cells.reshape(count * rows // ROWS, fmt.padded_length // columns, ROWS, columns)
+    numbers = [a.reshape(count, fmt.blocks, rows) for a in (scale, zero) if a is not None]
+    return [cells, *numbers]
+
+
+def tiles16_kernel(
     out: jax.ShapeDtypeStruct,
     dtype: Any,
     fmt: IntTiles,
     rows: int,
     schedule: Schedule,
     zeros: bool,
-    interpret: Any,
+    *,
+    tiles: int = 0,
+    interpret: Any = None,
 ) -> Any:
+    """Return the kernel itself, on the arrays of `in_tiles` and activations [E, M', K'].
+
+    Args:
+        out: [splits E, M', N or N'] and its dtype.
+        dtype: of the activations.
+        fmt: the format of the weight.
+        rows: N'.
+        schedule: how the work is cut.
+        zeros: whether there are zero points.
+        tiles: where a table says which matrix a tile of tokens meets, its rows (`hopper_kernel`); then the activations
+            are [1, M', K'] and the result is [splits, M', ...].
+        interpret: settings of the interpreter, for tests.
+    """
     pl, plgpu = pallas()
     layouts = plgpu.Layout
     tile, columns, block = schedule.tokens, fmt.columns, fmt.block or STEP
@@ -115,7 +136,7 @@ def _kernel(
 
     def work(place: Place, cells: Any, scale: Any, *rest: Any) -> Work:
         *zero, x = rest
-        group, e, i, j, part = place
+        group, e, i, j, part, first = place
         own = pl.ds(group * ROWS, ROWS)
 
         def weights(w_s: Any, z_s: Any, at: int) -> Array:
@@ -171,11 +192,12 @@ def _kernel(
         number_spec = plgpu.BlockSpec((blocks, WIDE), lambda k: (0 * k if per_row else part * steps + k, i))
         cells_shape = (WARPGROUPS, STEP // columns, ROWS, columns)
         cells_spec = plgpu.BlockSpec(cells_shape, lambda k: (above + i, part * steps + k, 0, 0))
-        x_spec = plgpu.BlockSpec((tile, STEP), lambda k: (j, part * steps + k), transforms=tiling(columns, 16))
-        ring = [(cells, cells_spec), *((a.at[e], number_spec) for a in numbers), (x.at[e], x_spec)]
+        where, of_tokens, start = (e, tile, j) if first is None else (0, pl.Element(tile), first)
+        x_spec = plgpu.BlockSpec((of_tokens, STEP), lambda k: (start, part * steps + k), transforms=tiling(columns, 16))
+        ring = [(cells, cells_spec), *((a.at[e], number_spec) for a in numbers), (x.at[where], x_spec)]
         return Work(step, finish, ring)
 
-    how = {"schedule": schedule, "interpret": interpret}
+    how = {"schedule": schedule, "tiles": tiles, "interpret": interpret}
     return hopper_kernel(work, out, rows=rows, steps=steps, sums=jnp.float32, **how)
 
 

@@ -1,5 +1,5 @@
 """Products of rows with the matrix of their group: a mixture of experts with quantized experts."""
 
-from qjax.kernels.ragged_dot import reference, xla
+from qjax.kernels.ragged_dot import mosaic, reference, xla
 
-__all__ = ["reference", "xla"]
+__all__ = ["mosaic", "reference", "xla"]

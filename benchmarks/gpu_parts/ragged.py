@@ -1,0 +1,156 @@
+"""Ragged products with experts in tiles on the GPU at hand: against float64 NumPy for many kinds of groups; then times.
+
+The times are of Mixtral-8x7B's experts with two experts a token, drawn at random: the table of tiles, the kernel and,
+where K is cut, the sum of its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, Clock, checked
+from benchmarks.gpu_parts.weights16 import weight
+from benchmarks.kernel_cases.weights16 import G128
+from qjax import ops
+from qjax.formats import Int, IntTiles, Layout, QArray
+from qjax.kernels.dot.mosaic import STAGES
+from qjax.kernels.ragged_dot.mosaic import ragged_schedule_for
+from qjax.kernels.ragged_dot.tiles16 import ragged_tiles16
+
+SIZES: dict[str, tuple[int, list[int]]] = {
+    "one token": (1, [0, 1, 0, 0]),
+    "one token of no group": (1, [0, 0, 0, 0]),
+    "two experts": (2, [1, 0, 0, 1]),
+    "seven tokens": (7, [3, 0, 2, 2]),
+    "nine, one left over": (9, [0, 5, 3, 0]),
+    "few each": (32, [9, 7, 3, 13]),
+    "all in one": (37, [0, 0, 37, 0]),
+    "borders anywhere": (100, [17, 1, 63, 19]),
+    "half of no group": (130, [5, 60, 0, 0]),
+    "many": (257, [131, 0, 125, 1]),
+    "more": (700, [233, 1, 300, 120]),
+}
+"""Tokens and group sizes of what is compared with NumPy."""
+
+EXPERTS = {"Mixtral-8x7B experts, gate or up": (14336, 4096), "Mixtral-8x7B experts, down": (4096, 14336)}
+"""(N, K) of one of the eight."""
+
+GROUPS, CHOSEN = 8, 2
+"""Experts, and those of a token."""
+
+
+def product(x: Any, w: QArray, sizes: Any, out_dtype: Any = None) -> Any:
+    """By the kernel, or an error that says why not."""
+    return ops.q_ragged_dot(x, w, sizes, out_dtype=out_dtype, **BY_KERNEL)
+
+
+def several(fmt: Int, n: int, k: int, groups: int) -> tuple[QArray, np.ndarray]:
+    """Random experts, packed, canonical, and the numbers they stand for in float64 [groups, N, K]."""
+    each = [weight(fmt, n, k, seed) for seed in range(groups)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[w for w, _ in each])
+    order = (("s", 0), ("o", 0), ("i", 0))
+    w = QArray(stacked.codes, stacked.aux, stacked.fmt, Layout(order), stacked.dtype)
+    return w, np.stack([numbers for _, numbers in each])
+
+
+def wanted(x: np.ndarray, numbers: np.ndarray, sizes: Any) -> np.ndarray:
+    """Each row times the matrix of its group, row by row; 0 behind the last group."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    out = np.zeros((x.shape[0], numbers.shape[1]))
+    for row, group in enumerate(groups):
+        out[row] = numbers[group] @ x[row]
+    return out
+
+
+def checks(quick: bool) -> list[dict[str, Any]]:
+    """All kinds of groups for one format, some for others; every tile of tokens; NaN stays in its row."""
+    out: list[dict[str, Any]] = []
+    run = jax.jit(product, static_argnums=3)
+    kinds = ((G128, "bfloat16", 256, 512), (Int(4, group=64, symmetric=False), "float16", 200, 200))
+    for fmt, dtype, n, k in (*kinds, (Int(8), "bfloat16", 256, 256), (Int(4), "bfloat16", 128, 1024)):
+        w, numbers = several(fmt, n, k, 4)
+        few = list(SIZES.items()) if fmt is G128 else list(SIZES.items())[4:8:3]
+        for case, (tokens, sizes) in few[:: 2 if quick and fmt is G128 else 1]:
+            row = {"kernel": f"ragged W{fmt.code_bits}A16 {fmt.name}, {dtype}", "case": f"[{n}, {k}], {case}"}
+            with checked(row, out):
+                x = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, k)), dtype)
+                results = [np.asarray(run(x, w, jnp.asarray(sizes, jnp.int32), jnp.float32)) for _ in range(3)]
+                exact = np.asarray(x, np.float64)
+                terms = np.maximum(wanted(np.abs(exact), np.abs(numbers), sizes), 1e-30)
+                worst = float(np.max(np.abs(results[0] - wanted(exact, numbers, sizes)) / terms))
+                steady = all(np.array_equal(results[0], r) for r in results)
+                row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
+    w, numbers = several(G128, 256, 512, 4)
+    kernel = f"ragged W4A16 {G128.name}, bfloat16"
+    for tile in (8, 16, 32, 64, 128):
+        row = {"kernel": kernel, "case": f"tiles of {tile} tokens"}
+        with checked(row, out):
+            tokens, sizes = (8, [2, 0, 5, 1]) if tile == 8 else (300, [140, 1, 30, 128])
+            x = jnp.asarray(np.random.default_rng(tile).normal(size=(tokens, 512)), jnp.bfloat16)
+            schedule = dataclasses.replace(ragged_schedule_for(256, 512, tokens, 4), tokens=tile, stages=STAGES[tile])
+            how = {"fmt": w.fmt, "n": 256, "out_dtype": jnp.float32, "schedule": schedule}
+            flat = [w.aux[name].reshape(4, -1) for name in ("tiles", "scale")]
+            y = jax.jit(functools.partial(ragged_tiles16, **how))(*flat, None, x, jnp.asarray(sizes, jnp.int32))
+            exact = np.asarray(x, np.float64)
+            terms = np.maximum(wanted(np.abs(exact), np.abs(numbers), sizes), 1e-30)
+            worst = float(np.max(np.abs(np.asarray(y) - wanted(exact, numbers, sizes)) / terms))
+            row |= {"error": worst, "right": bool(worst < CLOSE)}
+    row = {"kernel": kernel, "case": "NaN in its row alone; bfloat16 results"}
+    with checked(row, out):
+        x = np.random.default_rng(0).normal(size=(20, 512)).astype(np.float32)
+        x[7, 3] = np.nan
+        y = np.asarray(run(jnp.asarray(x, jnp.bfloat16), w, jnp.asarray([6, 3, 0, 9], jnp.int32), None), np.float64)
+        exact = np.nan_to_num(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64))
+        clean, want = (np.delete(a, 7, axis=0) for a in (y, wanted(exact, numbers, [6, 3, 0, 9])))
+        near = np.max(np.abs(clean - want)) < 2**-7 * np.max(np.abs(want))
+        row["right"] = bool(np.isnan(y[7]).all() and np.isfinite(clean).all() and near and not y[18:].any())
+    return out
+
+
+def routed(tokens: int, seed: int) -> jax.Array:
+    """Sizes of the experts' groups where each token chooses two at random."""
+    rng = np.random.default_rng(seed)
+    chosen = np.concatenate([rng.permutation(GROUPS)[:CHOSEN] for _ in range(tokens)])
+    return jnp.asarray(np.bincount(chosen, minlength=GROUPS), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def drawn(n: int, k: int, groups: int, seed: int) -> QArray:
+    """Experts of random codes in tiles, drawn on the device."""
+    fmt = IntTiles(G128, k)
+    aux = {
+        "tiles": jax.random.bits(jax.random.key(seed), (groups, 1, n * k // 2), jnp.uint8),
+        "scale": jnp.full((groups, 1, fmt.blocks * n), 0.01, jnp.float32),
+    }
+    layout = Layout((("s", 0), ("o", 0), ("i", 0)))
+    return QArray(jnp.zeros((groups, n, 0), jnp.int8), aux, fmt, layout, jnp.dtype(jnp.bfloat16))
+
+
+def times(clock: Clock) -> list[dict[str, Any]]:
+    """Experts of Mixtral-8x7B at 1 to 4096 tokens, beside XLA's bfloat16 product."""
+    out: list[dict[str, Any]] = []
+    for layer, (n, k) in EXPERTS.items():
+        w = [drawn(n, k, GROUPS, s) for s in range(2)]
+        floats = jax.random.normal(jax.random.key(0), (GROUPS, k, n), jnp.bfloat16)
+        for tokens in (1, 16, 256, 4096):
+            if clock.left() <= 0:
+                return out
+            rows = tokens * CHOSEN
+            x = jax.random.normal(jax.random.key(0), (rows, k), jnp.bfloat16)
+            sizes = [routed(tokens, s) for s in range(2)]
+            filled = float(np.mean([np.count_nonzero(s) for s in sizes]))
+            row = {"kernel": f"ragged W4A16 {G128.name}, bfloat16", "layer": layer, "n": n, "k": k, "tokens": tokens}
+            with checked(row, out, "us"):
+                row["us"] = clock.us(product, *[(x, a, s) for a, s in zip(w, sizes, strict=True)])
+                read = filled * n * k * 4.25 / 8
+                row |= {"bytes": int(read + x.nbytes + rows * n * 2), "flops": 2 * rows * n * k}
+                row["ceiling_us"] = clock.ceiling_us(read * 4.125 / 4.25, 2 * rows * n * k)
+                row["schedule"] = str(ragged_schedule_for(n, k, rows, GROUPS))
+                row["peers"] = {"bfloat16": clock.us(jax.lax.ragged_dot, *[(x, floats, s) for s in sizes])}
+    return out
