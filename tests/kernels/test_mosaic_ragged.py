@@ -138,6 +138,14 @@ def test_packed_experts_without_the_kernel_on_a_gpu_are_warned_of():
         assert "mosaic_gpu" not in lowered(G128, 2, 128, 128, 4, jnp.float32)
 
 
+def test_packed_experts_give_the_same_numbers_elsewhere():
+    w, _ = mosaic.weight(G128, 128, 256, (3,))
+    x, sizes = jnp.asarray(np.random.default_rng(0).normal(size=(6, 256)), jnp.float32), jnp.asarray([2, 0, 3])
+    np.testing.assert_allclose(
+        ops.q_ragged_dot(x, ops.pack(w), sizes), ops.q_ragged_dot(x, w, sizes), rtol=1e-5, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_mixtral_is_on_the_kernel(scan):
     """Attention, the experts' three products and no weight unpacked: through the rewritten graph."""

@@ -234,7 +234,8 @@ def zeros_like_varying(shape: tuple[int, ...], x: Array, w: QArray) -> Array:
 
     Inside shard_map the carry of a loop has to have the type that the body returns.
     """
-    zero = runtime_zero(x) | runtime_zero(w.codes)
+    stored = next(a for a in (w.codes, *w.aux.values()) if a.size)  # a packed weight has its codes in aux
+    zero = runtime_zero(x) | runtime_zero(stored)
     return jnp.broadcast_to(zero.astype(wide(x.dtype)), shape)
 
 
