@@ -76,6 +76,9 @@ class Problem:
 
     def __str__(self) -> str:
         """Say the problem in words."""
+        if self.op == "quantize_rows":
+            size = f"{self.rows or 'any'} rows of {self.k}"
+            return f"quantize_rows to {self.weight.name}{self.settings or ''}, {size}, on {self.platform}"
         act = f" x {self.act.name} activations" if self.act else ""
         stack = f" x {self.matrices}" if self.stack else ""
         weight = f"{self.weight.name} weights [{self.n}, {self.k}]"

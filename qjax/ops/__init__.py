@@ -19,15 +19,18 @@ from qjax.ops.dot import activation_aux, q_dot
 from qjax.ops.embedding import q_take
 from qjax.ops.ragged import q_ragged_dot
 from qjax.ops.remat import remat_policy
+from qjax.ops.rows import LayerNorm, RMSNorm, quantize_rows
 
 __all__ = [
     "Choice",
     "ConvSpec",
+    "LayerNorm",
     "LinearOp",
     "LoweringTable",
     "Operands",
     "Problem",
     "QuantizedOp",
+    "RMSNorm",
     "Spec",
     "activation_aux",
     "choice_for",
@@ -43,6 +46,7 @@ __all__ = [
     "q_dot",
     "q_ragged_dot",
     "q_take",
+    "quantize_rows",
     "quantized_linear",
     "register_lowering",
     "remat_policy",

@@ -265,7 +265,7 @@ class LinearOp:
     # Compilation.
 
     def _lower(self, platform: str | None, ctx: Any, *args: Any, call: Call) -> Any:
-        where = platform or _single(ctx)
+        where = platform or single_platform(ctx)
         devices = _compat.partitioned_devices(ctx)
         operands = call.operands(ctx.avals_in)
         problem = self.definition.problem(call.spec, operands, where, devices)
@@ -285,7 +285,8 @@ class LinearOp:
         return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
 
 
-def _single(ctx: Any) -> str:
+def single_platform(ctx: Any) -> str:
+    """Return the platform that is compiled for, or "any" where it is more than one."""
     platforms = ctx.platforms or ctx.module_context.platforms
     return platforms[0] if len(platforms) == 1 else "any"
 

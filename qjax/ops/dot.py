@@ -15,13 +15,14 @@ from jax.typing import DTypeLike
 
 from qjax import _compat
 from qjax.errors import LayoutError, warn
-from qjax.formats import Aux, Float8, Format, Int, QArray
-from qjax.formats.numerics import SMALLEST_SCALE, finite_part
+from qjax.formats import Aux, Format, Int, QArray
+from qjax.formats.numerics import finite_part
 from qjax.formats.rotation import check_prepared
 from qjax.formats.tiles import Tiled
 from qjax.kernels import Act, Lowering, Problem, select
+from qjax.kernels.act.reference import by_magnitude, row_scales
 from qjax.kernels.devices import cuda_capability, platform_here
-from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.dot.reference import CODES, dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.kernels.registry import refusal
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
@@ -121,7 +122,7 @@ def _sharding_with_axis(sharding: Any, place: int) -> Any:
 
 
 def q_dot(
-    x: Array,
+    x: Array | QArray,
     w: QArray,
     *,
     act: Act | None = None,
@@ -142,7 +143,8 @@ def q_dot(
     `qjax.ops.remat_policy` makes policies that save dots treat it as one.
 
     Args:
-        x: float [*stack, *rows, K]; stack as in w, any number of row axes.
+        x: float [*stack, *rows, K]; stack as in w, any number of row axes. Or what `quantize_rows` made of it, in
+            place of ``act``: then no derivative reaches the floats that it was made of.
         w: viewed canonically, [*stack, N, K].
         act: ``(format, aux)``; aux as `activation_aux` or calibration made it, [*stack, *rows or 1, groups].
         out_dtype: dtype of the result, by default that of x.
@@ -159,6 +161,8 @@ def q_dot(
         LayoutError: if x does not fit w, with both shapes; or w is kept smoothed or rotated.
         LoweringError: if the named implementation cannot run, with the reason.
     """
+    if isinstance(x, QArray):
+        x, act = _with_codes(x, act, f"{site}: " if site else "")
     check_prepared(w, f"{site}: " if site else "")
     w = w if _is_canonical(w) else w.canonical()
     stacks = w.codes.ndim - 2
@@ -185,6 +189,19 @@ def q_dot(
         _check_choice(q_dot_op.definition.problem(spec, operands, platform_here(), 1), implementation, at)
     y = q_dot_op.bind(spec, operands)
     return lax.squeeze(y, (stacks,)) if vector else y
+
+
+def _with_codes(x: QArray, act: Act | None, at: str) -> tuple[Array, Act]:
+    """Return quantized activations as floats, which no product of codes reads, and their codes as part of their aux."""
+    if act is not None:
+        raise LayoutError(f"{at}q_dot of activations that are quantized already, to {x.fmt.name}; leave act out")
+    if x.in_axes != (x.ndim - 1,) or x.layout.order != tuple(sorted(x.layout.order, key=lambda label: label[0] == "i")):
+        raise LayoutError(
+            f"{at}q_dot of activations quantized along axes {x.in_axes} of {x.shape}; it takes what quantize_rows "
+            "returns, quantized along the last axis"
+        )
+    codes = x.fmt.packing.unpack(x.codes, x.length)
+    return x.dequantize(), (x.fmt, {**x.aux, CODES: codes})
 
 
 def _is_canonical(w: QArray) -> bool:
@@ -263,16 +280,9 @@ def _activation_aux(x: Array, fmt: Format, stack_ndim: int, streamed: bool) -> A
     if x.size == 0:
         return fmt.fit(x)
     # Formats that are fitted to the largest magnitude alone need one reduction in place of two.
-    by_magnitude = isinstance(fmt, Float8) or (isinstance(fmt, Int) and fmt.symmetric)
-    if by_magnitude and fmt.per in ("token", "channel"):
-        # Short, because it is compiled into everything that reads the scale: no look at every element for NaN (which
-        # would double the time of the reduction on CPU too), and no scale of 1 where a row is zero. A multiple of the
-        # scale that the format has for [-1, 1] is to the bit the scale that it has for [-top, top].
-        with jax.ensure_compile_time_eval():
-            unit = fmt.from_range(jnp.float32(-1), jnp.float32(1))["scale"]
+    if by_magnitude(fmt) and fmt.per in ("token", "channel"):
         short = streamed and isinstance(x.size, int) and x.size <= SMALL_ELEMENTS
-        top = fmt.reduce(jnp.abs(x), _largest_in_rows if short else jnp.max)
-        return {"scale": lax.max(top * unit, lax.full_like(top, SMALLEST_SCALE))}
+        return {"scale": row_scales(x, fmt, _largest_in_rows if short else jnp.max)}
     if fmt.per in ("token", "channel") and isinstance(fmt, Int):
         low, high = (fmt.reduce(x, lambda a, f=f, **k: f(a, initial=0.0, **k)) for f in (jnp.min, jnp.max))
         aux = dict(fmt.from_range(low, high))
@@ -282,7 +292,7 @@ def _activation_aux(x: Array, fmt: Format, stack_ndim: int, streamed: bool) -> A
         return fmt.fit(x)
     axes = tuple(range(stack_ndim, x.ndim))
     shards = _compat.varying_axes(x, jax.sharding.get_abstract_mesh().manual_axes)
-    if by_magnitude:
+    if by_magnitude(fmt):
         top = jnp.max(finite_part(jnp.abs(x)), axis=axes, keepdims=True)
         top = lax.pmax(top, shards) if shards else top
         return fmt.from_range(-top, top)

@@ -27,6 +27,7 @@ from jax import Array, lax
 
 from qjax.formats import Aux, Format, QArray
 from qjax.formats.numerics import AnyArray
+from qjax.kernels.dot.reference import encoded
 from qjax.kernels.dot.xla import both_quantized, fold_rows, on_one_cpu, once_there, over_stack, zeros_like_varying
 from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.kernels.phases import code_phases, int8_phases, phase_count, split_phases
@@ -94,7 +95,7 @@ def _activations(x: Array, act: Act, streamed: bool = False) -> _Side:
     of_elements = aux
     if streamed and fmt.per != "group" and isinstance(x.size, int) and x.size <= SMALL_ELEMENTS:
         of_elements = {name: _beside(x, a) if name == "scale" else a for name, a in aux.items()}
-    codes, zero = _signed(fmt.encode(x, of_elements), fmt.zero_of(aux), fmt.code_bits)
+    codes, zero = _signed(encoded(x, (fmt, of_elements)), fmt.zero_of(aux), fmt.code_bits)
     if zero is not None:
         zero = jnp.broadcast_to(zero, (*x.shape[:-1], zero.shape[-1] if zero.ndim else 1))
     return _Side(codes, fmt.scale_of(aux), zero)

@@ -18,7 +18,7 @@ from qjax.kernels.devices import has_mosaic
 from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import STEP, TOKENS, WARPGROUPS, Schedule
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.dot.reference import dot_reference, encoded
 from qjax.kernels.dot.tiles16 import tiles16
 from qjax.kernels.pack import tiled_format
 from qjax.kernels.registry import Act, Problem, When, register_lowering
@@ -133,7 +133,7 @@ def coded(problem: Problem, x: Array, act: Act) -> tuple[Array, Array]:
     fmt, aux = act
     scale = jnp.broadcast_to(fmt.scale_of(aux), (*x.shape[:-1], 1))
     tokens = math.prod(x.shape[len(problem.stack) : -1])
-    return fmt.encode(x, aux).reshape(problem.matrices, tokens, problem.k), scale.reshape(problem.matrices, tokens)
+    return encoded(x, act).reshape(problem.matrices, tokens, problem.k), scale.reshape(problem.matrices, tokens)
 
 
 @register_lowering(

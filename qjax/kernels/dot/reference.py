@@ -25,6 +25,9 @@ from qjax.kernels.registry import Act, Problem, register_lowering
 
 Precision = Any
 
+CODES = "codes"
+"""In the aux of activations: their codes, where they are known already."""
+
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype in which products with this dtype are accumulated: float32, or float64 for float64."""
@@ -49,13 +52,21 @@ def decoded(w: QArray, dtype: DTypeLike) -> Array:
     return w.fmt.decode(w.unpacked(), w.aux).astype(dtype)
 
 
+def encoded(x: Array, act: Act) -> Array:
+    """Return the codes of activations, of the shape of x: those that came with their aux, or new ones."""
+    fmt, aux = act
+    if CODES in aux:
+        return jnp.broadcast_to(jnp.asarray(aux[CODES]), x.shape)
+    return fmt.encode(x, aux)
+
+
 def round_trip(x: Array, act: Act) -> Array:
     """Return what the quantized activations stand for, in float32 (float64 for float64 x).
 
     The codes carry no derivative; that of the aux passes through, so that scales can be learned.
     """
     fmt, aux = act
-    codes = lax.stop_gradient(fmt.encode(lax.stop_gradient(x), aux))
+    codes = lax.stop_gradient(encoded(lax.stop_gradient(x), act))
     return fmt.decode(codes, aux).astype(wide(x.dtype))
 
 

@@ -14,7 +14,7 @@ from jax import Array
 from qjax.formats import Float8, Format, Int, QArray
 from qjax.kernels.devices import cuda_processors
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.dot.reference import dot_reference, encoded
 from qjax.kernels.dot.rows8 import rows8
 from qjax.kernels.dot.rows16 import Cut, rows16
 from qjax.kernels.dot.triton_call import MOST_ELEMENTS, has_triton
@@ -158,7 +158,7 @@ def triton(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         y = rows8(
             codes,
             of_rows.reshape(count, n),
-            fmt.encode(x, aux).reshape(count, tokens, k),
+            encoded(x, act).reshape(count, tokens, k),
             of_tokens.reshape(count, tokens),
             out_dtype=problem.out_dtype,
             cut=cut,

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from qjax.formats import QArray
-from qjax.kernels.dot.reference import contract, dot_reference, round_trip, wide
+from qjax.kernels.dot.reference import contract, dot_reference, encoded, round_trip, wide
 from qjax.kernels.order import apart, runtime_zero
 from qjax.kernels.phases import decoded_phases, phase_count, split_phases
 from qjax.kernels.registry import Act, Problem, register_lowering
@@ -263,7 +263,7 @@ def float8_dot(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
 
 def _float8_matrix(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     fmt, aux = both_quantized(act)
-    codes = fmt.encode(x, aux)
+    codes = encoded(x, (fmt, aux))
     if not on_one_cpu(problem):
         y = _codes_product(problem, codes, w)
     elif problem.n * problem.k <= LOOP_ELEMENTS:
