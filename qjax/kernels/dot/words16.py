@@ -111,7 +111,7 @@ def _kernel(
 
     def work(place: Place, *refs: Any) -> Work:
         given, x = list(refs[:-1]), refs[-1]
-        group, e, i, j, part = place
+        group, e, i, j, part, *_ = place
         own = pl.ds(group * ROWS, ROWS)
         above = e * (rows // WIDE)
         ring = []
