@@ -20,7 +20,7 @@ from qjax.formats.numerics import finite_part
 from qjax.formats.rotation import check_prepared
 from qjax.formats.tiles import Tiled
 from qjax.kernels import Act, Lowering, Problem, select
-from qjax.kernels.act.reference import by_magnitude, row_scales
+from qjax.kernels.act.reference import by_magnitude, largest_magnitudes, row_scales
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.reference import CODES, dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
@@ -257,9 +257,9 @@ def activation_aux(x: Array, fmt: Format, *, stack_ndim: int = 0, streamed: bool
     own; on a mesh it is the maximum over all shards, inside shard_map too (a `pmax` over the axes over which x is
     known to vary, which needs ``check_vma=True``).
 
-    NaN and infinity in a token make its scale NaN, and so its row of the product, as in the float product: nothing is
-    hidden, and other tokens are left alone. A scale per tensor or group is taken over finite elements, because one
-    padded row must not spoil the others; NaN then counts as 0 and infinity as the largest code.
+    NaN and infinity in a token make its scale infinite or NaN, and so its row of the product, as in the float product:
+    nothing is hidden, and other tokens are left alone. A scale per tensor or group is taken over finite elements,
+    because one padded row must not spoil the others; NaN then counts as 0 and infinity as the largest code.
 
     Args:
         x: float [*stack, *rows, K].
@@ -286,7 +286,7 @@ def _activation_aux(x: Array, fmt: Format, stack_ndim: int, streamed: bool) -> A
     if fmt.per in ("token", "channel") and isinstance(fmt, Int):
         low, high = (fmt.reduce(x, lambda a, f=f, **k: f(a, initial=0.0, **k)) for f in (jnp.min, jnp.max))
         aux = dict(fmt.from_range(low, high))
-        good = lax.is_finite(low) & lax.is_finite(high)
+        good = lax.is_finite(largest_magnitudes(x, fmt))
         return {**aux, "scale": lax.select(good, aux["scale"], lax.full_like(aux["scale"], jnp.nan))}
     if fmt.per != "tensor":
         return fmt.fit(x)

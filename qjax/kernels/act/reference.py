@@ -9,7 +9,7 @@ With x [*rows, K], and all of it in float32:
     scale = max(max |y| * unit, 2**-126)              unit = 1 / 127.5, 1 / 127 ("qmax") or 1 / 448 (float8_e4m3fn)
     codes = round(y / scale)                          to nearest even, as the format encodes
 
-NaN or infinity in a row makes the scale of that row NaN or infinite and its codes 0, so that a product with it is NaN
+NaN or infinity in a row makes the scale of that row infinite or NaN and its codes 0, so that a product with it is NaN
 in that row alone; a row of zeros has the smallest scale and codes 0. What a norm or a gate returns is not rounded to
 the dtype of x in between, as it would be if it were an operation of its own.
 """
@@ -62,11 +62,25 @@ def unit_scale(fmt: Format) -> Array:
         return jnp.asarray(fmt.from_range(jnp.float32(-1), jnp.float32(1))["scale"])
 
 
+def largest_magnitudes(x: Array, fmt: Format, largest: Callable[..., Array] = jnp.max) -> Array:
+    """Return max |x| of each block, infinity where there is NaN.
+
+    A maximum that meets NaN cannot be relied on: XLA on CPU forgets it in rows of some hundred elements or more, or
+    returns minus infinity (jaxlib 0.10 and 0.12).
+
+    Args:
+        x: float32 [*rows, K].
+        fmt: says what a block is.
+        largest: how the maximum over a block is taken, called as `Format.reduce` does.
+    """
+    size = jnp.abs(x)
+    return fmt.reduce(lax.select(lax.eq(x, x), size, lax.full_like(size, jnp.inf)), largest)
+
+
 def row_scales(x: Array, fmt: Format, largest: Callable[..., Array] = jnp.max) -> Array:
     """Return the scale of each row, for formats that are fitted `by_magnitude` with one scale a row.
 
-    Short, because it is compiled into everything that reads the scale: no look at every element for NaN (which would
-    double the time of the reduction on CPU too), and no scale of 1 where a row is zero.
+    Short, because it is compiled into everything that reads the scale: no scale of 1 where a row is zero.
 
     Args:
         x: float32 [*rows, K].
@@ -76,7 +90,7 @@ def row_scales(x: Array, fmt: Format, largest: Callable[..., Array] = jnp.max) -
     Returns:
         float32 [*rows, 1].
     """
-    top = fmt.reduce(jnp.abs(x), largest)
+    top = largest_magnitudes(x, fmt, largest)
     return lax.max(top * unit_scale(fmt), lax.full_like(top, SMALLEST_SCALE))
 
 
