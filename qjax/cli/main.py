@@ -23,6 +23,7 @@ _COMMANDS = {
     "recipes": "qjax.cli.recipes",
     "advise": "qjax.cli.advising",
     "search": "qjax.cli.searching",
+    "bench": "qjax.cli.benchmarking",
 }
 
 

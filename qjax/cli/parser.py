@@ -23,6 +23,7 @@ examples:
   qjax advise models/llama --device h200 --workload chat  which format to deploy
   qjax search models/stories260k --budget "6 bits" --text stories.txt
                                                         a format for each layer, within a budget
+  qjax bench kernels                                    how fast quantized products are on this device
 
 Each command has its own examples: qjax quantize --help. With --json, stdout is one JSON object. QJAX_DEBUG=1 shows
 tracebacks."""
@@ -33,7 +34,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("qjax", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=_Raw)
     parser.add_argument("--version", action="version", version=f"qjax {version}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for add in (_inspect, _quantize, _eval, _study, _generate, _recipes, _advise, _search):
+    for add in (_inspect, _quantize, _eval, _study, _generate, _recipes, _advise, _search, _bench):
         add(commands)
     return parser
 
@@ -311,6 +312,35 @@ def _search(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
     parser.add_argument("--out", type=Path, help="folder to write and to go on in (default: ./NAME-search)")
     _data(parser, "UTF-8 text to measure on", "images to measure on")
+
+
+def _bench(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "time quantized products on the device at hand, or tune their kernels",
+        "\nkernels: every lowering that can run here, with the share of what memory or arithmetic allow and the speed"
+        "\nbeside bfloat16; no model is needed. tune: the schedules of kernels that have some, into a table by device."
+        "\nOn a GPU times are the device's own; weights rotate through more memory than its cache.",
+        "  qjax bench kernels\n"
+        "  qjax bench kernels --shapes 4096x4096,28672x4096 --tokens 1,16,256 --formats 'int4 g128,int8 x int8 token'\n"
+        "  qjax bench kernels --device h200 --json      the ceiling by the figures of `qjax advise --device list`\n"
+        "  qjax bench tune --formats 'int4 g128' --seconds 300 --out tuned.json",
+    )
+    parser.add_argument("what", choices=("kernels", "tune"))
+    parser.add_argument("--shapes", metavar="NxK,..", help="outputs x inputs of layers (default: by device)")
+    parser.add_argument("--tokens", metavar="T,..", help="(default: by device)")
+    parser.add_argument(
+        "--formats",
+        metavar="F,..",
+        help="of weights, and of activations after an x: int4 g128, uint4 g64, int8, nf4, int8 x int8 token",
+    )
+    parser.add_argument("--dtype", default="bfloat16", metavar="T", help="of activations (default: bfloat16)")
+    parser.add_argument("--trials", type=_positive, default=7, metavar="N", help="of which the median (default: 7)")
+    parser.add_argument("--device", help="kernels: whose figures are the ceiling (default: measured here)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="tune: the table (default: that of qjax)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="tune: after which nothing further is begun")
+    parser.add_argument("--again", action="store_true", help="tune: measure also what the table has")
 
 
 def _recipes_argument(parser: argparse.ArgumentParser, default: str) -> None:
