@@ -6,8 +6,8 @@ For one session with an H100 or H200. Every kind of kernel is compared with floa
 wrong is named. Then layers of Llama and Mixtral, 1 to 4096 tokens, beside the bfloat16 `jnp.dot`, the bandwidth of a
 copy and other software, which are measured in the same run: times are the device's own, over weights that rotate
 through more memory than the L2 cache. What does not fit into the seconds is left out. Results:
-`benchmarks/results/<device>-<date>.json` and `.md`, written after each part; then `python -m benchmarks.kernel_states`
-renews docs/kernels.md.
+`benchmarks/results/<device>-<date>.json` and `.md`, written after each part (parts that are not run keep what stands
+there); then `python -m benchmarks.kernel_states` renews docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -78,8 +78,11 @@ def main() -> None:
     environment = measure.environment()
     name = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
     stem = f"{name}-{datetime.date.today().isoformat()}"
-    record: dict[str, Any] = {"environment": environment, "parts": {p: {"checks": []} for p in given.parts}}
-    record["left_out"] = []
+    earlier = given.out / f"{stem}.json"
+    parts = json.loads(earlier.read_text())["parts"] if earlier.exists() else {}
+    parts |= {p: {"checks": []} for p in given.parts}
+    record: dict[str, Any] = {"environment": environment, "left_out": []}
+    record["parts"] = {p: parts[p] for p in PARTS if p in parts}
 
     def save() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
