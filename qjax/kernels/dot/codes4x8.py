@@ -43,6 +43,7 @@ from qjax.kernels.dot.hopper import (
     Schedule,
     Work,
     hopper_kernel,
+    in_cells,
     load,
     own_rows,
     pallas,
@@ -89,9 +90,7 @@ def codes4x8(
     """
     count, tokens, length = x.shape
     rows, wide = rounded_up(n), fmt.padded_length
-    below = -tokens % 8 if tokens > 8 else 0
-    if below or length < wide:  # cells of TMA; the weight was padded when it was packed
-        x = jnp.pad(x, ((0, 0), (0, below), (0, wide - length)))
+    x = in_cells(x, wide)  # the weight was padded when it was packed
     cells = tiles.reshape(count * rows // ROWS, wide // STEP, 8, 128)
     scale = scale.reshape(count, -1, rows)
     scale = scale * (1 / TURNED) if levels is None and out_dtype != jnp.int32 else scale

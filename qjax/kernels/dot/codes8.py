@@ -24,12 +24,15 @@ from qjax.kernels.dot.hopper import (
     Place,
     Schedule,
     Work,
+    added,
     hopper_kernel,
+    in_cells,
     load,
     own_rows,
     pallas,
     tiling,
     turned,
+    written,
 )
 
 
@@ -59,18 +62,16 @@ def codes8(
     """
     count, tokens, k = x.shape
     n = w.shape[1]
-    below = -tokens % 8 if tokens > 8 else 0  # cells of TMA
-    x = jnp.pad(x, ((0, 0), (0, below), (0, 0))) if below else x
+    x = in_cells(x, k)
     cut = schedule.splits > 1
-    partial = jnp.dtype(jnp.float32 if cut or jnp.dtype(out_dtype).itemsize != 2 else out_dtype)
-    out = jax.ShapeDtypeStruct((schedule.splits * count, x.shape[1], n), partial)
+    out = written(x, count, n, n, out_dtype, schedule)
     call = _kernel(out, x.dtype, k, schedule, interpret)
     rows = w.reshape(count * n, k)
     if not cut:
         # Scales of whole tiles, so that none is read from behind the last token.
         padded = jnp.pad(x_scale, ((0, 0), (0, -tokens % schedule.tokens)))
         return call(rows, x, w_scale, padded)[:, :tokens].astype(out_dtype)
-    y = jnp.sum(call(rows, x).reshape(schedule.splits, count, *out.shape[1:]), axis=0)[:, :tokens]
+    y = added(call(rows, x), schedule)[:, :tokens]
     return (y * w_scale[:, None, :] * x_scale[:, :, None]).astype(out_dtype)
 
 

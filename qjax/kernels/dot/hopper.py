@@ -105,6 +105,39 @@ def tiling(columns: int, bits: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * bits // 8)
 
 
+def in_cells(x: Array, length: int) -> Array:
+    """Return activations [..., M, K] padded to columns of ``length``, and above `CELL` tokens to whole cells of TMA."""
+    below = -x.shape[-2] % CELL if x.shape[-2] > CELL else 0
+    if not below and x.shape[-1] == length:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, below), (0, length - x.shape[-1])])
+
+
+def written(x: Array, count: int, n: int, rows: int, dtype: Any, schedule: Schedule, sums: Any = jnp.float32) -> Any:
+    """Return shape and dtype of what a kernel writes, [splits E, M, N or N'].
+
+    16-bit results as they are; others, and the parts of a cut K, in the dtype of sums.
+
+    Args:
+        x: activations as `in_cells` pads them.
+        count: E.
+        n: N.
+        rows: N', where N is no whole number of cells of 128 bytes, in which results are written.
+        dtype: of the result.
+        schedule: how the work is cut.
+        sums: of parts of K, and of results that have not 16 bits.
+    """
+    partial = jnp.dtype(sums if schedule.splits > 1 or jnp.dtype(dtype).itemsize != 2 else dtype)
+    width = n if n * partial.itemsize % 128 == 0 else rows
+    return jax.ShapeDtypeStruct((schedule.splits * count, x.shape[-2], width), partial)
+
+
+def added(y: Array, schedule: Schedule) -> Array:
+    """Return the sum over the parts of K of what a kernel wrote, [E, M, N]."""
+    parts = schedule.splits
+    return y if parts == 1 else jnp.sum(y.reshape(parts, y.shape[0] // parts, *y.shape[1:]), axis=0)
+
+
 def own_rows(place: Place) -> Any:
     """The rows of a matrix that a warpgroup multiplies."""
     return pallas()[0].ds(place.rows * WIDE + place.group * ROWS, ROWS)
@@ -147,7 +180,10 @@ def hopper_kernel(
         total = total.astype(out.dtype)
         if bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
             total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
-        turned(y_tile.at[place.group])[...] = total
+        if tiles and JAX_VERSION >= (0, 12):  # which wants to be told that rows without a swizzle may take longer
+            plgpu.store(turned(y_tile.at[place.group]), total, optimized=False)
+        else:
+            turned(y_tile.at[place.group])[...] = total
         plgpu.commit_smem()
         if not tiles:
             there = y.at[place.part * count + place.matrix, pl.ds(place.tokens * tile, tile), own_rows(place)]

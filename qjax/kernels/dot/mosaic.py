@@ -6,8 +6,9 @@ activations by that of `codes8`, which reads codes in neutral order.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jax import Array
@@ -53,17 +54,24 @@ def schedule_for(n: int, k: int, rows: int, matrices: int = 1) -> Schedule:
     return Schedule(tokens, STAGES[tokens], splits)
 
 
-REVISIONS = {"tiles16": 1, "codes8": 1}
+REVISIONS = {"tiles16": 1, "codes8": 1, "codes4x8": 1, "words16": 1}
 """Of each kernel; raised where a schedule means another program, so that what was measured before is not taken."""
 
 
-def _schedule(problem: Problem, tokens: int) -> Schedule:
-    """How a product is cut: as was measured best on this device, else by `schedule_for`."""
-    kernel = "codes8" if problem.act else "tiles16"
+def chosen(kernel: str, problem: Problem, tokens: int, stages: Mapping[int, int] = STAGES) -> Schedule:
+    """Return how a product is cut: as was measured best on this device, else by `schedule_for`.
+
+    Args:
+        kernel: one of `REVISIONS`.
+        problem: what is to be computed.
+        tokens: rows of one matrix product.
+        stages: steps under way by tokens of a tile, where the kernel's own differ from `STAGES`.
+    """
     formats = problem.weight.name + (f" x {problem.act.name}" if problem.act else "")
     n, k = rounded_up(problem.n), rounded_up(problem.k)
     key = Key(kernel, REVISIONS[kernel], formats, problem.x_dtype.name, n, k, bucket(tokens), problem.matrices)
     rule = schedule_for(problem.n, problem.k, tokens, problem.matrices)
+    rule = dataclasses.replace(rule, stages=stages[rule.tokens])
     return schedule_of(key, rule, lambda s: k // STEP % s.splits == 0)
 
 
@@ -125,7 +133,7 @@ def _refuses_codes(problem: Problem, act: Format) -> str | None:
 
 
 def _measured(problem: Problem) -> bool | str:
-    return problem.act is None or "XLA's library has this product as well, and which is faster has not been measured"
+    return problem.act is None or "XLA's library has this product as well, and was faster where both were measured"
 
 
 def coded(problem: Problem, x: Array, act: Act) -> tuple[Array, Array]:
@@ -152,7 +160,7 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     if x.size == 0 or not problem.n or not problem.matrices:
         return dot_reference(problem, x, w, act)
     count, tokens = problem.matrices, math.prod(rows)
-    schedule = _schedule(problem, tokens)
+    schedule = chosen("tiles16" if act is None else "codes8", problem, tokens)
     if act is not None:
         codes, of_tokens = coded(problem, x, act)
         of_rows = jnp.broadcast_to(w.fmt.scale_of(w.aux), (*problem.stack, problem.n, 1))

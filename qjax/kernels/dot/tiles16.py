@@ -37,12 +37,15 @@ from qjax.kernels.dot.hopper import (
     Place,
     Schedule,
     Work,
+    added,
     hopper_kernel,
+    in_cells,
     load,
     own_rows,
     pallas,
     tiling,
     turned,
+    written,
 )
 
 
@@ -76,18 +79,11 @@ def tiles16(
     """
     count, tokens, length = x.shape
     rows, columns = rounded_up(n), fmt.columns
-    below = -tokens % 8 if tokens > 8 else 0
-    if below or length % columns:  # cells of TMA; the weight was padded when it was packed
-        x = jnp.pad(x, ((0, 0), (0, below), (0, -length % columns)))
+    x = in_cells(x, -(-length // columns) * columns)  # the weight was padded when it was packed
     operands = in_tiles(tiles, scale, zero, fmt, rows)
-    # The sums of a cut K are added in float32. What is written is cut in cells of 128 bytes.
-    partial = jnp.dtype(jnp.float32 if schedule.splits > 1 or jnp.dtype(out_dtype).itemsize != 2 else out_dtype)
-    width = n if n * partial.itemsize % 128 == 0 else rows
-    out = jax.ShapeDtypeStruct((schedule.splits * count, x.shape[1], width), partial)
+    out = written(x, count, n, rows, out_dtype, schedule)
     call = tiles16_kernel(out, x.dtype, fmt, rows, schedule, zero is not None, interpret=interpret)
-    y = call(*operands, x)
-    y = y if schedule.splits == 1 else jnp.sum(y.reshape(schedule.splits, count, *y.shape[1:]), axis=0)
-    return y[:, :tokens, :n].astype(out_dtype)
+    return added(call(*operands, x), schedule)[:, :tokens, :n].astype(out_dtype)
 
 
 def in_tiles(tiles: Array, scale: Array, zero: Array | None, fmt: IntTiles, rows: int) -> list[Array]:

@@ -7,20 +7,14 @@ import math
 from jax import Array
 
 from qjax.formats import CodeTiles, DualGrained, Int, Progressive, QArray
-from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.codes4x8 import codes4x8
-from qjax.kernels.dot.hopper import STEP, Schedule
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.mosaic import coded, on_hopper, schedule_for
+from qjax.kernels.dot.mosaic import chosen, coded, on_hopper
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.registry import Act, Problem, register_lowering
-from qjax.kernels.tuned import Key, bucket, schedule_of
 
 STAGES = {8: 8, 16: 8, 32: 8, 64: 6, 128: 5}
 """Steps under way by tokens of a tile, of 8 KiB of codes and 128 bytes a token each. Untuned."""
-
-REVISION = 1
-"""Of the kernel; raised where a schedule means another program, so that what was measured before is not taken."""
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -67,16 +61,6 @@ def w4a8(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         fmt=problem.weight,
         n=problem.n,
         out_dtype=problem.out_dtype,
-        schedule=chosen(problem, tokens),
+        schedule=chosen("codes4x8", problem, tokens, STAGES),
     )
     return y.reshape(*problem.stack, *rows, problem.n)
-
-
-def chosen(problem: Problem, tokens: int) -> Schedule:
-    """Return how a product is cut: as was measured best on this device, else by the rule of `schedule_for`."""
-    n, k = rounded_up(problem.n), rounded_up(problem.k)
-    formats = f"{problem.weight.name} x {problem.act.name}" if problem.act else problem.weight.name
-    key = Key("codes4x8", REVISION, formats, problem.x_dtype.name, n, k, bucket(tokens), problem.matrices)
-    rule = schedule_for(problem.n, problem.k, tokens, problem.matrices)
-    rule = Schedule(rule.tokens, STAGES[rule.tokens], rule.splits)
-    return schedule_of(key, rule, lambda s: k // STEP % s.splits == 0)

@@ -8,17 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from qjax.formats import MXFP4, NF4, NVFP4, QArray, TritPlanes, TritTiles, WordTiles
-from qjax.formats.tiles import rounded_up
 from qjax.formats.word_tiles import Planes
-from qjax.kernels.dot.hopper import STEP, Schedule
-from qjax.kernels.dot.mosaic import on_hopper, schedule_for
+from qjax.kernels.dot.mosaic import chosen, on_hopper
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.dot.words16 import words16
 from qjax.kernels.registry import Act, Problem, register_lowering
-from qjax.kernels.tuned import Key, bucket, schedule_of
-
-REVISION = 1
-"""Of the kernel; raised where a schedule means another program, so that what was measured before is not taken."""
 
 ORDERS = (WordTiles, TritTiles)
 
@@ -58,15 +52,6 @@ def words(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         planes=problem.weight.planes,
         n=problem.n,
         out_dtype=problem.out_dtype,
-        schedule=chosen(problem, tokens),
+        schedule=chosen("words16", problem, tokens),
     )
     return y.reshape(*problem.stack, *rows, problem.n)
-
-
-def chosen(problem: Problem, tokens: int) -> Schedule:
-    """Return how a product is cut: as was measured best on this device, else by the rule of `schedule_for`."""
-    n, k = rounded_up(problem.n), rounded_up(problem.k)
-    name = (problem.weight.name, problem.x_dtype.name)
-    key = Key("words16", REVISION, *name, n, k, bucket(tokens), problem.matrices)
-    rule = schedule_for(problem.n, problem.k, tokens, problem.matrices)
-    return schedule_of(key, rule, lambda s: k // STEP % s.splits == 0)

@@ -29,12 +29,15 @@ from qjax.kernels.dot.hopper import (
     Place,
     Schedule,
     Work,
+    added,
     hopper_kernel,
+    in_cells,
     load,
     own_rows,
     pallas,
     tiling,
     turned,
+    written,
 )
 from qjax.kernels.dot.widen import widened
 
@@ -67,21 +70,15 @@ def words16(
     """
     count, tokens, length = x.shape
     rows, steps = rounded_up(n), rounded_up(length) // STEP
-    below = -tokens % 8 if tokens > 8 else 0  # cells of TMA; the weight was padded when it was packed
-    if below or length % STEP:
-        x = jnp.pad(x, ((0, 0), (0, below), (0, -length % STEP)))
-    partial = jnp.dtype(jnp.float32 if schedule.splits > 1 or jnp.dtype(out_dtype).itemsize != 2 else out_dtype)
-    width = n if n * partial.itemsize % 128 == 0 else rows
-    out = jax.ShapeDtypeStruct((schedule.splits * count, x.shape[1], width), partial)
+    x = in_cells(x, steps * STEP)  # the weight was padded when it was packed
+    out = written(x, count, n, rows, out_dtype, schedule)
     operands = []
     for plane in planes:
         tiles = aux[plane.tiles].reshape(count * rows // ROWS, steps, plane.decoder.bits, WORDS_OF_A_ROW)
         numbers = [aux[name].reshape(count, -1, rows) for name in _numbers(plane)]
         operands += [tiles, *numbers]
     call = _kernel(out, x.dtype, tuple(planes), rows, steps // schedule.splits, schedule, interpret)
-    y = call(*operands, x)
-    y = y if schedule.splits == 1 else jnp.sum(y.reshape(schedule.splits, count, *y.shape[1:]), axis=0)
-    return y[:, :tokens, :n].astype(out_dtype)
+    return added(call(*operands, x), schedule)[:, :tokens, :n].astype(out_dtype)
 
 
 def _numbers(plane: Plane) -> list[str]:

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from qjax.formats.tiles import IntTiles, rounded_up
-from qjax.kernels.dot.hopper import CELL, Schedule
+from qjax.kernels.dot.hopper import Schedule, added, in_cells, written
 from qjax.kernels.dot.tiles16 import in_tiles, tiles16_kernel
 from qjax.kernels.ragged_dot.placing import most_tiles, placed
 
@@ -54,15 +52,10 @@ def ragged_tiles16(
     """
     tokens, length = x.shape
     rows, columns = rounded_up(n), fmt.columns
-    below = -tokens % CELL if tokens > CELL else 0
-    if below or length % columns:
-        x = jnp.pad(x, ((0, below), (0, -length % columns)))
+    x = in_cells(x, -(-length // columns) * columns)
     table = placed(group_sizes, tokens, schedule.tokens)
-    partial = jnp.dtype(jnp.float32 if schedule.splits > 1 or jnp.dtype(out_dtype).itemsize != 2 else out_dtype)
-    width = n if n * partial.itemsize % 128 == 0 else rows
-    out = jax.ShapeDtypeStruct((schedule.splits, x.shape[0], width), partial)
+    out = written(x, 1, n, rows, out_dtype, schedule)
     how = {"tiles": most_tiles(tokens, group_sizes.shape[0], schedule.tokens), "interpret": interpret}
     call = tiles16_kernel(out, x.dtype, fmt, rows, schedule, zero is not None, **how)
     y = call(table, *in_tiles(tiles, scale, zero, fmt, rows), x[None])
-    y = y[0] if schedule.splits == 1 else jnp.sum(y, axis=0)
-    return y[:tokens, :n].astype(out_dtype)
+    return added(y, schedule)[0, :tokens, :n].astype(out_dtype)
