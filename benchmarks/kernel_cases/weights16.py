@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import qjax
 from qjax import ops
 from qjax.formats import Int, IntTiles, Layout, QArray
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.hopper import TOKENS, Schedule
 from qjax.kernels.dot.mosaic import STAGES
 from qjax.kernels.dot.tiles16 import tiles16
+from qjax.models import LanguageModel, LlamaConfig
 
 G128 = Int(4, group=128)
 
@@ -81,7 +83,20 @@ def programs() -> dict[str, tuple[Any, Any, int]]:
     return {
         "a scan over layers": (scanned, (x, stack(4)), n * k // 2),
         "layers of one stack, unrolled": (sliced, (x, stack(4)), n * k // 2),
+        "a decode step of a Llama, weights and cache": decode_step(),
     }
+
+
+def decode_step() -> tuple[Any, Any, int]:
+    """A rewritten step of two layers; bytes of its smallest matrix, of which the keys of a layer are four times."""
+    sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8}
+    fn = LanguageModel(LlamaConfig(**sizes, **heads))
+    recipe = qjax.Recipe([qjax.Rule("layers/**", weights=G128), qjax.Rule("lm_head/**", weights=Int(8))])
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fn.abstract_params(jnp.bfloat16))
+    model = qjax.quantize(fn, zeros, jnp.zeros((1, 4), jnp.int32), recipe=recipe)
+    there = (ops.pack_tree(model.params), jnp.zeros(4, jnp.int32), fn.init_cache(4, 256, jnp.bfloat16))
+    return model.bind(fn.decode_step), jax.eval_shape(lambda: there), 1024 * 1024 // 2
 
 
 def cases() -> list[Case]:

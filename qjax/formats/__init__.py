@@ -7,7 +7,6 @@ from qjax.formats.dual_grained import DualGrained
 from qjax.formats.float8 import Float8
 from qjax.formats.integer import Int
 from qjax.formats.layout import Layout
-from qjax.formats.log import Log
 from qjax.formats.mixed_bits import MixedBits
 from qjax.formats.mx import MXFP4, MXFP8
 from qjax.formats.nf4 import NF4
@@ -40,7 +39,6 @@ __all__ = [
     "Int",
     "IntTiles",
     "Layout",
-    "Log",
     "MixedBits",
     "Progressive",
     "QArray",

@@ -202,11 +202,12 @@ class Decoder(nnx.Module):
                 filled: dict[str, jax.Array] = {}
 
                 def store(k: jax.Array, v: jax.Array, kept: Any = kept, filled: Any = filled) -> Any:
-                    filled["k"] = jax.lax.dynamic_update_slice(kept["k"], k.astype(kept["k"].dtype), (0, start, 0, 0))
-                    filled["v"] = jax.lax.dynamic_update_slice(kept["v"], v.astype(kept["v"].dtype), (0, start, 0, 0))
-                    return filled["k"], filled["v"]
+                    for name, value in (("k", k), ("v", v)):
+                        rows = jnp.swapaxes(value, 1, 2).astype(kept[name].dtype)
+                        filled[name] = jax.lax.dynamic_update_slice(kept[name], rows, (0, 0, start, 0))
+                    return jnp.swapaxes(filled["k"], 1, 2), jnp.swapaxes(filled["v"], 1, 2)
 
-                mask = _mask(positions, kept["k"].shape[1], self._window(i), cached=True)
+                mask = _mask(positions, kept["k"].shape[2], self._window(i), cached=True)
                 x = layer(x, *context, mask, store)
                 new.append(filled)
             return x, new
@@ -220,14 +221,14 @@ class Decoder(nnx.Module):
 
             def store(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
                 for name, value in (("k", k), ("v", v)):
-                    rows = value.astype(kept[name].dtype)[None]
-                    filled[name] = jax.lax.dynamic_update_slice(kept[name], rows, (i, 0, start, 0, 0))
+                    rows = jnp.swapaxes(value, 1, 2).astype(kept[name].dtype)[None]
+                    filled[name] = jax.lax.dynamic_update_slice(kept[name], rows, (i, 0, 0, start, 0))
                 return (
-                    jax.lax.dynamic_index_in_dim(filled["k"], i, keepdims=False),
-                    jax.lax.dynamic_index_in_dim(filled["v"], i, keepdims=False),
+                    jnp.swapaxes(jax.lax.dynamic_index_in_dim(filled["k"], i, keepdims=False), 1, 2),
+                    jnp.swapaxes(jax.lax.dynamic_index_in_dim(filled["v"], i, keepdims=False), 1, 2),
                 )
 
-            mask = _mask(positions, kept["k"].shape[2], window, cached=True)
+            mask = _mask(positions, kept["k"].shape[3], window, cached=True)
             x = nnx.merge(graph, state)(x, *context, mask, store)
             return (x, filled, i + 1), None
 
@@ -259,6 +260,9 @@ def init_cache(
 ) -> Cache:
     """An empty key/value cache.
 
+    Heads stand in front of positions, as the products of attention read them: in the order of the activations XLA on
+    GPUs brings the whole cache into this one at each step, and back.
+
     Args:
         config: of the model.
         batch: number of sequences, all of the same length.
@@ -267,10 +271,10 @@ def init_cache(
         scan_layers: which form of the model it is for.
 
     Returns:
-        ``{"layers": [{"k": [batch, length, kv_heads, head_dim], "v": ...}, ...], "length": int32 0}``; stacked
+        ``{"layers": [{"k": [batch, kv_heads, length, head_dim], "v": ...}, ...], "length": int32 0}``; stacked
         ``{"layers": {"k": [layers, batch, ...], "v": ...}, ...}`` for the scanned form.
     """
-    shape = (batch, length, config.num_key_value_heads, config.head_dim)
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
     if scan_layers:
         stacked = (config.num_hidden_layers, *shape)
         layers: Any = {"k": jnp.zeros(stacked, dtype), "v": jnp.zeros(stacked, dtype)}
@@ -285,4 +289,4 @@ def cache_room(cache: Any) -> int | None:
         return None
     layers = cache["layers"]
     first = layers[0] if isinstance(layers, list) else layers
-    return first["k"].shape[-3] - int(cache["length"])
+    return first["k"].shape[-2] - int(cache["length"])

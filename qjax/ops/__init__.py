@@ -20,6 +20,7 @@ from qjax.ops.embedding import q_take
 from qjax.ops.ragged import q_ragged_dot
 from qjax.ops.remat import remat_policy
 from qjax.ops.rows import LayerNorm, RMSNorm, quantize_rows
+from qjax.ops.taken import Taken, lowerings
 
 __all__ = [
     "Choice",
@@ -32,6 +33,7 @@ __all__ = [
     "QuantizedOp",
     "RMSNorm",
     "Spec",
+    "Taken",
     "activation_aux",
     "choice_for",
     "choose",
@@ -39,6 +41,7 @@ __all__ = [
     "conv_problem",
     "kind_of",
     "lowering_table",
+    "lowerings",
     "neutral",
     "pack",
     "pack_tree",

@@ -165,6 +165,7 @@ class LinearOp:
     def __init__(self, definition: QuantizedOp):
         self.definition = definition
         self.primitive = Primitive(definition.name)
+        _OPS[self.primitive] = self
         self._install()
 
     @property
@@ -283,6 +284,14 @@ class LinearOp:
             return lowering.function(problem, o.x, o.w, o.act(call.spec), *o.extra)
 
         return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
+
+
+_OPS: dict[Any, LinearOp] = {}
+
+
+def op_of(primitive: Any) -> LinearOp | None:
+    """Return the quantized op of an equation's primitive, or None if it is of another kind."""
+    return _OPS.get(primitive)
 
 
 def single_platform(ctx: Any) -> str:

@@ -340,7 +340,30 @@ def test_a_whole_language_model_is_on_the_kernel(scan):
     with mosaic.described_gpu():
         traced = jax.jit(lambda p, t, c: decode(p, t, c)).trace(ops.pack_tree(model.params), tokens, cache)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        taken = ops.lowerings(decode, ops.pack_tree(model.params), tokens, cache)
+        others = ops.lowerings(decode, model.params, tokens, cache)
     assert text.count("custom_call @mosaic_gpu") == (8 if scan else 15)
+    assert {t.lowering for t in taken} == {"mosaic"} and sum(t.repeats for t in taken) == 15
+    first = "layers/attn/q_proj/kernel (2 times)" if scan else "layers/0/attn/q_proj/kernel"
+    assert str(taken[0]) == f"{first}: mosaic" and taken[-1].name == "lm_head/kernel"
+    assert {t.lowering for t in others} == {"triton"}
+    assert {t.lowering for t in ops.lowerings(decode, ops.pack_tree(model.params), tokens, cache)} == {"dequantize"}
+
+
+def test_why_a_packed_weight_is_dequantized():
+    """In a cond and a while loop, of a function that gives the kernel float32; platform by name."""
+    w = ops.pack(mosaic.blank(Int(4, group=128), 256, 256))
+    x = jax.ShapeDtypeStruct((3, 256), jnp.float32)
+
+    def branched(x, w, deep):
+        one = jax.lax.cond(deep, lambda x: ops.q_dot(x, w), lambda x: x, x)
+        return jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: ops.q_dot(x, w), one)
+
+    with mosaic.described_gpu():
+        found = ops.lowerings(branched, x, w, True, platform="cuda")
+    assert len(found) == 2 and {t.lowering for t in found} == {"dequantize"}
+    assert {t.name for t in found} == {"1"}
+    assert "activations are float32" in found[0].instead and "activations are float32" in str(found[1])
 
 
 @pytest.mark.parametrize(("fmt", "act"), [(Int(8), Int(8, per="token")), (Float8(), Float8(per="tensor"))])
