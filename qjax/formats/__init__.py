@@ -7,6 +7,7 @@ from qjax.formats.dual_grained import DualGrained
 from qjax.formats.float8 import Float8
 from qjax.formats.integer import Int
 from qjax.formats.layout import Layout
+from qjax.formats.log import Log
 from qjax.formats.mixed_bits import MixedBits
 from qjax.formats.mx import MXFP4, MXFP8
 from qjax.formats.nf4 import NF4
@@ -39,6 +40,7 @@ __all__ = [
     "Int",
     "IntTiles",
     "Layout",
+    "Log",
     "MixedBits",
     "Progressive",
     "QArray",

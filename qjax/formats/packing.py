@@ -108,6 +108,30 @@ class Bytes:
         return jnp.asarray(packed)
 
 
+@dataclasses.dataclass(frozen=True)
+class TwoBytes:
+    """Codes of nine to sixteen bits, uint16, the low byte first."""
+
+    def row_bytes(self, length: int) -> int:
+        return 2 * length
+
+    def capacity(self, nbytes: int) -> int:
+        return nbytes // 2
+
+    def offset(self, element: int) -> int | None:
+        return 2 * element
+
+    def pack(self, codes: ArrayLike) -> Array:
+        codes = jnp.asarray(codes).astype(jnp.uint16)
+        halves = jnp.stack([codes & jnp.uint16(255), codes >> jnp.uint16(8)], axis=-1).astype(jnp.uint8)
+        return halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+    def unpack(self, packed: ArrayLike, length: int) -> Array:
+        packed = jnp.asarray(packed)[..., : 2 * length]
+        halves = packed.reshape(*packed.shape[:-1], length, 2).astype(jnp.uint16)
+        return halves[..., 0] | (halves[..., 1] << jnp.uint16(8))
+
+
 def row_pad(packing: Packing, length: int) -> int:
     """Return how many codes more than ``length`` would fit in the bytes of its row."""
     return packing.capacity(packing.row_bytes(length)) - length

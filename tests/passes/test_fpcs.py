@@ -1,0 +1,176 @@
+"""FPCS and its losses against float64 NumPy, the plain grid and brute force."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qjax.errors import RecipeError
+from qjax.formats import Int, Log
+from qjax.passes import fpcs, fpcs_losses
+from qjax.passes.fpcs import Search
+
+F = np.float32
+RNG = np.random.default_rng(0)
+
+
+def rounded(x, scale, zero, bits):
+    """Uniform quantization in float64."""
+    return (np.clip(np.rint(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
+
+
+def test_grids_are_those_of_the_specification():
+    shapes = {3: (4, 32, 8, 16), 4: (8, 16, 16, 8), 6: (16, 8, 16, 8), 8: (16, 8, 16, 8)}
+    x = RNG.standard_normal((3, 500)).astype(F)
+    for bits, (wz, ws, iz, is_) in shapes.items():
+        for inputs, n_z, n_s in ((False, wz, ws), (True, iz, is_)):
+            scales, zeros = fpcs.uniform_grid(x, bits, inputs, Search())
+            assert scales.shape == zeros.shape == (3, 128)
+            half = 2 ** (bits - 1)
+            assert np.unique(zeros).tolist() == list(range(half - n_z // 2, half + n_z // 2))
+            one = scales[0, :n_s]  # the scale runs fastest
+            np.testing.assert_array_equal(scales[0].reshape(n_z, n_s), np.tile(one, (n_z, 1)))
+            top = 2**bits - 1
+            inner = np.quantile(x[0], 0.9) - np.quantile(x[0], 0.1)
+            np.testing.assert_allclose(one[[0, -1]], np.array([inner, np.ptp(x[0])]) / top, rtol=1e-5)
+            np.testing.assert_allclose(np.diff(one), one[1] - one[0], rtol=1e-3)
+    scales, _ = fpcs.uniform_grid(np.ones((1, 9), F), 4, True, Search())
+    assert (scales == F(1e-4)).all()
+
+
+@settings(max_examples=6, deadline=None)
+@given(bits=st.sampled_from([3, 4, 8]), wide=st.booleans(), seed=st.integers(0, 50))
+def test_losses_are_the_squared_errors_of_the_products(bits, wide, seed):
+    rng = np.random.default_rng(seed)
+    m, n, k = 20, (12 if wide else 5), 7
+    x, w = rng.standard_normal((m, k)).astype(F), rng.standard_normal((n, k)).astype(F)
+    near_x, near_w = rounded(x, 0.31, 2 ** (bits - 1), bits).astype(F), rounded(w, 0.27, 3, bits).astype(F)
+    scales = rng.uniform(0.05, 0.6, (n, 3)).astype(F)
+    zeros = rng.integers(0, 2**bits, (n, 3)).astype(F)
+    true = x.astype(np.float64) @ w.T.astype(np.float64)
+
+    known = fpcs_losses.moments(x, near_x)
+    ours = fpcs_losses.weight_uniform(w, known, scales, zeros, bits=bits)
+    each = [near_x.astype(np.float64) @ rounded(w, scales[:, [c]], zeros[:, [c]], bits).T for c in range(3)]
+    np.testing.assert_allclose(ours, np.stack([((e - true) ** 2).sum(0) for e in each], 1), rtol=2e-4, atol=2e-4)
+
+    ours = fpcs_losses.input_uniform(x, w, near_w, scales[:1], zeros[:1], bits=bits)
+    each = [rounded(x, scales[0, c], zeros[0, c], bits) @ near_w.T.astype(np.float64) for c in range(3)]
+    np.testing.assert_allclose(ours[0], [((e - true) ** 2).sum() for e in each], rtol=2e-4)
+
+    ours = fpcs_losses.own_uniform(w, scales, zeros, bits=bits)
+    each = [((rounded(w, scales[:, [c]], zeros[:, [c]], bits) - w) ** 2).sum(1) for c in range(3)]
+    np.testing.assert_allclose(ours, np.stack(each, 1), rtol=2e-4, atol=1e-6)
+
+    heads = [np.stack([np.stack([a, a[::-1]]), np.stack([2 * a, a])]) for a in (x, w, near_w)]  # [B, H, .., K]
+    ours = fpcs_losses.heads_uniform(*heads, scales[:2], zeros[:2], bits=bits)
+    for h in range(2):
+        for c in range(3):
+            near = rounded(heads[0][:, h], scales[h, c], zeros[h, c], bits)
+            off = np.einsum("bmk,bnk->bmn", near, heads[2][:, h]) - np.einsum(
+                "bmk,bnk->bmn", heads[0][:, h], heads[1][:, h]
+            )
+            assert ours[h, c] == pytest.approx((off**2).sum(), rel=3e-4)
+
+
+@pytest.mark.parametrize("zero", ["mask", "reserve", "clamp"])
+def test_logarithmic_candidates_are_the_format(zero):
+    x = np.append(RNG.random(3000) ** 6, [0.0, 1.0, 2.0]).astype(F).reshape(1, -1)
+    for bits, q, scale in ((3, 31, 1.0), (4, 25, 0.7), (6, 10, 1.0), (8, 137, 1.3)):
+        near = Log(bits, q, zero=zero).quantize(x, scale=scale).dequantize()
+        ours = fpcs_losses.logarithmic(jnp.log2(x), jnp.float32(scale), jnp.float32(q), bits, zero)
+        off = np.abs(np.asarray(near) - np.asarray(ours)) > 1e-6 * np.asarray(near) + 1e-14
+        assert off.mean() < 1e-3
+    if zero == "mask":
+        assert min(fpcs_losses.nearest_half(bits) for bits in range(2, 9)) > 2e-4
+
+    p, v = RNG.random((2, 1, 9, 6)).astype(F) ** 4, RNG.standard_normal((2, 1, 5, 6)).astype(F)
+    near_v = (v + 0.1 * RNG.standard_normal(v.shape)).astype(F)
+    qs = np.array([[12, 37, 60]], F)
+    ours = fpcs_losses.heads_log(p, v, near_v, np.ones_like(qs), qs, bits=4, zero=zero)
+    xs = fpcs_losses.input_log(p[0, 0] - 0.1, 0.1, v[0, 0], near_v[0, 0], np.full_like(qs, 1.2), qs, bits=4, zero=zero)
+    for c, q in enumerate(qs[0]):
+        fmt = Log(4, int(q), zero=zero)
+        near = np.asarray(fmt.quantize(p, scale=1.0).dequantize())
+        off = np.einsum("bhmk,bhnk->bhmn", near, near_v) - np.einsum("bhmk,bhnk->bhmn", p, v)
+        assert ours[0, c] == pytest.approx((off**2).sum(), rel=1e-3)
+        near = np.asarray(fmt.quantize(p[0, 0] - 0.1 + 0.1, scale=1.2).dequantize()) - F(0.1)
+        off = near @ near_v[0, 0].T - (p[0, 0] - F(0.1)) @ v[0, 0].T
+        assert xs[0, c] == pytest.approx((off**2).sum(), rel=1e-3)
+
+
+def test_fpcs_beats_its_grid_and_comes_near_brute_force():
+    x = (RNG.standard_t(4, 4000) + 0.7).astype(F).reshape(1, -1)
+    for bits in (3, 4, 6):
+
+        def loss(scales, zeros, bits=bits):
+            return np.asarray(fpcs_losses.own_uniform(x, scales, zeros, bits=bits))
+
+        scales, zeros = fpcs.uniform_grid(x, bits, True, Search())
+        grid = loss(scales, zeros).min()
+        found = fpcs.search_uniform(loss, scales, zeros, Search(), fpcs.SMALLEST_INPUT_SCALE)
+        assert found.evaluations == 128 * 6
+        near = rounded(x.astype(np.float64), found.scale[0], found.other[0], bits)
+        assert found.loss[0] == pytest.approx(((near - x) ** 2).sum(), rel=1e-3)
+        dense = np.linspace(scales.min(), scales.max(), 1000, dtype=F)
+        every = [loss(dense[None], np.full((1, 1000), z, F)).min() for z in np.unique(zeros)]
+        assert found.loss[0] <= grid and found.loss[0] <= 1.01 * min(every)
+        best = fpcs.search_uniform(loss, scales, zeros, Search(best=True), fpcs.SMALLEST_INPUT_SCALE)
+        assert best.loss[0] <= found.loss[0]
+
+
+def test_slices_are_searched_as_if_alone():
+    w = (RNG.standard_normal((5, 60)) * np.array([[1], [3], [0.1], [1e-3], [0]])).astype(F)
+    w[4] = 0.25
+
+    def loss_of(part):
+        return lambda s, z: np.asarray(fpcs_losses.own_uniform(part, s, z, bits=4))
+
+    together = fpcs.search_uniform(loss_of(w), *fpcs.uniform_grid(w, 4, False, Search()), Search())
+    for row in (0, 2, 4):
+        alone = fpcs.search_uniform(loss_of(w[[row]]), *fpcs.uniform_grid(w[[row]], 4, False, Search()), Search())
+        assert together.loss[row] == pytest.approx(alone.loss[0], rel=1e-4, abs=1e-9)
+    assert np.isfinite(together.scale).all() and (together.scale > 0).all()
+    aux = {"scale": together.scale[:, None], "zero": together.other[:, None].astype(np.uint8)}
+    fmt = Int(4, symmetric=False)
+    near = np.asarray(fmt.decode(fmt.encode(w, aux), aux))
+    np.testing.assert_allclose(((near - w) ** 2).sum(1), together.loss, rtol=1e-3, atol=1e-9)
+
+
+def test_the_base_that_is_found_falls_with_more_bits_and_is_no_worse_than_base_two():
+    logits = RNG.standard_normal((2, 2, 24, 24)) * 3
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    p, v = p.astype(F), RNG.standard_normal((2, 2, 8, 24)).astype(F)
+    found = []
+    for bits in (3, 4, 6):
+
+        def loss(scales, qs, bits=bits):
+            return np.asarray(fpcs_losses.heads_log(p, v, v, scales, qs, bits=bits, zero="mask"))
+
+        best = fpcs.search_base(loss)
+        assert best.evaluations == 128
+        assert best.loss[0] <= loss(np.ones((1, 1), F), np.full((1, 1), 37, F))[0, 0]
+        found.append(int(best.other[0]))
+    assert found[0] > found[1] > found[2] >= 10 and found[2] <= 12
+
+    x = np.maximum(RNG.standard_normal((300, 6)), -0.17).astype(F)
+    w = RNG.standard_normal((4, 6)).astype(F)
+
+    def loss(scales, qs):
+        return np.asarray(fpcs_losses.input_log(x, F(0.17), w, w, scales, qs, bits=4, zero="mask"))
+
+    ends = fpcs.positive_ends(x, 0.9)
+    positive = np.sort(x[x > 0])
+    assert ends == (positive[int(np.ceil(0.9 * positive.size)) - 1], positive[-1])
+    found = fpcs.search_log(loss, ends, 0.17, fpcs.log_start(ends, 0.17, Search()), Search())
+    assert found.evaluations == 128 * 7 and 10 <= found.other[0] <= 137
+    assert found.loss[0] <= loss(np.float32([[ends[1] + 0.17]]), np.float32([[37]]))[0, 0]
+
+
+def test_settings_that_cannot_be():
+    for wrong, words in (({"kept": 3}, "does not divide"), ({"bases": 4}, "not 128"), ({"steps": 0}, "1 or more")):
+        with pytest.raises(RecipeError, match=words):
+            Search(**wrong)
