@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ from qjax.formats import Format
 from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.registry import on_new_platform
 from qjax.ops.deferred import Deferred, deferred
-from qjax.ops.partition import partitioned
+from qjax.ops.partition import Roles, partitioned
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -128,12 +128,21 @@ class QuantizedOp:
     """What an op has to say for itself; `quantized_linear` makes a primitive of it."""
 
     name: str
-    partitions: bool = False
-    """Whether `qjax.ops.partition` knows the roles of its dimensions."""
 
     def problem(self, spec: Any, operands: Operands, platform: str, devices: int) -> Problem:
         """Return what `select` is asked. The operands have shapes and dtypes at least."""
         raise NotImplementedError
+
+    def roles(self, spec: Any, operands: Operands, avals: Sequence[Any]) -> Roles | None:
+        """Return what dimensions of operands and result are, for `qjax.ops.partition`; None: it is not partitioned."""
+        return None
+
+    def on_device(self, op: LinearOp, spec: Any, operands: Operands, axes: Mapping[str, tuple[str, ...]]) -> Array:
+        """Return what a device computes of the operands that it holds, before terms of sums are added.
+
+        ``axes`` are the mesh axes, manual here, by the role that they cut.
+        """
+        return op.bind(spec, operands)
 
     def chosen(self, problem: Problem, lowering: Lowering) -> None:
         """Say, when the op is compiled, what the user should know of the choice."""
@@ -270,7 +279,7 @@ class LinearOp:
         devices = _compat.partitioned_devices(ctx)
         operands = call.operands(ctx.avals_in)
         problem = self.definition.problem(call.spec, operands, where, devices)
-        if devices > 1 and self.definition.partitions:
+        if devices > 1 and self.definition.roles(call.spec, operands, ctx.avals_in) is not None:
             alone = select(dataclasses.replace(problem, devices=1), call.spec.implementation)
             wider = _compat.with_mesh(ctx) if alone.refuses(problem) else None
             if wider is not None:  # a kernel, which the compiler cannot cut: each device runs it on what it holds

@@ -21,6 +21,7 @@ from qjax.kernels.conv.reference import conv_reference, convolve
 from qjax.kernels.devices import platform_here
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
 from qjax.ops.dot import activation_aux
+from qjax.ops.partition import Roles, arrays_of, largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,24 @@ class _Conv(QuantizedOp):
             devices=devices,
             settings=spec,
         )
+
+    def roles(self, spec: ConvSpec, operands: Operands, avals: Sequence[Any]) -> Roles | None:
+        """Examples and channels of the result can be cut, and the latter where no groups tie them to channels of x."""
+        examples, outputs = spec.dimension_numbers.lhs_spec[0], operands.w.codes.shape[0]
+        of_x, own = arrays_of(operands, avals)
+        if spec.batch_group_count != 1 or math.prod(operands.w.shape) == 0:
+            return None
+        sizes = {"m": operands.x.shape[examples], "n": outputs if spec.feature_group_count == 1 else 1}
+
+        def role(name: str, axis: int, shape: Sequence[int]) -> tuple[str, ...]:
+            return tuple(name if i == axis and d == sizes[name] > 1 else "" for i, d in enumerate(shape))
+
+        out, result = spec.dimension_numbers.out_spec, ["" for _ in operands.x.shape]
+        for name, axis in zip(("m", "n"), out[:2], strict=True):
+            result[axis] = name if sizes[name] > 1 else ""
+        operand_roles = (*(role("m", examples, a.shape) for a in of_x), *(role("n", 0, a.shape) for a in own))
+        weight = len(of_x) + largest(own)
+        return Roles(operand_roles, tuple(result), sizes, weight, summed=(), of_weight=("n",))
 
     def out_shape(self, spec: ConvSpec, operands: Operands) -> tuple[int, ...]:
         return _out_shape(spec, tuple(operands.x.shape), operands.w.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from qjax.kernels.dot.reference import CODES, dot_reference
 from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.kernels.registry import refusal
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
+from qjax.ops.partition import Roles, dot_roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,8 @@ class _Dot(QuantizedOp):
     def name(self) -> str:
         return "q_dot_transposed" if self.transpose else "q_dot"
 
-    @property
-    def partitions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return not self.transpose
+    def roles(self, spec: Spec, operands: Operands, avals: Sequence[Any]) -> Roles | None:
+        return None if self.transpose else dot_roles(operands, avals)
 
     def problem(self, spec: Spec, operands: Operands, platform: str, devices: int) -> Problem:
         x, w = operands.x, operands.w

@@ -9,10 +9,16 @@ device, which is the same product of what the device holds:
     activations over rows       each device multiplies its tokens
     stacks                      likewise, each device its matrices
 
+    experts                     each device computes the tokens of its experts; the others' are zeros, and all are added
+    convolutions                as a weight sharded over N, channels of the result, and activations over examples
+
 The weight lies where it lies: what it is sharded by decides, and activations are brought there. A mesh axis that the
 weight does not use may cut the rows. What can be cut: weights in neutral order where shards start on bytes and groups,
 and weights packed in parts (`qjax.ops.pack` with ``parts``) at their parts. A weight that is packed whole is the same
-on all devices.
+on all devices, but for its stacks.
+
+An op says what its dimensions are by `Roles`, and what a device does beyond computing what it holds (a ragged product
+counts its tokens) by `QuantizedOp.on_device`.
 """
 
 from __future__ import annotations
@@ -42,15 +48,41 @@ class Roles:
         result: of the result.
         sizes: into how many units each role can be cut at most.
         weight: position of the largest array of the weight, whose sharding decides.
+        summed: roles of which each device has terms of every sum; in float32 where they are rounded, the first of them.
+        of_weight: roles that the weight alone decides.
     """
 
     operands: tuple[tuple[str, ...], ...]
     result: tuple[str, ...]
     sizes: dict[str, int]
     weight: int
+    summed: tuple[str, ...] = ("k",)
+    of_weight: tuple[str, ...] = ("n", "k")
 
 
-def roles(operands: Any, avals: Sequence[Any]) -> Roles:
+def arrays_of(operands: Any, avals: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the abstract arrays of activations and of the weight, from the leaves of `qjax.ops.base.Operands`."""
+    first = 1 + len(jax.tree.leaves(operands.aux))
+    return list(avals[:first]), list(avals[first : first + len(jax.tree.leaves(operands.w))])
+
+
+def units_of(operands: Any, avals: Sequence[Any]) -> dict[str, int]:
+    """Return into how many units N and K of a weight in its canonical view can be cut at most."""
+    w, (of_x, own) = operands.w, arrays_of(operands, avals)
+    along_k = [a.shape[-1] for a in [*of_x[1:], *own] if a.shape[-1] > 1]
+    if isinstance(w.fmt, TiledParts):
+        return {"n": own[1].shape[-2], "k": math.gcd(w.codes.shape[-1], *along_k)}
+    if w.fmt.whole_matrix or w.layout.pad:
+        return {"n": 1, "k": 1}
+    return {"n": w.codes.shape[-2], "k": math.gcd(operands.x.shape[-1], *along_k)}
+
+
+def largest(own: Sequence[Any]) -> int:
+    """Return the position of the largest of the arrays of a weight."""
+    return max(range(len(own)), key=lambda i: math.prod(own[i].shape) * own[i].dtype.itemsize)
+
+
+def dot_roles(operands: Any, avals: Sequence[Any]) -> Roles:
     """Return the roles of a product x [*stack, *rows, K], W [*stack, N, K] -> y [*stack, *rows, N].
 
     Args:
@@ -61,27 +93,17 @@ def roles(operands: Any, avals: Sequence[Any]) -> Roles:
     stacks = w.codes.ndim - 2
     stack = tuple(f"s{i}" for i in range(stacks))
     rows = tuple(f"r{i}" for i in range(x.ndim - stacks - 1))
-    n, k = w.codes.shape[-2], x.shape[-1]
-    first = 1 + len(jax.tree.leaves(operands.aux))
-    own = list(avals[first:])
-    along_k = [a.shape[-1] for a in [*avals[1:first], *own] if a.shape[-1] > 1]
-    if isinstance(w.fmt, TiledParts):
-        units = {"n": own[1].shape[-2], "k": math.gcd(w.codes.shape[-1], *along_k)}
-    elif w.fmt.whole_matrix or w.layout.pad:
-        units = {"n": 1, "k": 1}
-    else:
-        units = {"n": n, "k": math.gcd(k, *along_k)}
-    sizes = {**units, **dict(zip((*stack, *rows), x.shape[:-1], strict=True))}
+    activations, own = arrays_of(operands, avals)
+    sizes = {**units_of(operands, avals), **dict(zip((*stack, *rows), x.shape[:-1], strict=True))}
 
     def named(names: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
         # A dimension of 1 is shared by all, or there is one of it.
         return tuple(r if d > 1 and sizes[r] > 1 else "" for r, d in zip(names, shape, strict=True))
 
-    of_x = [named((*stack, *rows, "k"), a.shape) for a in avals[:first]]
+    of_x = [named((*stack, *rows, "k"), a.shape) for a in activations]
     of_w = [named((*stack, "n", "k"), a.shape) for a in own]
-    largest = max(range(len(own)), key=lambda i: math.prod(own[i].shape) * own[i].dtype.itemsize)
-    result = named((*stack, *rows, "n"), (*x.shape[:-1], n))
-    return Roles((*of_x, *of_w), result, sizes, first + largest)
+    result = named((*stack, *rows, "n"), (*x.shape[:-1], w.codes.shape[-2]))
+    return Roles((*of_x, *of_w), result, sizes, len(activations) + largest(own))
 
 
 def sharding_rule(r: Roles, shapes: Sequence[Sequence[int]], result: Sequence[int]) -> tuple[str, dict[str, Any]]:
@@ -114,7 +136,7 @@ def sharding_rule(r: Roles, shapes: Sequence[Sequence[int]], result: Sequence[in
     seen = list(dict.fromkeys(order))
     keywords: dict[str, Any] = {name: size for name, size in known.items() if name not in alone}
     keywords["need_replication_factors"] = tuple(name for name in seen if name in apart)
-    keywords["reduction_factors"] = tuple(name for name in seen if name == "k")
+    keywords["reduction_factors"] = tuple(name for name in seen if name in r.summed)
     return rule, keywords
 
 
@@ -133,8 +155,8 @@ def chosen_axes(r: Roles, specs: Sequence[Sequence[Any]], result: Sequence[Any],
     for names, spec in places:
         for role, entry in zip(names, [*spec, *[None] * (len(names) - len(spec))], strict=True):
             axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-            of_weight = role in ("n", "k") and names is not r.operands[r.weight]
-            if not role or not axes or role in out or of_weight or used & set(axes):
+            others = role in r.of_weight and names is not r.operands[r.weight]
+            if not role or not axes or role in out or others or used & set(axes):
                 continue
             if r.sizes[role] % math.prod(mesh.shape[a] for a in axes) == 0:
                 out[role] = axes
@@ -151,22 +173,23 @@ def partitioned(op: Any, call: Any, avals: Sequence[Any]) -> Any:
         avals: the abstract operands.
     """
     operands = call.operands(avals)
-    r = roles(operands, avals)
+    r = op.definition.roles(call.spec, operands, avals)
     kept = [i for i, a in enumerate(avals) if math.prod(a.shape)]  # arrays without numbers are made again
     out_shape = op.definition.out_shape(call.spec, operands)
     r = dataclasses.replace(r, operands=tuple(r.operands[i] for i in kept), weight=kept.index(r.weight))
 
-    def bind(given: Sequence[Array], spec: Any, rows: int) -> Array:
+    def bind(given: Sequence[Array], spec: Any, rows: int, axes: dict[str, Axes] | None = None) -> Array:
         every: list[Any] = [None] * len(avals)
         for i, a in zip(kept, given, strict=True):
             every[i] = a
         for i, a in enumerate(avals):
-            if every[i] is None:  # codes of a weight in tiles: [*stack, N, 0]
-                every[i] = jnp.zeros((*a.shape[:-2], rows, a.shape[-1]), a.dtype)
-        return op.bind(spec, call.operands(every))
+            if every[i] is None:  # codes of a weight in tiles: [*stack, N, 0], of the stack that is here
+                stack = given[r.weight].shape[: a.ndim - 2]
+                every[i] = jnp.zeros((*stack, rows, a.shape[-1]), a.dtype)
+        return op.definition.on_device(op, spec, call.operands(every), axes or {})
 
     spec = dataclasses.replace(call.spec, out_sharding=None)
-    n = operands.w.codes.shape[-2]
+    n = operands.w.codes.shape[-2] if operands.w.codes.ndim > 1 else 1
 
     @custom_partitioning
     def whole(*given: Array) -> Array:
@@ -175,14 +198,13 @@ def partitioned(op: Any, call: Any, avals: Sequence[Any]) -> Any:
     def partition(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
         axes = chosen_axes(r, [a.sharding.spec for a in arg_shapes], result_shape.sharding.spec, mesh)
         place = lambda names: jax.NamedSharding(mesh, jax.P(*(axes.get(name) for name in names)))  # noqa: E731
-        summed = axes.get("k", ())
-        local = dataclasses.replace(spec, out_dtype=np.dtype(np.float32)) if summed else spec
-        wide = np.dtype(np.float64) == spec.out_dtype
-        local = spec if wide else local
+        summed = tuple(axis for role in r.summed for axis in axes.get(role, ()))
+        rounded = r.summed[:1] and axes.get(r.summed[0]) and np.dtype(np.float64) != spec.out_dtype
+        local = dataclasses.replace(spec, out_dtype=np.dtype(np.float32)) if rounded else spec
         rows = n // math.prod(mesh.shape[a] for a in axes.get("n", ()))
 
         def on_device(*given: Array) -> Array:
-            y = bind(given, local, rows)
+            y = bind(given, local, rows, axes)
             return lax.psum(y, summed).astype(spec.out_dtype) if summed else y
 
         return mesh, on_device, place(r.result), tuple(place(names) for names in r.operands)

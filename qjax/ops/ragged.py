@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from qjax.errors import LayoutError
@@ -15,8 +18,9 @@ from qjax.formats.rotation import check_prepared
 from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
-from qjax.ops.base import Operands, QuantizedOp, Spec, quantized_linear
+from qjax.ops.base import LinearOp, Operands, QuantizedOp, Spec, quantized_linear
 from qjax.ops.dot import warn_of_dequantized
+from qjax.ops.partition import Roles, arrays_of, largest, units_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,12 @@ class _RaggedDot(QuantizedOp):
             capability=cuda_capability() if platform == "cuda" else None,
         )
 
+    def roles(self, spec: Spec, operands: Operands, avals: Sequence[Any]) -> Roles:
+        return _roles(operands, avals)
+
+    def on_device(self, op: LinearOp, spec: Any, operands: Operands, axes: Mapping[str, tuple[str, ...]]) -> Array:
+        return _on_device(op, spec, operands, axes)
+
     def chosen(self, problem: Problem, lowering: Lowering) -> None:
         warn_of_dequantized(problem, lowering)
 
@@ -50,6 +60,50 @@ class _RaggedDot(QuantizedOp):
     def reference(self, spec: Spec, operands: Operands) -> Array:
         problem = self.problem(spec, operands, "any", 1)
         return ragged_dot_reference(problem, operands.x, operands.w, operands.act(spec), *operands.extra)
+
+
+def _roles(operands: Operands, avals: Sequence[Any]) -> Roles:
+    """Name the dimensions of x [M, K], W [G, N, K], sizes [G] -> y [M, N]; all devices have all sizes."""
+    tokens, experts = operands.x.shape[0], operands.w.codes.shape[0]
+    activations, own = arrays_of(operands, avals)
+    sizes = {**units_of(operands, avals), "m": tokens, "g": experts}
+
+    def named(names: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
+        return tuple(r if d > 1 and sizes[r] > 1 else "" for r, d in zip(names, shape, strict=True))
+
+    of_x = [named(("m", "k"), a.shape) for a in activations]
+    of_w = [named(("g", "n", "k"), a.shape) for a in own]
+    result = named(("m", "n"), (tokens, operands.w.codes.shape[-2]))
+    weight = len(activations) + largest(own)
+    # A device has the tokens of its experts, and zeros for others: added exactly. Terms of k are rounded.
+    return Roles((*of_x, *of_w, ("",)), result, sizes, weight, summed=("k", "g"), of_weight=("g", "n", "k"))
+
+
+def _on_device(op: LinearOp, spec: Any, operands: Operands, axes: Mapping[str, tuple[str, ...]]) -> Array:
+    """The product of a device's tokens with its experts, by the part of the sizes that both have in common.
+
+    ``operands.extra`` has the sizes of all groups. The tokens of a device's experts stand together; they are rolled to
+    the front, where a ragged product begins, and their results back. Rows of other devices' experts are 0.
+    """
+    if not (axes.get("m") or axes.get("g")):
+        return op.bind(spec, operands)
+    (sizes,) = operands.extra
+    here, experts = operands.x.shape[0], operands.w.codes.shape[0]
+    ends = jnp.cumsum(sizes.astype(jnp.int32))
+    starts = ends - sizes.astype(jnp.int32)
+    if axes.get("g"):
+        first = lax.axis_index(axes["g"]) * experts
+        ends, starts = (lax.dynamic_slice_in_dim(a, first, experts) for a in (ends, starts))
+    if axes.get("m"):
+        before = lax.axis_index(axes["m"]) * here
+        ends, starts = (jnp.clip(a - before, 0, here) for a in (ends, starts))
+    own = dataclasses.replace(operands, extra=((ends - starts).astype(sizes.dtype),))
+    if not axes.get("g"):
+        return op.bind(spec, own)
+    shift = starts[0]
+    front = lambda a: jnp.roll(a, -shift, axis=0) if a.shape[0] == here else a  # noqa: E731
+    own = dataclasses.replace(own, x=front(own.x), aux=jax.tree.map(front, own.aux))
+    return jnp.roll(op.bind(spec, own), shift, axis=0)
 
 
 q_ragged_dot_op = quantized_linear(_RaggedDot())

@@ -6,8 +6,6 @@ partitioned, and what the kernel is given on each device, is real.
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mosaic import described_gpu, weight
+from partitions import SUM, compiled
 
 from qjax import ops
 from qjax.errors import LayoutError
@@ -61,16 +60,6 @@ def placed(w, mesh, n=None, k=None):
     return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, cut(a))), w)
 
 
-def compiled(function, *arguments):
-    """Run a function; return its result and how many collectives of each kind it takes."""
-    program = jax.jit(function).lower(*arguments).compile()
-    found = re.findall(
-        r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", program.as_text()
-    )
-    return program(*arguments), {kind: found.count(kind) for kind in found}
-
-
-SUM = {"all-reduce": 1}
 CASES = {
     "outputs": ((4, 1), "model", None, P(), {}, (24, 256, 16), P(None, "model")),
     "outputs and tokens": ((4, 1), "model", None, P("data"), {}, (24, 256, 8), P("data", "model")),
@@ -128,6 +117,15 @@ def test_under_vmap_and_with_stacks(seen, mesh):
     y, found = compiled(jax.vmap(ops.q_dot), x[0], w)
     np.testing.assert_allclose(y, np.einsum("srk,snk->srn", x[0], numbers), rtol=1e-5, atol=2e-4)
     assert found == {}
+
+
+def test_a_stack_in_tiles_is_cut_matrix_by_matrix(seen, mesh):
+    w, numbers = weight(G32, N, K, (4,))
+    cut = lambda a: jax.device_put(a, NamedSharding(mesh, P("model")))  # noqa: E731
+    x = np.random.default_rng(0).standard_normal((4, 8, K)).astype(np.float32)
+    y, found = compiled(ops.q_dot, x, jax.tree.map(cut, ops.pack(w)))
+    np.testing.assert_allclose(y, np.einsum("srk,snk->srn", x, numbers), rtol=1e-5, atol=2e-4)
+    assert found == {} and set(seen) == {(N, K, 8)} and y.sharding.spec == P("model")
 
 
 @pytest.mark.parametrize(("parts", "n", "k"), [((4, 1), "model", None), ((1, 4), None, "model")])

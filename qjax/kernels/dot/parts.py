@@ -45,8 +45,17 @@ def _runs(problem: Problem) -> bool | str:
     priority=5,
     about="weights packed in parts for several devices: each part by its kernel",
 )
-def parts(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
-    """Return the product, part by part; on a mesh each device has one."""
+@register_lowering(
+    "ragged_dot",
+    TiledParts,
+    "cuda",
+    when=_runs,
+    name="mosaic",
+    priority=5,
+    about="experts packed in parts for several devices: each part by its kernel",
+)
+def parts(problem: Problem, x: Array, w: QArray, act: Act | None, *extra: Array) -> Array:
+    """Return the product, part by part; on a mesh each device has one. A ragged one is given the sizes of groups."""
     assert isinstance(w.fmt, TiledParts)
     columns = problem.k // w.fmt.length
     rows = next(iter(w.aux.values())).shape[-2]
@@ -62,7 +71,8 @@ def parts(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
             aux = {name: a[..., r, c, :, :] for name, a in pieces.items()}
             part = QArray(codes, aux, w.fmt.part, layout, w.dtype)
             at = slice(c * own.k, (c + 1) * own.k)
-            sums.append(kernel.function(own, x[..., at], part, act and (act[0], _columns(act, at, problem.k))))
+            of_part = act and (act[0], _columns(act, at, problem.k))
+            sums.append(kernel.function(own, x[..., at], part, of_part, *extra))
         total = sums[0]
         for more in sums[1:]:
             total = total + more
