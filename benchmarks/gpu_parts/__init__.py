@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PARTS = ("weights16", "codes8", "w4a8", "lookup", "ragged", "triton", "acts", "peers")
+PARTS = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton", "acts", "peers")
 """In the order in which they are checked, and then timed; one a line when there are more."""
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-FAMILIES = ("weights16", "codes8", "w4a8", "lookup", "ragged", "triton", "acts")
+FAMILIES = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton", "acts")
 """In the order of the table in docs/kernels.md; one a line when there are more."""
 
 

@@ -9,6 +9,7 @@ from qjax.formats.integer import Int
 from qjax.formats.layout import Layout
 from qjax.formats.log import Log
 from qjax.formats.mixed_bits import MixedBits
+from qjax.formats.mixed_tiles import MixedTiles
 from qjax.formats.mx import MXFP4, MXFP8
 from qjax.formats.nf4 import NF4
 from qjax.formats.nvfp4 import NVFP4
@@ -42,6 +43,7 @@ __all__ = [
     "Layout",
     "Log",
     "MixedBits",
+    "MixedTiles",
     "Progressive",
     "QArray",
     "QStack",

@@ -150,6 +150,8 @@ def cannot_cut(like: Format, n: int, k: int, parts: tuple[int, int]) -> str | No
     for name, size, count in (("N", n, parts[0]), ("K", k, parts[1])):
         if count < 1 or size % count:
             return f"{name} = {size} is not cut evenly into {count} parts"
+    if like.whole_matrix:
+        return f"scales of {like.name} belong to the whole matrix, which is packed in one piece"
     if parts[1] > 1 and like.groups(k) > 1 and (like.groups(k) % parts[1] or k % (like.group or 1)):
         return f"{parts[1]} parts of K = {k} would cut a group of {like.group}"
     if parts[1] > 1 and not isinstance(like, Int) and like.groups(k) == parts[1]:

@@ -14,6 +14,7 @@ from jax import Array
 from qjax.errors import LayoutError, near
 from qjax.formats import Aux, Format, QArray
 from qjax.formats.code_tiles import CodeTiles
+from qjax.formats.mixed_tiles import MixedTiles
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
 from qjax.formats.parts import TiledParts, cannot_cut
@@ -22,7 +23,7 @@ from qjax.formats.trit_tiles import TritTiles
 from qjax.formats.word_tiles import WordTiles
 
 TILED: dict[str, tuple[type[Tiled], ...]] = {
-    "mosaic": (IntTiles, WordTiles, TritTiles, CodeTiles),
+    "mosaic": (IntTiles, WordTiles, TritTiles, MixedTiles, CodeTiles),
     "mosaic_int8": (CodeTiles,),
 }
 """By target, the orders that there are; of those that take a format the first is made.

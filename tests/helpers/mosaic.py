@@ -63,8 +63,13 @@ def in_threads(layout: Any, numbers: np.ndarray) -> np.ndarray:
         outer, inner = range(first, numbers.ndim, 2), range(first + 1, numbers.ndim, 2)
         numbers = numbers.transpose(*range(first), *outer, *inner)
     assert layout.vector_dim == -1
-    numbers = np.moveaxis(numbers, (*layout.warp_dims, *layout.lane_dims), (0, 1, 2))
-    return numbers.reshape(4, 32, *numbers.shape[3:])
+    places = [*layout.warp_dims, *layout.lane_dims]
+    for i, place in enumerate(places):
+        if not isinstance(place, int):  # the same for so many threads
+            numbers = np.repeat(numbers[None], place.times, axis=0)
+            places[i] = -numbers.ndim
+    numbers = np.moveaxis(numbers, places, range(len(places)))
+    return numbers.reshape(4, 32, *numbers.shape[len(places) :])
 
 
 @contextlib.contextmanager

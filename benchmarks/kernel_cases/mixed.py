@@ -1,0 +1,73 @@
+"""Strips of 2 and 4 bits times 16-bit activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.kernel_cases.lookup import shapes
+from benchmarks.kernel_cases.weights16 import described
+from qjax import ops
+from qjax.formats import Layout, MixedBits, MixedTiles, QArray
+from qjax.formats.tiles import rounded_up
+from qjax.kernels.dot.hopper import TOKENS, Schedule
+from qjax.kernels.dot.mixed16 import STAGES, mixed16
+
+FORMATS = (MixedBits(), MixedBits(outliers=0.005))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compiled kernel; corrections are not in it."""
+
+    dtype: str
+    schedule: Schedule
+    n: int = 1024
+    k: int = 4096
+    fmt = FORMATS[0]
+    multiplies = "HGMMA"
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        return f"W2A16 {self.fmt.name}, {self.dtype}, {described(self.schedule)}"
+
+    def function(self) -> Any:
+        """The kernel, and the shapes of its arguments."""
+        aux = shapes(self.fmt, self.n, self.k).aux
+        shape = jax.ShapeDtypeStruct
+        arguments = (
+            shape((1, aux["tiles"].size), jnp.int32),
+            shape((1, rounded_up(self.n)), jnp.float32),
+            shape((1, self.k // 64), jnp.uint8),
+            shape((1, self.schedule.tokens, self.k), self.dtype),
+        )
+        how = {"n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
+        return functools.partial(mixed16, bits=self.fmt.scale_bits, **how), arguments
+
+
+def programs() -> dict[str, tuple[Any, Any, int]]:
+    """Layers of one stack: function, shapes of its arguments, bytes of one layer's tiles."""
+    n = k = 1024
+    layers = 4
+    one = shapes(FORMATS[0], n, k)
+    aux = {name: jax.ShapeDtypeStruct((layers, *a.shape), a.dtype) for name, a in one.aux.items()}
+    order = (("s", 0), ("o", 0), ("i", 0))
+    codes = jax.ShapeDtypeStruct((layers, n, 0), jnp.int8)
+    w = QArray(codes, aux, MixedTiles(FORMATS[0], k), Layout(order), jnp.dtype(jnp.bfloat16))
+
+    def scanned(x: Any, w: QArray) -> Any:
+        return jax.lax.scan(lambda x, w: (ops.q_dot(x, w, streamed=True), None), x, w)[0]
+
+    return {"a scan over layers": (scanned, (jax.ShapeDtypeStruct((4, k), jnp.bfloat16), w), n * k * 3 // 8)}
+
+
+def cases() -> list[Case]:
+    """Every tile of tokens, both dtypes, whole and cut."""
+    out = [Case("bfloat16", Schedule(t, STAGES[t])) for t in TOKENS]
+    out += [Case("float16", Schedule(t, STAGES[t])) for t in (16, 128)]
+    return [*out, Case("bfloat16", Schedule(8, STAGES[8], 4))]

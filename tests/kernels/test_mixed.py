@@ -1,0 +1,158 @@
+"""Strips of 2 and 4 bits for Hopper: order and decoder against NumPy, lowering, corrections, tier 1."""
+
+from __future__ import annotations
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import mosaic
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.gpu_parts.mixed import numbers, weight
+from qjax import ops
+from qjax._compat import JAX_VERSION
+from qjax.errors import LayoutError, LoweringError
+from qjax.formats import MixedBits, stack
+from qjax.formats.mixed_tiles import in_order
+from qjax.formats.mixed_words import Emulated, operand
+from qjax.formats.words import WIDE
+from qjax.kernels.dot.hopper import Schedule
+from qjax.kernels.dot.mixed import corrections, which
+from qjax.kernels.dot.mixed16 import by_warp, emulated, mixed16, pieces
+
+FORMATS = [
+    MixedBits(),
+    MixedBits(outliers=0.01),
+    MixedBits(tile=32, wide_group=64, scale_bits=(2, 4, 4)),
+    MixedBits(tile=48, wide_group=256, scale_bits=(4, 1, 2)),
+]
+
+
+@settings(max_examples=2)
+@given(st.sampled_from(FORMATS), st.integers(1, 150), st.integers(1, 600), st.sampled_from(WIDE))
+@example(FORMATS[1], 40, 300, WIDE[0])
+def test_packing_changes_no_number_and_is_undone(fmt, n, k, dtype):
+    """Two layers; and what threads of a kernel make of each tile, by the same instructions, is as the equations say."""
+    both = [weight(fmt, n, k, seed=s) for s in range(2)]
+    w = stack(both)
+    packed = ops.pack(w)
+    back = ops.neutral(packed)
+    assert back.fmt == w.fmt and back.layout == w.layout
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    order = packed.fmt
+    tiles = np.asarray(packed.aux["tiles"][1]).view(np.uint32).reshape(-1, order.padded_length // 256, 24, 64)
+    made = [[np.concatenate(emulated(pieces(t), fmt.scale_bits, dtype), axis=-1) for t in row] for row in tiles]
+    found = np.concatenate([np.concatenate(row, axis=-1) for row in made])[:n].astype(np.float64)
+    here = which(order, packed.aux["strips"][1])
+    spread = lambda a: np.asarray(  # noqa: E731
+        in_order(jnp.pad(jnp.asarray(a, jnp.float32)[None], ((0, 0), (0, 0), (0, order.padded_length - k))), here)[0]
+    )
+    there = spread(np.ones((1, k))) > 0
+    np.testing.assert_array_equal(np.where(there, found, 0), spread(numbers(both[1], dtype, sparse=False) * 2.0**17))
+    assert not np.any(np.where(there, 0, np.isnan(found) | np.isinf(found)))
+
+
+def test_the_oracle_is_the_format():
+    """Both read the same bits; neither shares a line."""
+    w = weight(FORMATS[1], 40, 300)
+    np.testing.assert_allclose(numbers(w), np.asarray(w.dequantize(), np.float64), rtol=1e-5, atol=1e-9)
+
+
+def test_threads_find_what_is_theirs():
+    """What the inlined code does with registers, on layouts as jax defines them, which the interpreter does not run."""
+    mgpu = importlib.import_module("jax.experimental.mosaic.gpu.fragmented_array")
+    tile = np.random.default_rng(0).integers(0, 1 << 31, (24, 64)).astype(np.uint32)
+    tile[16:] &= 0x0FFF0FFF
+    eight, three, rows, steps = pieces(tile)
+    vectors = np.swapaxes(eight.reshape(2, 128, 4), 0, 1).reshape(4, 8, 4, 8)  # strided, four at a time
+    single = np.swapaxes(three.reshape(3, 128), 0, 1).reshape(4, 8, 4, 3)
+    of_rows = mosaic.in_threads(mgpu.WGMMA_ROW_LAYOUT, rows).reshape(4, 8, 4, 2)
+    of_steps = mosaic.in_threads(mgpu.TiledLayout(**by_warp()), steps).reshape(4, 8, 4, 4)
+    each = lambda a, count: [a[..., i] for i in range(count)]  # noqa: E731
+    codes = each(vectors, 8) + each(single, 2)
+    parts = operand(codes, single[..., 2], each(of_rows, 2), each(of_steps, 3), (3, 3, 4), WIDE[0], Emulated())
+    for part, matrix in zip(parts, emulated(pieces(tile), (3, 3, 4), WIDE[0]), strict=True):
+        own = mosaic.in_threads(mgpu.WGMMA_LAYOUT, matrix.view(np.uint16)).reshape(4, 8, 4, 8, 2, 2)
+        for h in range(2):
+            for t in range(8):
+                pair = part[h][t]
+                np.testing.assert_array_equal(np.stack([pair & 0xFFFF, pair >> 16], axis=-1), own[..., t, h, :])
+
+
+def test_bits_of_a_packed_weight():
+    bits = lambda fmt: jax.eval_shape(lambda: ops.pack(mosaic.blank(fmt, 256, 4096))).bits_per_element  # noqa: E731
+    assert 3 < bits(MixedBits()) < 3.01  # besides the tiles: a unit a row, the map
+    assert bits(MixedBits(outliers=0.005)) - bits(MixedBits()) == pytest.approx(0.75 * 0.005 * 48, rel=0.01)
+
+
+def test_what_cannot_be_packed_is_refused_with_the_reason():
+    for fmt, why in [
+        (MixedBits(1 / 8, select="global"), "one 4-bit strip in every four"),
+        (MixedBits(strip=8), "strips have 8 columns, not 16"),
+        (MixedBits(tile=8), "second scales are of 8 rows"),
+        (MixedBits(wide_group=16), "of 16 columns, no multiple of 64"),
+    ]:
+        with pytest.raises(LayoutError, match=why):
+            ops.pack(jax.eval_shape(lambda fmt=fmt: mosaic.blank(fmt, 64, 128)))
+    with pytest.raises(LayoutError, match="belong to the whole matrix"):
+        ops.pack(weight(FORMATS[0], 64, 128), parts=(2, 1))
+
+
+def lowered(fmt, tokens, dtype, implementation=None):
+    w = jax.eval_shape(lambda: ops.pack(mosaic.blank(fmt, 200, 300)))
+    x = jax.ShapeDtypeStruct((tokens, 300), dtype)
+    product = jax.jit(lambda x, w: ops.q_dot(x, w, implementation=implementation))
+    with mosaic.described_gpu():
+        return product.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("fmt", "tokens", "dtype"),
+    [(FORMATS[0], 3, jnp.bfloat16), (FORMATS[1], 64, jnp.float16), (FORMATS[3], 130, jnp.bfloat16)],
+)
+def test_it_lowers_for_cuda_here(fmt, tokens, dtype):
+    text = lowered(fmt, tokens, dtype)
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert ("stablehlo.scatter" in text) == bool(fmt.outliers)
+
+
+def test_what_the_kernel_does_not_take():
+    with pytest.raises(LoweringError, match="for up to 64 rows, and there are 65"):
+        lowered(FORMATS[1], 65, jnp.bfloat16, "mosaic")
+    with pytest.raises(LoweringError, match="cast them to bfloat16 or float16"):
+        lowered(FORMATS[0], 2, jnp.float32, "mosaic")
+
+
+def test_corrections_are_a_sparse_product():
+    w = weight(FORMATS[1], 40, 300)
+    aux = {name: a.reshape(1, -1) for name, a in ops.pack(w).aux.items()}
+    x = np.random.default_rng(0).normal(size=(1, 3, 300)).astype(np.float32)
+    sparse = numbers(w) - numbers(w, sparse=False)
+    assert np.count_nonzero(sparse)
+    np.testing.assert_allclose(corrections(aux, jnp.asarray(x), 40)[0], x[0] @ sparse.T, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
+@pytest.mark.parametrize(("fmt", "tokens", "dtype"), [(FORMATS[0], 5, WIDE[0]), (FORMATS[2], 13, WIDE[1])])
+def test_against_numpy(fmt, tokens, dtype):
+    n, k, dtype = 70, 300, np.dtype(dtype)
+    w = weight(fmt, n, k)
+    packed = ops.pack(w)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, tokens, k)), dtype)
+    aux = {name: a.reshape(1, -1) for name, a in packed.aux.items()}
+    how = {"bits": fmt.scale_bits, "n": n, "out_dtype": jnp.float32, "schedule": Schedule(8, 2, 2 - tokens % 2)}
+    with mosaic.interpreter() as interpret:
+        y = mixed16(aux["tiles"], aux["unit"], which(packed.fmt, aux["strips"]), x, **how, interpret=interpret)
+        y, races = np.asarray(y, np.float64), mosaic.races_found()
+    exact, inputs = numbers(w, dtype), np.asarray(x, np.float64)[0]
+    terms = np.abs(inputs) @ np.abs(exact).T
+    assert np.max(np.abs(y[0] - inputs @ exact.T) / terms) < 1e-6
+    close = 0.004 if dtype == WIDE[0] else 0.0005  # of roundings to 16 bits
+    assert np.max(np.abs(y[0] - inputs @ numbers(w).T) / terms) < close
+    assert not races
