@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qjax.recipe import Recipe, Rule, recipe, recipes
-from qjax.sources import dynamic, ema, learned, static
+from qjax.sources import dynamic, ema, fixed, learned, static
 
 if TYPE_CHECKING:
     from qjax import checkpoint as checkpoint
@@ -169,6 +169,7 @@ __all__ = [
     "errors",
     "evaluate",
     "fake_quant",
+    "fixed",
     "formats",
     "from_equinox",
     "from_linen",

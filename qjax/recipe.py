@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qjax.errors import QjaxError, RecipeError, near
 from qjax.patterns import compile_pattern
-from qjax.sources import Dynamic, Learned, Static, check_source
+from qjax.sources import Dynamic, Fixed, Learned, Static, check_operand, check_source
 
 if TYPE_CHECKING:
     from qjax.formats.base import Format
@@ -188,7 +188,11 @@ def _check_rule(rule: Rule) -> None:
     for setting, value in _formats_of(rule):
         _check_format(value, setting, refuse)
     for name in ("inputs", "outputs"):
+        if isinstance(getattr(rule, name), Fixed):
+            raise refuse(f"fixed scales are for operands; write {name}=qjax.static(format), whose scale is calibrated")
         check_source(getattr(rule, name), name, refuse)
+    for name, source in (rule.operands or {}).items():
+        check_operand(source, f"operands[{name!r}]", refuse)
     if isinstance(rule.inputs, Static) and getattr(rule.rounding, "smooths", False):
         raise refuse(
             f"{rule.rounding!r} divides activations by factors that it finds later, and static scales are calibrated "
@@ -204,7 +208,7 @@ def _check_rule(rule: Rule) -> None:
 
 def _source(value: Any) -> Any:
     """A bare format of an activation is dynamic; None and explicit sources stay."""
-    return value if value is None or isinstance(value, Dynamic | Static) else Dynamic(value)
+    return value if value is None or isinstance(value, Dynamic | Static | Fixed) else Dynamic(value)
 
 
 def _formats_of(rule: Rule) -> Iterable[tuple[str, Any]]:
@@ -212,7 +216,7 @@ def _formats_of(rule: Rule) -> Iterable[tuple[str, Any]]:
     settings = [(name, getattr(rule, name)) for name in ("weights", "inputs", "outputs")]
     for setting, value in settings + [(f"operands[{name!r}]", v) for name, v in (rule.operands or {}).items()]:
         if value is not None:
-            yield setting, value.fmt if isinstance(value, Dynamic | Static) else value
+            yield setting, value.fmt if isinstance(value, Dynamic | Static | Fixed) else value
 
 
 def _check_format(fmt: Any, setting: str, refuse: Any) -> None:
@@ -249,7 +253,7 @@ class Decision:
     weight_learned: bool = False
     inputs: Dynamic | Static | None = None
     outputs: Dynamic | Static | None = None
-    operands: Mapping[str, Dynamic | Static] = field(default_factory=dict, hash=False)
+    operands: Mapping[str, Dynamic | Static | Fixed] = field(default_factory=dict, hash=False)
     rounding: Any = None
     skip: bool = False
     clamp_group: bool = False
@@ -298,15 +302,24 @@ class Recipe:
         prepare: passes such as smoothing or rotation, in order.
         name: for reports.
         finish: passes that edit other parameters once a block's weights are rounded, such as `qjax.BiasCorrection`.
+        settle: a search such as `qjax.passes.AdaLog`, which replaces the rules by one for each site, with the formats
+            and numbers that it has found, and edits parameters. The model's recipe is the settled one.
     """
 
     rules: tuple[Rule, ...]
     prepare: tuple[Any, ...] = ()
     name: str = ""
     finish: tuple[Any, ...] = ()
+    settle: Any = None
 
     def __init__(
-        self, rules: Sequence[Rule], prepare: Sequence[Any] = (), name: str = "", *, finish: Sequence[Any] = ()
+        self,
+        rules: Sequence[Rule],
+        prepare: Sequence[Any] = (),
+        name: str = "",
+        *,
+        finish: Sequence[Any] = (),
+        settle: Any = None,
     ) -> None:
         for what, given in (("rules", rules), ("prepare", prepare), ("finish", finish)):
             if isinstance(given, str | Rule) or not isinstance(given, Iterable):
@@ -318,6 +331,11 @@ class Recipe:
         object.__setattr__(self, "prepare", tuple(prepare))
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "finish", tuple(finish))
+        if settle is not None and not hasattr(settle, "settled"):
+            raise RecipeError(f"settle is a search such as qjax.passes.AdaLog(), not {settle!r}")
+        if settle is not None and (self.prepare or self.finish):
+            raise RecipeError("a recipe that settles its sites by a search has no prepare or finish passes beside it")
+        object.__setattr__(self, "settle", settle)
 
     @cached_property
     def ops(self) -> frozenset[str]:
@@ -327,6 +345,8 @@ class Recipe:
     @cached_property
     def needs_batches(self) -> str | None:
         """Why the recipe cannot be applied without calibration batches, or None if it can."""
+        if self.settle is not None:
+            return f"{type(self.settle).__name__} searches for formats and scales by what layers put out"
         for index, rule in enumerate(self.rules):
             sources = [("inputs", rule.inputs), ("outputs", rule.outputs), *(rule.operands or {}).items()]
             static_parts = [name for name, source in sources if isinstance(source, Static)]

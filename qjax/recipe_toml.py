@@ -72,6 +72,8 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         data["prepare"] = [_object_to_dict(step, "pass") for step in recipe.prepare]
     if recipe.finish:
         data["finish"] = [_object_to_dict(step, "pass") for step in recipe.finish]
+    if recipe.settle is not None:
+        data["settle"] = _object_to_dict(recipe.settle, "pass")
     return data
 
 
@@ -82,7 +84,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         RecipeError: a missing or unknown key, or a value that no recipe can have.
     """
     data = _table(data, "the recipe")
-    _known_keys(data, ("name", "rules", "prepare", "finish"), "the recipe")
+    _known_keys(data, ("name", "rules", "prepare", "finish", "settle"), "the recipe")
     rules = data.get("rules")
     if not isinstance(rules, list) or not rules:
         raise RecipeError("the recipe has no rules; in TOML each begins with a line [[rules]]")
@@ -95,6 +97,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         [_object_from_dict(step, "pass", f"prepare pass {index}") for index, step in enumerate(prepare)],
         str(data.get("name", "")),
         finish=[_object_from_dict(step, "pass", f"finishing pass {index}") for index, step in enumerate(finish)],
+        settle=_object_from_dict(data["settle"], "pass", "settle") if "settle" in data else None,
     )
 
 
@@ -102,6 +105,8 @@ def recipe_to_toml(recipe: Recipe) -> str:
     """Return the recipe as the text of a TOML file."""
     data = recipe_to_dict(recipe)
     lines = [f"name = {_toml(data['name'])}", ""] if "name" in data else []
+    if "settle" in data:
+        lines += [f"settle = {_toml(data['settle'])}", ""]
     for section in ("rules", "prepare", "finish"):
         for table in data.get(section, ()):
             lines += [f"[[{section}]]", *(f"{key} = {_toml(value)}" for key, value in table.items()), ""]
@@ -148,10 +153,13 @@ def load_preset(name: str) -> Recipe:
         hint = near(name, presets()) or f"; there are {', '.join(presets())}"
         raise RecipeError(f"no preset is named {name!r}{hint}; a recipe of your own is a file ending in .toml")
     preset = presets()[preset.get("alias", key)]
-    settings = {key: value for key, value in preset.items() if key not in ("description", "prepare")}
+    own = ("description", "prepare", "rules", "settle")
+    settings = {key: value for key, value in preset.items() if key not in own}
+    before = [_rule_from_dict({"match": "**", "optional": True, **r}, f"preset {key}") for r in preset.get("rules", ())]
     rule = _rule_from_dict({"match": "**", "clamp_group": True, **settings}, f"preset {key}")
     steps = [_object_from_dict(step, "pass", f"preset {key}: prepare") for step in preset.get("prepare", ())]
-    return Recipe([*_KEPT_IN_FLOAT, rule], steps, name=key)
+    settle = _object_from_dict(preset["settle"], "pass", f"preset {key}: settle") if "settle" in preset else None
+    return Recipe([*_KEPT_IN_FLOAT, *before, rule], steps, name=key, settle=settle)
 
 
 def _rule_to_dict(rule: Rule) -> dict[str, Any]:
@@ -202,6 +210,7 @@ def _source_to_dict(source: Any) -> dict[str, Any]:
         value = getattr(source, f.name)
         if f.name != "fmt" and value != f.default:
             data[f.name] = _object_to_dict(value, "observer") if f.name == "observer" else value
+            data[f.name] = list(value) if isinstance(value, tuple) else data[f.name]
     return data
 
 

@@ -6,12 +6,14 @@ A format says what can be represented; a source says how its range is found::
     static(Int(8, per="tensor"), MSE())     a constant, from calibration data
     ema(Int(8, per="tensor"))               a moving average over training steps, then a constant
     learned(Int(3, group=128))              a parameter of the training, then a constant
+    fixed(Int(4, per="tensor"), 0.1)        a constant that the recipe itself holds
 
 Outside training a learned or averaged scale is a static one.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,35 @@ class Learned(Static):
     """
 
     method: str = "lsq"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The scale is a number that the recipe holds, or one for each head: of operands, which have no weight to keep it.
+
+    ``scale`` and ``zero`` are tuples of one number, or of one for each head of the operand; ``zero`` is empty for
+    formats without zero points.
+    """
+
+    fmt: Format
+    scale: tuple[float, ...] = ()
+    zero: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(float(s) for s in self.scale))
+        object.__setattr__(self, "zero", tuple(int(z) for z in self.zero))
+
+
+def fixed(fmt: Format, scale: Any, zero: Any = ()) -> Fixed:
+    """Return ``fmt`` with constant scales that are known: for operands of attention and of products of activations.
+
+    Args:
+        fmt: with one scale per tensor.
+        scale: a number, or one for each head.
+        zero: zero points likewise, for formats that have them.
+    """
+    numbers = [tuple(n) if isinstance(n, tuple | list) else (n,) for n in (scale, zero)]
+    return Fixed(fmt, *numbers)
 
 
 def dynamic(fmt: Format) -> Dynamic:
@@ -128,6 +159,21 @@ def check_source(source: Any, setting: str, refuse: Any) -> None:
         _check_learned(source, setting, refuse)
 
 
+def check_operand(source: Any, setting: str, refuse: Any) -> None:
+    """Refuse a source that cannot serve an operand; ``refuse(why)`` makes the error."""
+    if isinstance(source, Fixed):
+        fmt = source.fmt
+        zeros = () if getattr(fmt, "symmetric", True) or not fmt.affine else source.scale
+        if fmt.per != "tensor":
+            raise refuse(f"fixed {fmt.name} {setting}: its scales are per tensor, or one for each head")
+        if not source.scale or not all(0 < s < math.inf for s in source.scale):
+            raise refuse(f"fixed {fmt.name} {setting}: scale={source.scale!r}; positive numbers, one or one a head")
+        if len(source.zero) != len(zeros):
+            raise refuse(f"fixed {fmt.name} {setting}: {len(source.zero)} zero points where {len(zeros)} are needed")
+    elif isinstance(source, Static):
+        check_source(source, setting, refuse)
+
+
 def _check_smooth(source: Static, setting: str, refuse: Any) -> None:
     smooth = source.smooth
     if isinstance(smooth, bool) or not isinstance(smooth, int | float) or not 0 <= smooth <= 1:
@@ -157,5 +203,5 @@ def _check_learned(source: Learned, setting: str, refuse: Any) -> None:
         raise refuse("learned(method='lsq') is for symmetric integers; for inputs that are not negative use 'pact'")
 
 
-SOURCES = (Dynamic, Static, Ema, Learned)
+SOURCES = (Dynamic, Static, Ema, Learned, Fixed)
 """All sources; TOML names them in lower case."""

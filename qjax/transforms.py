@@ -29,6 +29,7 @@ from qjax.recipe import Recipe, resolve_recipe
 from qjax.report.data import Report
 from qjax.rewrite import Rewriter
 from qjax.rewriting.emit import Act
+from qjax.rewriting.operands import operand_acts
 from qjax.sources import Static
 from qjax.trees import is_array, replace_arrays
 
@@ -56,7 +57,7 @@ class Rewritten:
     ):
         self.fn, self.recipe = fn, recipe
         self.max_runs, self.implementation = max_runs, implementation
-        self.has_inputs = any(rule.inputs is not None for rule in recipe.rules)
+        self.has_inputs = any(rule.inputs is not None or rule.operands for rule in recipe.rules)
         self._jitted = jax.jit(self._called, static_argnums=0)
 
     def __repr__(self) -> str:
@@ -104,6 +105,7 @@ class Rewritten:
             for site in program.sites
             if site.op in WEIGHT_OPS and (source := decisions[site.name].inputs) is not None
         }
+        inputs |= operand_acts(program, decisions)
         return Rewriter(program, inputs, max_runs=self.max_runs, implementation=self.implementation, record=record)
 
     def recorded(self, program: Program, stored: Sequence[Any]) -> Rewriter:
@@ -271,6 +273,8 @@ def quantize(
         args = args or next(argument_tuples(batches), ())
         if not recipe.needs_batches:
             warn("the recipe needs no calibration data: batches are not looked at")
+        elif recipe.settle is not None:
+            return _settled(fn, params, args, recipe, batches, name, max_runs, implementation, progress, resume)
         elif _by_blocks(recipe, params, blocks, resume):
             return _quantize_by_blocks(
                 fn, params, recipe, batches, name, donate, max_runs, implementation, progress, blocks, resume
@@ -291,6 +295,39 @@ def quantize(
         progress=progress,
         **kwargs,
     )
+
+
+def _settled(
+    fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    recipe: Recipe,
+    batches: Iterable[Any],
+    name: str,
+    max_runs: int,
+    implementation: str | None,
+    progress: Callable[[int, int, str], None] | None,
+    resume: str | Path | None,
+) -> Model:
+    """A model from a recipe whose formats and scales a search finds."""
+    from qjax.settling import settle
+
+    _refuse_bad_leaves(params)
+    if any(is_quantized(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)):
+        raise QjaxError("these parameters are quantized already; pass the float parameters")
+    found = settle(fn, params, argument_tuples(batches), recipe=recipe, resume=resume, progress=progress)
+    model = quantize_with(
+        fn,
+        replace_arrays(params, found.leaves),
+        *args,
+        recipe=found.recipe,
+        constants=found.constants,
+        scales=found.scales,
+        name=name,
+        max_runs=max_runs,
+        implementation=implementation,
+    )
+    return dataclasses.replace(model, report=model.report.with_notes(*found.notes))
 
 
 def _by_blocks(recipe: Recipe, params: Any, blocks: Any, resume: Any) -> bool:

@@ -60,7 +60,9 @@ def test_what_the_type_checker_sees_is_what_there_is(root):
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == qjax._HOME | dict.fromkeys(qjax._SUBMODULES, "qjax")
-    assert sorted(qjax.__all__) == sorted({*seen, *"Recipe Rule dynamic ema learned recipe recipes static".split()})
+    assert sorted(qjax.__all__) == sorted(
+        {*seen, *"Recipe Rule dynamic ema fixed learned recipe recipes static".split()}
+    )
 
 
 def test_a_public_function_has_no_module_of_its_name(root):

@@ -332,6 +332,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 # Presets
 
 
+ADALOG = ("ADALOG_W3A3", "ADALOG_W4A4", "ADALOG_W6A6", "ADALOG_W8A8")
 ROTATED = ("W4A16_ROTATED", "W3A16_ROTATED", "W2A16_ROTATED", "W4A8_ROTATED", "W4A4_ROTATED")
 
 
@@ -343,9 +344,10 @@ def test_every_preset_can_be_made_in_any_case():
         *("W8A8_FP", "W8A8_INT", "W8A8_INT_SMOOTH", "W4A16_INT"),
         *("W4A8", "DGQ", "QOQ_G128", "QOQ"),
         *ROTATED,
+        *ADALOG,
     ]
     with_data = {"FP8", "W8A8_STATIC", "NVFP4", "W8A8_INT", "W8A8_INT_SMOOTH", "W4A16_INT", "DGQ", "QOQ_G128", "QOQ"}
-    with_data |= set(ROTATED)
+    with_data |= {*ROTATED, *ADALOG}
     for name in names:
         recipe = qjax.recipe(name.lower())
         assert recipe.name == name and recipe == qjax.recipe(name)

@@ -120,7 +120,7 @@ def plan_program(program: Program, recipe: Recipe) -> Plan:
         LayoutError: a weight is split on an explicit mesh so that a byte or a group would be cut.
     """
     decisions = recipe.decide(program.sites)
-    check_decisions(program, decisions)
+    check_decisions(program, decisions, settles=recipe.settle is not None)
     leaves = plan_leaves(program, decisions)
     for leaf in leaves.values():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):

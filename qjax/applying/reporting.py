@@ -104,6 +104,19 @@ def _of_sqnr(plan: Plan) -> list[str]:
 
 def _free_row(site: Site, plan: Plan) -> SiteRow:
     decision = plan.decisions[site.name]
+    if decision.operands and not decision.skip:
+        formats = {name: source.fmt.name for name, source in decision.operands.items()}
+        return SiteRow(
+            name=site.name,
+            op=site.op,
+            leaf="",
+            shape=site.out_shape,
+            format=", ".join(dict.fromkeys(formats.values())),
+            inputs=", ".join(f"{name} {fmt}" for name, fmt in formats.items()),
+            lowering="rounded, then a float product",
+            repeats=site.repeats or 1,
+            flops=site.flops,
+        )
     reason = site.reason or decision.reason
     if not site.reason and decision.rule is None:
         reason = NOT_QUANTIZED_HERE.get(site.op, reason)

@@ -191,9 +191,7 @@ def _stored(readers: list[tuple[Site, Decision]], length: int) -> Stored:
                 f"{site.name}: a group of {fmt.group} is longer than the {length} numbers that the product sums over; "
                 f"use group={length} or less, or clamp_group=True in the rule"
             )
-        note = (
-            f"{note}; " * bool(note) + f"one group: the axis has {length} elements, the rule's group is {fmt.group}"
-        )
+        note = f"{note}; " * bool(note) + f"one group: the axis has {length} elements, the rule's group is {fmt.group}"
         fmt = fmt.clamped(length)
     elif fmt.group is not None and fmt.group < length and length % fmt.group:
         note = f"{note}; " * bool(note) + _of_the_rest(fmt, length)
@@ -224,8 +222,13 @@ def input_prefix(site: str) -> str:
     return f"{INPUT}#{number}" if mark and head and number.isdigit() else INPUT
 
 
-def check_decisions(program: Program, decisions: Mapping[str, Decision]) -> None:
+def check_decisions(program: Program, decisions: Mapping[str, Decision], settles: bool = False) -> None:
     """Refuse what this version cannot do, naming the site.
+
+    Args:
+        program: the trace.
+        decisions: by site.
+        settles: whether a search will replace static operands by fixed ones.
 
     Raises:
         RecipeError: static activations that no scale serves, or quantized results and composites.
@@ -240,9 +243,16 @@ def check_decisions(program: Program, decisions: Mapping[str, Decision]) -> None
                     f"{site.name}: rule {d.rule} asks for static inputs and float weights; constant scales are kept "
                     "with a quantized weight, so give weights= a format too, or use dynamic(...)"
                 )
-        if d.outputs is not None or d.operands or site.op not in WEIGHT_OPS:
+        operands = bool(d.operands) and d.inputs is None and site.op in ("attention", "matmul")
+        if d.outputs is not None or not operands and (d.operands or site.op not in WEIGHT_OPS):
             what = "outputs" if d.outputs is not None else "operands" if d.operands else f"inputs of a {site.op}"
             raise RecipeError(
-                f"{site.name}: rule {d.rule} asks for quantized {what}, which qjax cannot do yet; "
-                "weights and inputs of linear sites and weights of embeddings can be quantized"
+                f"{site.name}: rule {d.rule} asks for quantized {what}, which qjax cannot do yet; weights and inputs "
+                "of linear sites, weights of embeddings, and operands of attention and matmul can be quantized"
             )
+        for name, source in d.operands.items():
+            if isinstance(source, Static) and not settles:
+                raise RecipeError(
+                    f"{site.name}: rule {d.rule} asks for a static scale of its operand {name}, which only a search "
+                    "finds (settle=qjax.passes.AdaLog()); use dynamic(...), or fixed(...) where it is known"
+                )

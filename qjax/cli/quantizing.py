@@ -65,7 +65,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _quantized(loaded: Loaded, recipe: qjax.Recipe, batches: Any, name: str, args: argparse.Namespace) -> qjax.Model:
     """Quantize the whole model, or block by block where a rounding, the memory or a resumable job asks for it."""
-    by_blocks = batches is not None and (recipe.rounds_with_data or args.low_memory or args.resume is not None)
+    if recipe.settle is not None and args.low_memory:
+        raise ModelError(f"{type(recipe.settle).__name__} runs the whole model: leave out --low-memory")
+    by_blocks = batches is not None and (
+        recipe.rounds_with_data or recipe.settle is not None or args.low_memory or args.resume is not None
+    )
     if args.resume is not None and not by_blocks:
         say(f"{args.recipe} needs no calibration data and is done in one pass: --resume is not looked at")
     state = None

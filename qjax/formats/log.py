@@ -93,6 +93,8 @@ class Log(Format):
         q: the base is 2**(q/37), q = 1 .. 255; 37 is base 2. AdaLog searches 10 .. 137.
         zero: "mask", "reserve" or "clamp".
         shift: added before and taken off after: minus the minimum of the GELU that stands in front.
+        folded: the shift is not taken off, since the bias behind the product that reads the numbers has it: they decode
+            to what they are, plus the shift.
         per: "tensor" (one scale for all, as in AdaLog), "channel" or "token".
         group: length of a group along the contracted axis; excludes ``per``.
 
@@ -105,6 +107,7 @@ class Log(Format):
     _: dataclasses.KW_ONLY
     zero: str = "reserve"
     shift: float = 0.0
+    folded: bool = False
     per: str = ImplicitPer("tensor")
     group: int | None = None
 
@@ -123,12 +126,14 @@ class Log(Format):
         if not isinstance(self.shift, int | float) or not 0 <= self.shift < float("inf"):
             raise FormatError(f"Log: shift={self.shift!r}; a finite number, not negative, in the units of the values")
         object.__setattr__(self, "shift", float(self.shift))
+        if not isinstance(self.folded, bool):
+            raise FormatError(f"Log: folded={self.folded!r}; True or False")
         self._check_granularity()
 
     @property
     def name(self) -> str:
         """For example ``log4 q25 per tensor``."""
-        shifted = f" shift {self.shift:.4g}" if self.shift else ""
+        shifted = f" shift {self.shift:.4g}{' folded' if self.folded else ''}" if self.shift else ""
         return f"log{self.bits} q{self.q}{self._suffix()}{shifted} {self.zero}"
 
     @property
@@ -207,9 +212,9 @@ class Log(Format):
         return code
 
     def decode(self, codes: AnyArray, aux: Aux) -> Array:
-        """Return scale * 2**-E[code] * M[code] / D - shift in float32."""
-        scale = self.spread(aux["scale"], codes.shape[-1])
-        return decode_unit(codes, self) * scale - np.float32(self.shift)
+        """Return scale * 2**-E[code] * M[code] / D - shift in float32; with the shift, if that is folded."""
+        value = decode_unit(codes, self) * self.spread(aux["scale"], codes.shape[-1])
+        return value if self.folded else value - np.float32(self.shift)
 
     def quantize(self, x: ArrayLike, *, scale: ArrayLike | None = None) -> QArray:
         """Return x as packed codes, along its last axis.

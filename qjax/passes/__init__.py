@@ -4,6 +4,7 @@ from qjax._guard import only_inside_qjax
 
 only_inside_qjax(__name__)
 
+from qjax.passes.adalog import AdaLog
 from qjax.passes.autoround import AutoRound
 from qjax.passes.awq import AWQ, awq_clip, awq_scales
 from qjax.passes.bias import BiasCorrection
@@ -30,6 +31,7 @@ __all__ = [
     "HQQ",
     "RTN",
     "AWQ",
+    "AdaLog",
     "AutoRound",
     "BiasCorrection",
     "DGQSmooth",

@@ -47,7 +47,7 @@ class BiasCorrection:
         if not leaves.editable(bias.leaf, bias.key):
             return "its bias is read by other blocks too"
         old = jnp.asarray(leaves.slice(bias.leaf, bias.key))
-        shift = _along(mean_shift(site, error, state), site, bias)
+        shift = along(mean_shift(site, error, state), site, bias)
         if shift.size != old.size:
             return f"{bias.leaf} does not run along all of its output channels"
         new = (old.astype(jnp.float32) + shift.reshape(old.shape)).astype(old.dtype)
@@ -76,7 +76,7 @@ def mean_shift(site: Site, error: Any, state: State) -> Array:
     return jnp.einsum("...nk,...k->...n", matrix, mean, precision="highest").reshape(*lead, *outs)
 
 
-def _along(shift: Array, site: Site, bias: Bias) -> Array:
+def along(shift: Array, site: Site, bias: Bias) -> Array:
     """The shift with its axes in the order of the bias."""
     dropped = {axis for axis, _ in site.slice}
     axes = [a for a in (*site.batch_axes, *site.out_axes) if a not in dropped]

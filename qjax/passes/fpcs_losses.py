@@ -37,6 +37,7 @@ from qjax.formats.numerics import power_of_two
 EXACT = lax.Precision.HIGHEST
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def uniform(x: Array, scale: Array, zero: Array, bits: int) -> Array:
     """Return x quantized and dequantized: ``(clip(rint(x / scale) + zero, 0, 2**bits - 1) - zero) * scale``.
 
@@ -46,6 +47,7 @@ def uniform(x: Array, scale: Array, zero: Array, bits: int) -> Array:
     return (codes - zero) * scale
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "zero"))
 def logarithmic(log2x: Array, scale: Array, q: Array, bits: int, zero: str) -> Array:
     """Return scale * 2**-E * M / D of numbers whose logarithm is known: `qjax.formats.Log` with a traced q.
 

@@ -23,6 +23,7 @@ from qjax.errors import LayoutError, RecipeError
 from qjax.formats import SIGNS, SMOOTH, Layout, QArray, is_quantized
 from qjax.formats.rotation import prepared, rotate
 from qjax.kernels.devices import platform_here
+from qjax.rewriting.operands import Operand, Operands, round_fixed
 from qjax.rewriting.selection import Selected
 
 
@@ -292,6 +293,8 @@ def scales_of(x: Any, fmt: Any, streamed: bool = False) -> Any:
 def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str, side: int = 0) -> Any:
     """A product of float weights whose activations are rounded to their format: there is no integer dot to form."""
     values = [rewriter.dense(v, f"{where}: this operand has no quantized product") for v in values]
+    if isinstance(act, Operands):
+        return bind(eqn, [_operand(eqn, x, act.sides[n], n, where) for n, x in enumerate(values)])[0]
     if act is not None and act.prefix is not None:
         raise RecipeError(
             f"{where}: its rule asks for static inputs, whose scales are kept with a quantized weight, but the weight "
@@ -300,6 +303,15 @@ def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None,
     if act is not None:
         values[side] = rounded(values[side], act, operand_axes(eqn, side)[0])
     return bind(eqn, values)[0]
+
+
+def _operand(eqn: Any, x: Any, how: Operand | None, side: int, where: str) -> Any:
+    """One operand of a product of activations, rounded to its format and back."""
+    if how is None:
+        return x
+    if how.aux is None:
+        return rounded(x, Act(how.fmt), operand_axes(eqn, side)[0])
+    return round_fixed(x, how, where)
 
 
 def operand_axes(eqn: Any, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

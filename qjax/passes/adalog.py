@@ -1,0 +1,329 @@
+"""AdaLog: post-training quantization of vision transformers to few bits (Wu et al., ECCV 2024, arXiv:2407.12951).
+
+Weights and activations get codes of 3 to 8 bits from some 32 images, without training. Everything is quantized evenly,
+with a scale and a zero point that `qjax.passes.fpcs` searches, but for the two kinds of numbers that follow a power
+law: the probabilities of attentions and the outputs of GELUs get `qjax.formats.Log`, whose base is searched too.
+
+What a unit (`qjax.passes.units`) goes through, every other one staying in float meanwhile:
+
+    linear      weights by their own error, inputs by their own error; then, so many rounds, weights by the error of
+                the outputs with quantized inputs, and inputs by that with quantized weights
+    GELU first  the same, the inputs by base and scale
+    attention   queries and keys in turn by the error of their product, head by head; then in turn the base of the
+                probabilities and the values by the error of theirs
+    conv        weights by the error of the outputs, once
+
+Behind a LayerNorm, inputs differ by channel more than one scale can serve. So scales s_c and zero points z_c are
+searched for each channel first, and their difference from the mean s and z is moved into what stands around:
+
+    rho = s_c / s,  beta = z s - z_c s_c / rho;    gamma / rho,  bias / rho - beta;    W rho,  b + (W rho) beta.
+
+The float function stays what it is. A channel that is constant on the calibration data has no scale of its own and
+keeps rho = 1: 1e-4, where the search stops, would blow gamma up.
+
+Once the weight is rounded, the shift of a GELU is folded into the bias behind the product: b - shift (row sums of W^).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import RecipeError, near
+from qjax.formats import Int, Log
+from qjax.formats.log import ZERO_POLICIES
+from qjax.passes import fpcs, fpcs_losses
+from qjax.passes.fpcs import Pairs, Search
+
+Found = dict[str, np.ndarray]
+"""What was found for a unit, as arrays by name: it is kept on disk as such."""
+
+_ELEMENTS = 1 << 20
+"""Elements of inputs that one pass over the candidates has before it: what a core's cache and memory bear."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaLog:
+    """The search, for ``Recipe(rules, settle=AdaLog())``. Needs calibration data, 8 images or more.
+
+    The rules say which sites are quantized and to how many bits: weights and inputs of products, operands q, k, p and v
+    of attentions. The search says how: what follows a GELU gets `Log`, where the rule says `Int`; operand p whatever
+    the rule says, a `Log` with the base that is found.
+
+    Args:
+        rounds: how often weights and inputs (or two operands) are searched in turn.
+        steps, candidates, best: of FPCS, see `qjax.passes.fpcs.Search`.
+        reparameterize: move scales of channels into LayerNorms, where weights and inputs have the same bits.
+        zero: what becomes of the smallest outputs of a GELU, as in `Log`; for probabilities the rule says it.
+        rows: how many rows (tokens) the search for inputs looks at, drawn at random; None: all.
+        images: how many examples the search for operands of attentions looks at; None: all.
+        seed: of the draws.
+    """
+
+    rounds: int = 3
+    steps: int = 6
+    candidates: int = 128
+    best: bool = False
+    reparameterize: bool = True
+    zero: str = "mask"
+    rows: int | None = None
+    images: int | None = None
+    seed: int = 0
+
+    needs_batches: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 0:
+            raise RecipeError(f"AdaLog: rounds={self.rounds!r}; a whole number, 0 or more")
+        for name in ("rows", "images"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise RecipeError(f"AdaLog: {name}={value!r}; a whole number, 1 or more, or None for all")
+        if self.zero not in ZERO_POLICIES:
+            raise RecipeError(
+                f"AdaLog: zero={self.zero!r}{near(str(self.zero), ZERO_POLICIES)}; one of {', '.join(ZERO_POLICIES)}"
+            )
+        _ = self.search
+
+    @property
+    def search(self) -> Search:
+        """The settings of FPCS."""
+        return Search(self.candidates, steps=self.steps, log_scales=self.candidates // 8, best=self.best)
+
+    def settled(self, unit: Any, data: tuple[np.ndarray, ...], weights: np.ndarray | None) -> Found:
+        """Return what is found for one unit.
+
+        Args:
+            unit: from `qjax.passes.units`.
+            data: inputs [M, K] of a linear unit; q, k, p and v of an attention, [B, H, tokens, channels] each.
+            weights: of a linear unit, [N, K], those of its sites one below the other.
+
+        Returns:
+            Linear: ``scale`` and ``zero`` [N]; ``input_scale`` [1] with ``input_zero`` or ``q`` [1]; ``rho`` and
+            ``beta`` [K] where a LayerNorm is re-parameterized. Attention: ``q.scale``, ``q.zero`` [H] and so on,
+            ``p.q`` for a base.
+        """
+        if weights is None:
+            return self._attention(unit.decision.operands, *data)
+        return self._linear(unit, data[0], weights)
+
+    # ----------------------------------------------------------------------------------------------- linear
+    def _linear(self, unit: Any, x: np.ndarray, w: np.ndarray) -> Found:
+        decision = unit.decisions[0]
+        bits = bits_of(decision.weights, unit.name) if decision.weights is not None else None
+        inputs = bits_of(decision.inputs.fmt, unit.name) if decision.inputs is not None else None
+        if bits is None:
+            raise RecipeError(f"{unit.name}: its inputs are quantized and its weights are not; give both, or skip it")
+        grid = fpcs.uniform_grid(w, bits, False, self.search)
+        if inputs is None:
+            known = fpcs_losses.moments(x, x)
+            found = fpcs.search_uniform(
+                lambda s, z: np.asarray(fpcs_losses.weight_uniform(w, known, s, z, bits=bits)), *grid, self.search
+            )
+            return {"scale": found.scale, "zero": found.other}
+        out: Found = {}
+        if unit.kind == "norm" and self.reparameterize and inputs == bits:
+            out["rho"], out["beta"] = self.channel_moves(x, inputs)
+            x, w = x / out["rho"] - out["beta"], w * out["rho"]
+            grid = fpcs.uniform_grid(w, bits, False, self.search)
+        own = fpcs.search_uniform(
+            lambda s, z: np.asarray(fpcs_losses.own_uniform(w, s, z, bits=bits)), *grid, self.search
+        )
+        drawn = self._drawn(x, self.rows)
+        if unit.kind == "gelu":
+            pair, rounded, searched = self._log_inputs(drawn, x, inputs, unit.shift)
+        else:
+            pair, rounded, searched = self._uniform_inputs(drawn, x, inputs)
+        for _ in range(self.rounds):
+            if unit.kind == "gelu":
+                pair = searched(w, dequantized(w, own, bits))
+                own = self._weights(w, x, rounded(pair), bits, grid)
+            else:
+                own = self._weights(w, x, rounded(pair), bits, grid)
+                pair = searched(w, dequantized(w, own, bits))
+        out |= {"scale": own.scale, "zero": own.other, "input_scale": pair.scale}
+        out["q" if unit.kind == "gelu" else "input_zero"] = pair.other
+        return out
+
+    def _weights(
+        self, w: np.ndarray, x: np.ndarray, rounded: np.ndarray, bits: int, grid: tuple[np.ndarray, np.ndarray]
+    ) -> Pairs:
+        known = fpcs_losses.moments(x, rounded)
+        return fpcs.search_uniform(
+            lambda s, z: np.asarray(fpcs_losses.weight_uniform(w, known, s, z, bits=bits)), *grid, self.search
+        )
+
+    def _uniform_inputs(self, drawn: np.ndarray, x: np.ndarray, bits: int) -> tuple[Pairs, Any, Any]:
+        """The first pair, by the error of the inputs; what it makes of all; and the search by the error of outputs."""
+        grid = fpcs.uniform_grid(drawn.reshape(1, -1), bits, True, self.search)
+        flat = jnp.asarray(drawn.reshape(1, -1))
+
+        def search(evaluate: Any) -> Pairs:
+            return fpcs.search_uniform(evaluate, *grid, self.search, fpcs.SMALLEST_INPUT_SCALE)
+
+        first = search(lambda s, z: np.asarray(fpcs_losses.own_uniform(flat, s, z, bits=bits)))
+
+        def rounded(pair: Pairs) -> np.ndarray:
+            return np.asarray(fpcs_losses.uniform(x, pair.scale, pair.other, bits))  # type: ignore[arg-type]
+
+        def searched(w: np.ndarray, near: np.ndarray) -> Pairs:
+            return search(
+                lambda s, z: in_parts(drawn, lambda part: fpcs_losses.input_uniform(part, w, near, s, z, bits=bits))
+            )
+
+        return first, rounded, searched
+
+    def _log_inputs(self, drawn: np.ndarray, x: np.ndarray, bits: int, shift: float) -> tuple[Pairs, Any, Any]:
+        """`_uniform_inputs` behind a GELU. The first pair is base 2 with the scale that the search starts from."""
+        ends = fpcs.positive_ends(drawn, self.search.quantile)
+        start = fpcs.log_start(ends, shift, self.search)
+        pairs = [Pairs(np.full(1, start, np.float32), np.full(1, 37, np.float32), np.full(1, np.inf), 0)]
+        added = np.float32(shift)
+
+        def rounded(pair: Pairs) -> np.ndarray:
+            logs = _log2(x + added)
+            return np.asarray(_logarithmic(logs, pair, bits, self.zero)) - added
+
+        def searched(w: np.ndarray, near_w: np.ndarray) -> Pairs:
+            def evaluate(s: np.ndarray, q: np.ndarray) -> np.ndarray:
+                return in_parts(
+                    drawn,
+                    lambda part: fpcs_losses.input_log(part, added, w, near_w, s, q, bits=bits, zero=self.zero),  # type: ignore
+                )
+
+            pairs.append(fpcs.search_log(evaluate, ends, shift, float(pairs[-1].scale[0]), self.search))
+            return pairs[-1]
+
+        return pairs[0], rounded, searched
+
+    def channel_moves(self, x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rho and beta, float32 [K], of inputs [M, K]: see the top of this module."""
+        channels = np.ascontiguousarray(x.T)
+        grid = fpcs.uniform_grid(channels, bits, True, self.search)
+        found = fpcs.search_uniform(
+            lambda s, z: np.asarray(fpcs_losses.own_uniform(channels, s, z, bits=bits)),
+            *grid,
+            self.search,
+            fpcs.SMALLEST_INPUT_SCALE,
+        )
+        moving = np.ptp(channels, axis=1) > 0
+        if not moving.any():
+            return np.ones(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
+        scale, zero = found.scale.astype(np.float64), found.other.astype(np.float64)
+        s, z = scale[moving].mean(), np.rint(zero[moving].mean())
+        rho = np.where(moving, scale / s, 1.0)
+        beta = np.where(moving, z * s - zero * scale / rho, 0.0)
+        return rho.astype(np.float32), beta.astype(np.float32)
+
+    # -------------------------------------------------------------------------------------------- attention
+    def _attention(self, operands: Any, q: np.ndarray, k: np.ndarray, p: np.ndarray, v: np.ndarray) -> Found:
+        q, k, p, v = (self._drawn(a, self.images) for a in (q, k, p, v))
+        vt = np.ascontiguousarray(np.swapaxes(v, -1, -2))
+        out: Found = {}
+        out |= self._turns(operands, ("q", q), ("k", k))
+        out |= self._turns(operands, ("p", p), ("v", vt))
+        return out
+
+    def _turns(self, operands: Any, first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]) -> Found:
+        """Search two operands [B, H, rows, K] of a product that sums over K in turn."""
+        sides = [_HeadOperand(name, x, operands[name].fmt, self.search) for name, x in (first, second)
+                 if name in operands]  # fmt: skip
+        plain = {name: x for name, x in (first, second)}
+        for _ in range(self.rounds):
+            for side in sides:
+                other = next(name for name in plain if name != side.name)
+                near = next((s.rounded() for s in sides if s.name == other), plain[other])
+                side.look(plain[other], near)
+        return {key: value for side in sides for key, value in side.found().items()}
+
+    def _drawn(self, x: np.ndarray, count: int | None) -> np.ndarray:
+        if count is None or count >= len(x):
+            return x
+        rows = np.sort(np.random.default_rng(self.seed).choice(len(x), count, replace=False))
+        return np.ascontiguousarray(x[rows])
+
+
+class _HeadOperand:
+    """One operand of a product of activations, [B, H, rows, K], while its numbers are searched."""
+
+    def __init__(self, name: str, x: np.ndarray, fmt: Any, search: Search):
+        self.name, self.x, self.fmt, self.search = name, x, fmt, search
+        self.log = isinstance(fmt, Log)
+        self.bits = bits_of(fmt, f"operand {name}")
+        if self.log:  # the scale of probabilities is 1
+            self.pair = Pairs(np.ones(1, np.float32), np.full(1, fmt.q, np.float32), np.full(1, np.inf), 0)
+            return
+        slices = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
+        self.grid = fpcs.uniform_grid(slices, self.bits, False, search)
+        at = max(0, self.grid[0].shape[1] - 2)  # the next to last
+        scale, zero = (a[:, at] for a in self.grid)
+        self.pair = Pairs(scale, zero, np.full(len(scale), np.inf), 0)
+
+    def rounded(self) -> np.ndarray:
+        if self.log:
+            logs = _log2(self.x)
+            return np.asarray(_logarithmic(logs, self.pair, self.bits, self.fmt.zero))
+        scale, zero = self.pair.scale[:, None, None], self.pair.other[:, None, None]
+        return np.asarray(fpcs_losses.uniform(self.x, scale, zero, self.bits))  # type: ignore[arg-type]
+
+    def look(self, other: np.ndarray, near: np.ndarray) -> None:
+        """Search with the other operand as it is rounded now."""
+        if self.log:
+            self.pair = fpcs.search_base(
+                lambda s, q: np.asarray(
+                    fpcs_losses.heads_log(self.x, other, near, s, q, bits=self.bits, zero=self.fmt.zero)
+                )
+            )
+            return
+        self.pair = fpcs.search_uniform(
+            lambda s, z: np.asarray(fpcs_losses.heads_uniform(self.x, other, near, s, z, bits=self.bits)),
+            *self.grid,
+            self.search,
+        )
+
+    def found(self) -> Found:
+        kind = "q" if self.log else "zero"
+        return {f"{self.name}.scale": self.pair.scale, f"{self.name}.{kind}": self.pair.other}
+
+
+def _logarithmic(logs: Any, pair: Pairs, bits: int, zero: str) -> Any:
+    """Numbers with these logarithms as one scale and base leave them."""
+    scale, q = (jnp.asarray(a[0], jnp.float32) for a in (pair.scale, pair.other))
+    return fpcs_losses.logarithmic(logs, scale, q, bits, zero)
+
+
+@jax.jit
+def _log2(x: Any) -> Any:
+    return jnp.log2(jnp.maximum(x, 0))
+
+
+def bits_of(fmt: Any, where: str) -> int:
+    """Return the bits of a format that the search can set.
+
+    Raises:
+        RecipeError: it is neither `Int` without groups nor `Log`.
+    """
+    if isinstance(fmt, Log) or isinstance(fmt, Int) and fmt.group is None:
+        return fmt.bits
+    raise RecipeError(
+        f"{where}: AdaLog searches Int(bits, symmetric=False) and Log(bits), not {fmt.name}; write one of these"
+    )
+
+
+def dequantized(w: np.ndarray, pair: Pairs, bits: int) -> np.ndarray:
+    """Return weights [N, K] as quantization with these scales and zero points leaves them."""
+    return np.asarray(fpcs_losses.uniform(w, pair.scale[:, None], pair.other[:, None], bits))  # type: ignore[arg-type]
+
+
+def in_parts(x: np.ndarray, losses: Callable[[np.ndarray], Any]) -> np.ndarray:
+    """Return the sum of losses over parts of the rows of x [M, K], so many that memory is bounded."""
+    rows = max(256, _ELEMENTS // x.shape[1])
+    total = 0.0
+    for at in range(0, len(x), rows):
+        total = total + np.asarray(losses(x[at : at + rows]), np.float64)
+    return np.asarray(total)

@@ -1,0 +1,235 @@
+"""Running a search over a program: unit after unit, each kept on disk when it is done.
+
+The model stays in float while it is searched, so a unit depends on no other and a killed job goes on where it was. When
+all units are done, what was found becomes edits of parameters, scales of weights and inputs, and a recipe with one rule
+for each site, from which `qjax.quantize` makes the model as from any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.applying.storage import check_decisions
+from qjax.checkpoint.folded import update_digest, update_with_sample
+from qjax.checkpoint.parts import load_part, open_job, save_part
+from qjax.errors import DataError, RecipeError
+from qjax.lazy import Lazy
+from qjax.passes.folding import weight_matrix
+from qjax.passes.leaves import Leaves
+from qjax.passes.units import AttentionUnit, LinearUnit, find_units
+from qjax.program import Program, Signature, trace_flat
+from qjax.recipe import Recipe
+from qjax.settling.capture import capture, separable
+from qjax.settling.results import Outcome, settle_attention, settle_linear
+
+FEWEST = 8
+"""Examples below which nothing is searched."""
+
+MEMORY = 1 << 30
+"""Bytes of captured activations that are held at a time, where one unit does not need more."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Settled:
+    """What a search has made of a recipe.
+
+    Attributes:
+        leaves: the parameter leaves, edited.
+        recipe: with a rule for each site.
+        scales: site -> scale and zero point of its weight.
+        constants: site -> scale and zero point of its inputs.
+        notes: for the report.
+    """
+
+    leaves: list[Any]
+    recipe: Recipe
+    scales: dict[str, Any]
+    constants: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def settle(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    recipe: Recipe,
+    resume: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Settled:
+    """Search the formats and scales of a recipe with ``settle``.
+
+    Args:
+        fn, params: the function and its float parameters.
+        batches: argument tuples, all of one structure; their leading axes are examples.
+        recipe: says which sites, how many bits, and which search.
+        resume: a folder in which finished units are kept.
+        progress: called as ``progress(done, total, name)``.
+
+    Raises:
+        RecipeError: a site that the search cannot serve.
+        DataError: fewer than 8 examples.
+    """
+    given = list(batches)
+    count = sum(_examples(args) for args in given)
+    if count < FEWEST:
+        raise DataError(
+            f"{count} calibration examples were given, and {type(recipe.settle).__name__} needs {FEWEST} or more "
+            "(32 is the usual number): scales would follow single images"
+        )
+    views = [_View(fn, params, args, recipe) for args in _by_shape(given)]
+    view_of = {view.key: view for view in views}
+    first = views[0]
+    leaves = Leaves(first.program.leaf_names, first.leaves)
+    if any(isinstance(a, Lazy) for a in first.leaves):
+        raise RecipeError(f"{type(recipe.settle).__name__} runs the whole model: read the parameters into memory first")
+    kept = None if resume is None else _opened(resume, recipe, first.leaves, given)
+
+    outcomes: list[Outcome] = []
+    total = len(first.units)
+    for members in first.groups(MEMORY // max(count // max(first.examples, 1), 1)):
+        found = {n: _kept(kept, n, first.units[n].name) for n in members}
+        missing = [n for n in members if found[n] is None]
+        data = _captured(view_of, given, missing)
+        for n in members:
+            unit = first.units[n]
+            if found[n] is None:
+                weights = None
+                if isinstance(unit, LinearUnit):
+                    matrices = [np.asarray(weight_matrix(first.program, leaves, s), np.float32) for s in unit.sites]
+                    weights = np.concatenate(matrices)
+                found[n] = recipe.settle.settled(unit, data.pop(n), weights)
+                if kept is not None:
+                    save_part(kept / "blocks" / f"{n:04d}", dict(found[n] or {}), {"unit": unit.name})
+            outcomes.append(_outcome(first.program, leaves, unit, recipe, found[n] or {}))
+            if progress is not None:
+                progress(n + 1, total, unit.name)
+    for outcome in outcomes:  # no unit has seen the edits of another
+        for number, key, value in outcome.edits:
+            leaves.put(number, key, value)
+    skips = [rule for rule in recipe.rules if rule.skip]
+    skips = [dataclasses.replace(rule, optional=True) for rule in skips]
+    rules = [rule for outcome in outcomes for rule in outcome.rules]
+    return Settled(
+        [leaves[name] for name in leaves],
+        Recipe([*rules, *skips], name=recipe.name),
+        {site: aux for outcome in outcomes for site, aux in outcome.scales.items()},
+        {site: aux for outcome in outcomes for site, aux in outcome.constants.items()},
+        tuple(note for outcome in outcomes for note in outcome.notes) + first.notes,
+    )
+
+
+class _View:
+    """The program at the shapes of one batch, and its units."""
+
+    def __init__(self, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe: Recipe):
+        signature, arrays = Signature.of(params, args, {})
+        self.key, self.signature = _shapes(args), signature
+        self.leaves, self.examples = arrays[: signature.n_params], _examples(args)
+        self.program = trace_flat(fn, signature, arrays)
+        decisions = recipe.decide(self.program.sites)
+        check_decisions(self.program, decisions, settles=True)
+        self.level, units = find_units(self.program, decisions)
+        notes, self.units = [], []
+        for unit in units:
+            why = separable(unit) if isinstance(unit, AttentionUnit) else ""
+            if why:
+                notes.append(f"{unit.name}: its operands stay float: {why}")
+                continue
+            notes += [f"{unit.name}: {note}" for note in unit.notes]
+            self.units.append(unit)
+        self.notes = tuple(notes)
+        self._jitted: dict[tuple[int, ...], Any] = {}
+
+    def groups(self, limit: int) -> list[list[int]]:
+        """Units in program order, so many at a time as stay below ``limit`` bytes for one batch."""
+        shapes = jax.eval_shape(
+            lambda *arrays: capture(self.program, self.level, self.units, arrays), *self.program.jaxpr.in_avals
+        )
+        out: list[list[int]] = [[]]
+        held = 0
+        for n, parts in enumerate(shapes):
+            size = sum(4 * part.size for part in parts)
+            if out[-1] and held + size > limit:
+                out.append([])
+                held = 0
+            out[-1].append(n)
+            held += size
+        return out
+
+    def capture(self, members: tuple[int, ...], args: tuple[Any, ...]) -> list[tuple[np.ndarray, ...]]:
+        """The data of units in one batch."""
+        if members not in self._jitted:
+            units = [self.units[n] for n in members]
+            self._jitted[members] = jax.jit(lambda *arrays: capture(self.program, self.level, units, arrays))
+        _, arrays = Signature.of((), args, {})
+        got = self._jitted[members](*self.leaves, *arrays)
+        return [tuple(np.asarray(a) for a in parts) for parts in got]
+
+
+def _captured(
+    views: dict[Any, _View], batches: Sequence[tuple[Any, ...]], members: Sequence[int]
+) -> dict[int, tuple[np.ndarray, ...]]:
+    if not members:
+        return {}
+    rows: list[list[tuple[np.ndarray, ...]]] = [[] for _ in members]
+    for args in batches:
+        for at, parts in enumerate(views[_shapes(args)].capture(tuple(members), args)):
+            rows[at].append(parts)
+    out = {}
+    for n, parts in zip(members, rows, strict=True):
+        try:
+            out[n] = tuple(np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        except ValueError:
+            raise DataError(
+                "calibration batches differ in length, and operands of attentions of different lengths cannot be "
+                "searched together; give batches of one length"
+            ) from None
+        bad = next((a for a in out[n] if not np.isfinite(a).all()), None)
+        if bad is not None:
+            raise DataError(f"the calibration data leads to NaN or infinity among the inputs of unit {n}; look at it")
+    return out
+
+
+def _outcome(program: Program, leaves: Leaves, unit: Any, recipe: Recipe, found: dict[str, np.ndarray]) -> Outcome:
+    if isinstance(unit, LinearUnit):
+        return settle_linear(program, leaves, unit, found, getattr(recipe.settle, "zero", "mask"))
+    return settle_attention(unit, found)
+
+
+def _kept(folder: Path | None, number: int, name: str) -> dict[str, np.ndarray] | None:
+    found = None if folder is None else load_part(folder / "blocks" / f"{number:04d}")
+    if found is None or found[1]["unit"] != name:
+        return None
+    return {key: np.asarray(value) for key, value in found[0].items()}
+
+
+def _opened(path: str | Path, recipe: Recipe, leaves: Sequence[Any], batches: Sequence[Any]) -> Path:
+    weights, data = hashlib.sha256(), hashlib.sha256()
+    for leaf in leaves:
+        update_with_sample(weights, leaf)
+    for batch in batches:
+        update_digest(data, batch)
+    job = {"recipe": recipe.hash, "parameters": weights.hexdigest(), "batches": data.hexdigest()}
+    return open_job(path, job, "quantization")
+
+
+def _examples(args: tuple[Any, ...]) -> int:
+    first = next((a for a in jax.tree.leaves(args) if getattr(a, "ndim", 0)), None)
+    return 0 if first is None else int(first.shape[0])
+
+
+def _shapes(args: tuple[Any, ...]) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    return tree, tuple((np.shape(a), str(getattr(a, "dtype", ""))) for a in leaves)
+
+
+def _by_shape(batches: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return list({_shapes(args): args for args in reversed(batches)}.values())[::-1]

@@ -1,0 +1,262 @@
+"""AdaLog from a plain function to a saved model, against a NumPy forward pass with the numbers that were found."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.errors import CheckpointError, DataError, RecipeError
+from qjax.formats import Int, Log
+from qjax.passes import AdaLog
+from qjax.passes.units import LinearUnit, find_units
+from qjax.settling import settle
+from qjax.settling.results import settle_linear
+
+F = np.float32
+D, HEADS, TOKENS, HIDDEN = 8, 2, 5, 8
+RNG = np.random.default_rng(0)
+QUICK = AdaLog(rounds=1, steps=2, candidates=32)
+
+
+def layer_norm(p, x):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def net(params, x):
+    """One layer of a transformer [B, T, D], heads first, GELU of the tanh form, and a head on the first token."""
+    h = layer_norm(params["norm"], x)
+    q, k, v = (
+        dense(params[n], h).reshape(*x.shape[:2], HEADS, -1).transpose(0, 2, 1, 3) for n in ("query", "key", "value")
+    )
+    p = jax.nn.softmax(q @ k.transpose(0, 1, 3, 2) / 2.0, axis=-1)
+    x = x + dense(params["out"], (p @ v).transpose(0, 2, 1, 3).reshape(x.shape))
+    x = x + dense(params["down"], jax.nn.gelu(dense(params["up"], layer_norm(params["norm2"], x))))
+    return dense(params["head"], layer_norm(params["last"], x)[:, 0])
+
+
+def make_params():
+    def weight(n_in, n_out):
+        kernel, bias = RNG.standard_normal((n_in, n_out)) / n_in**0.5, 0.1 * RNG.standard_normal(n_out)
+        return {"kernel": kernel.astype(F), "bias": bias.astype(F)}
+
+    def norm():
+        scale, bias = 2.0 ** RNG.uniform(-3, 2, D), RNG.standard_normal(D)
+        return {"scale": scale.astype(F), "bias": bias.astype(F)}
+
+    sizes = {n: (D, D) for n in ("query", "key", "value", "out")} | {"up": (D, HIDDEN), "down": (HIDDEN, D)}
+    return {n: weight(*s) for n, s in (sizes | {"head": (D, D)}).items()} | {
+        n: norm() for n in ("norm", "norm2", "last")
+    }
+
+
+PARAMS = make_params()
+X = RNG.standard_normal((8, TOKENS, D)).astype(F)
+
+
+def recipe(bits=4, settle=QUICK, weights=None):
+    inputs = qjax.static(Int(bits, per="tensor", symmetric=False))
+    p = qjax.static(Log(bits, zero="mask"))
+    rules = [
+        qjax.Rule("**", op="attention", operands={"q": inputs, "k": inputs, "v": inputs, "p": p}),
+        qjax.Rule("**", weights=weights or Int(bits, symmetric=False), inputs=inputs),
+    ]
+    return qjax.Recipe(rules, name="tiny", settle=settle)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture(scope="module")
+def settled(job):
+    return settle(net, PARAMS, [(X[:4],), (X[4:],)], recipe=recipe(), resume=job)
+
+
+def test_units_are_found_on_the_program():
+    program = qjax.trace(net, PARAMS, X)
+    _, units = find_units(program, recipe().decide(program.sites))
+    kinds = [(u.sites, u.kind) for u in units if isinstance(u, LinearUnit)]
+    assert kinds == [
+        (("query/kernel", "key/kernel", "value/kernel"), "norm"),
+        (("out/kernel",), "plain"),
+        (("up/kernel",), "norm"),
+        (("down/kernel",), "gelu"),
+        (("head/kernel",), "plain"),  # a slice of what the norm gives
+    ]
+    down = next(u for u in units if u.name == "down/kernel")
+    assert down.shift == pytest.approx(0.1700407506, abs=1e-7) and down.shift > 0.1700407506
+    assert sum(not isinstance(u, LinearUnit) for u in units) == 1
+    exact = qjax.trace(lambda p, x: jax.nn.gelu(x @ p["a"], approximate=False) @ p["b"],
+                       {"a": np.ones((4, 4), F), "b": np.ones((4, 2), F)}, np.ones((3, 4), F))  # fmt: skip
+    found = find_units(exact, recipe().decide(exact.sites, strict=False))[1]
+    assert [u.kind for u in found] == ["plain", "gelu"] and found[1].shift == 0.16997124254703522
+    quick = qjax.trace(lambda p, x: (lambda h: h * jax.nn.sigmoid(1.702 * h))(x @ p["a"]) @ p["b"],
+                       {"a": np.ones((4, 4), F), "b": np.ones((4, 2), F)}, np.ones((3, 4), F))  # fmt: skip
+    found = find_units(quick, recipe().decide(quick.sites, strict=False))[1]
+    assert found[1].kind == "plain" and "no GELU" in found[1].notes[0]
+
+
+def test_a_layer_norm_takes_up_the_scales_of_channels_and_the_function_stays(settled):
+    program = qjax.trace(net, PARAMS, X)
+    _, units = find_units(program, recipe().decide(program.sites))
+    leaves = qjax.passes.Leaves(program.leaf_names, jax.tree.leaves(PARAMS))
+    wide = X * np.array([1, 8, 0.1, 1, 3, 1, 1, 1], F)
+    for unit in (u for u in units if isinstance(u, LinearUnit) and u.kind == "norm"):
+        rows = np.array(layer_norm(PARAMS[unit.norm[0].split("/")[0]], wide)).reshape(-1, D)
+        rows[:, 3] = 0.7  # a channel that never changes
+        weights = np.concatenate([PARAMS[name.split("/")[0]]["kernel"].T for name in unit.sites])
+        found = QUICK.settled(unit, (rows,), weights)
+        assert found["rho"][3] == 1 and found["beta"][3] == 0 and np.ptp(np.log2(found["rho"])) > 1
+        outcome = settle_linear(program, leaves, unit, found, "mask")
+        for number, key, value in outcome.edits:
+            leaves.put(number, key, value)
+    moved = jax.tree.unflatten(jax.tree.structure(PARAMS), [leaves[name] for name in leaves])
+    want = net(PARAMS, X)
+    assert np.abs(net(moved, X) - want).max() <= 2e-5 * np.abs(want).max()
+    assert np.abs(moved["norm"]["scale"] - PARAMS["norm"]["scale"]).max() > 0.1
+
+
+def uniform(x, aux, bits=4):
+    scale, zero = (np.asarray(aux[k], np.float64) for k in ("scale", "zero"))
+    return (np.clip(np.rint(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
+
+
+def logarithmic(x, fmt, scale):
+    """x + shift on the logarithmic grid, from the equations."""
+    n, below = 2**fmt.bits, 2 ** (fmt.bits + 1) - 2
+    code = np.rint(-np.log2(np.clip((x + fmt.shift) / scale, 1e-15, 1)) * 37 / fmt.q).astype(int)
+    at = np.clip(code, 0, n - 1) * fmt.q
+    return scale * np.rint(2.0 ** (-(at % 37) / 37) * below) / below * 2.0 ** -(at // 37) * (code < n)
+
+
+def test_the_model_is_what_the_numbers_say(settled, job, tmp_path):
+    model = qjax.quantize(net, PARAMS, recipe=recipe(), batches=[(X[:4],), (X[4:],)], resume=job)  # all is there
+    rules = {rule.match: rule for rule in settled.recipe.rules}
+    attention = next(rule for rule in rules.values() if rule.op == "attention").operands
+    leaves = iter(settled.leaves)
+    p = jax.tree.map(lambda a: np.asarray(next(leaves), np.float64), PARAMS)
+
+    def linear(name, x):
+        site, rule = f"{name}/kernel", rules[f"{name}/kernel"]
+        weight = uniform(p[name]["kernel"].T, settled.scales[site]).T
+        scale = np.asarray(settled.constants[site]["scale"], np.float64)
+        fmt = rule.inputs.fmt
+        near = logarithmic(x, fmt, scale) if isinstance(fmt, Log) else uniform(x, settled.constants[site])
+        return near @ weight + p[name]["bias"]
+
+    def operand(name, x):
+        source = attention[name]
+        if isinstance(source.fmt, Log):
+            assert source.scale == (1.0,)
+            return logarithmic(x, source.fmt, 1.0)
+        assert len(source.scale) == HEADS
+        return uniform(x, {k: np.reshape(getattr(source, k), (HEADS, 1, 1)) for k in ("scale", "zero")})
+
+    def norm(name, x):
+        return np.asarray(layer_norm(p[name], jnp.asarray(x, jnp.float32)), np.float64)
+
+    def split(x):
+        return x.reshape(*x.shape[:2], HEADS, -1).transpose(0, 2, 1, 3)
+
+    x = X.astype(np.float64)
+    h = norm("norm", x)
+    q, k, v = (operand(n[0], split(linear(n, h))) for n in ("query", "key", "value"))
+    prob = operand("p", np.asarray(jax.nn.softmax(q @ k.transpose(0, 1, 3, 2) / 2.0, axis=-1)))
+    x = x + linear("out", (prob @ v).transpose(0, 2, 1, 3).reshape(x.shape))
+    hidden = np.asarray(jax.nn.gelu(jnp.asarray(linear("up", norm("norm2", x)), jnp.float32)), np.float64)
+    assert rules["down/kernel"].inputs.fmt.folded
+    x = x + linear("down", hidden)
+    want = linear("head", norm("last", x)[:, 0])
+    got = np.asarray(model(model.params, X))
+    close = np.abs(got - want) <= 1e-4 * np.abs(want).max()
+    assert close.mean() > 0.9  # a number on the edge between two codes may fall to either side
+
+    row = next(r for r in model.report.rows if r.op == "attention")
+    assert row.quantized and "log4" in row.inputs and model.recipe.settle is None
+    assert qjax.Recipe.from_toml(model.recipe.to_toml()) == model.recipe
+    qjax.save(tmp_path / "model", model)
+    again = qjax.load(tmp_path / "model", net, like=jax.tree.map(jnp.zeros_like, PARAMS))
+    np.testing.assert_array_equal(again(again.params, X), got)
+    np.testing.assert_allclose(model(model.params, X[:2]), got[:2], atol=1e-5 * np.abs(got).max())
+
+
+def test_a_killed_search_goes_on(settled, tmp_path):
+    batches = [(X[:4],), (X[4:],)]
+
+    def kill(done, total, name):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        settle(net, PARAMS, batches, recipe=recipe(), resume=tmp_path, progress=kill)
+    seen = []
+
+    class Watched(AdaLog):
+        def settled(self, unit, data, weights):
+            seen.append(unit.name)
+            return super().settled(unit, data, weights)
+
+    watched = Watched(**dataclasses.asdict(QUICK))
+    begun = recipe()
+    object.__setattr__(begun, "settle", watched)
+    object.__setattr__(begun, "hash", recipe().hash)
+    resumed = settle(net, PARAMS, batches, recipe=begun, resume=tmp_path)
+    assert len(seen) == 3 and resumed.recipe == settled.recipe
+    for mine, other in zip(resumed.leaves, settled.leaves, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    with pytest.raises(CheckpointError, match="batches differ"):
+        settle(net, PARAMS, [(X + 1,)], recipe=recipe(), resume=tmp_path)
+
+
+def test_what_cannot_be_searched():
+    with pytest.raises(DataError, match="4 calibration examples.*needs 8"):
+        settle(net, PARAMS, [(X[:4],)], recipe=recipe())
+    with pytest.raises(RecipeError, match="not int4 g4"):
+        settle(net, PARAMS, [(X,)], recipe=recipe(weights=Int(4, group=4)))
+    with pytest.raises(RecipeError, match="AdaLog searches for formats"):
+        qjax.quantize(net, PARAMS, X, recipe=recipe())
+    with pytest.raises(RecipeError, match="static scale of its operand"):
+        qjax.quantize(net, PARAMS, X, recipe=recipe(settle=None), batches=[(X,)])
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda h, w: (h @ w, None), x, params["w"])[0]
+
+    with pytest.raises(RecipeError, match="inside a loop over layers"):
+        stacked = qjax.Recipe([qjax.Rule("**", weights=Int(4, symmetric=False))], settle=QUICK)
+        settle(scanned, {"w": np.ones((2, 4, 4), F)}, [(np.ones((8, 4), F),)], recipe=stacked)
+    with pytest.raises(RecipeError, match="did you mean 'mask'"):
+        AdaLog(zero="maks")
+    with pytest.raises(RecipeError, match="settle is a search"):
+        qjax.Recipe([qjax.Rule("**", weights=Int(4))], settle=3)
+
+
+def test_operands_with_scales_of_their_own():
+    q, k = (RNG.standard_normal((2, 3, 4)).astype(F) for _ in range(2))
+    operands = {"lhs": qjax.fixed(Int(4, per="tensor"), 0.3), "rhs": Int(8, per="token", scale="qmax")}
+    bias_free = qjax.Recipe([qjax.Rule("**", op="matmul", operands=operands)])
+    fn = lambda params, q, k: jnp.einsum("btd,bsd->bts", q * params["one"], k)  # noqa: E731
+    model = qjax.quantize(fn, {"one": jnp.ones(())}, q, k, recipe=bias_free)
+    near_q = np.clip(np.rint(q / F(0.3)), -8, 7) * F(0.3)
+    scale = np.abs(k).max(-1, keepdims=True) / 127
+    near_k = np.clip(np.rint(k / scale), -128, 127) * scale
+    np.testing.assert_allclose(
+        model(model.params, q, k), np.einsum("btd,bsd->bts", near_q, near_k), rtol=1e-4, atol=1e-4
+    )
+    assert qjax.Recipe.from_toml(bias_free.to_toml()) == bias_free
+    for wrong, words in (
+        (dict(scale=()), "positive numbers"),
+        (dict(scale=0.1, zero=3), "1 zero points where 0"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            qjax.Rule("**", op="matmul", operands={"lhs": qjax.fixed(Int(4, per="tensor"), **wrong)})
