@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, Clock, checked
 from benchmarks.gpu_parts.weights16 import weight
 from benchmarks.kernel_cases.weights16 import G128
+from benchmarks.peers import tokamax_ragged
 from qjax import ops
 from qjax.formats import Int, IntTiles, Layout, QArray
 from qjax.kernels.dot.mosaic import STAGES
@@ -132,8 +133,32 @@ def drawn(n: int, k: int, groups: int, seed: int) -> QArray:
     return QArray(jnp.zeros((groups, n, 0), jnp.int8), aux, fmt, layout, jnp.dtype(jnp.bfloat16))
 
 
+def tokamax_us(clock: Any, x: Any, sizes: list[Any], n: int, k: int) -> dict[str, Any]:
+    """Microseconds of tokamax's product with int4 experts, the fastest of some configurations; or why there is none.
+
+    Returns:
+        ``us`` and ``config``, its name, if its result is that of its own XLA form; else ``failure``.
+    """
+    found = tokamax_ragged.products()
+    if isinstance(found, str):
+        return {"failure": found}
+    weights = [tokamax_ragged.drawn(n, k, GROUPS, s) for s in range(len(sizes))]
+    want = np.asarray(jax.jit(found.pop("xla"))(x, weights[0], sizes[0]), np.float32)
+    own, out = int(np.sum(sizes[0])), {}  # rows of no group are left as they were
+    for name, function in found.items():
+        try:
+            got = np.asarray(jax.jit(function)(x, weights[0], sizes[0]), np.float32)
+            if np.linalg.norm((got - want)[:own]) > 0.02 * np.linalg.norm(want[:own]):
+                raise ValueError("its result is not that of its XLA form")
+            out[name] = clock.us(function, *[(x, w, s) for w, s in zip(weights, sizes, strict=True)])
+        except Exception as failure:  # such as a configuration that this device has no room for
+            print(f"peer: {name}: {type(failure).__name__}: {str(failure)[:200]}", flush=True)
+    best = min(out, key=lambda name: out[name], default="")
+    return {"us": out[best], "config": best} if out else {"failure": "no configuration of tokamax runs"}
+
+
 def times(clock: Clock) -> list[dict[str, Any]]:
-    """Experts of Mixtral-8x7B at 1 to 4096 tokens, beside XLA's bfloat16 product."""
+    """Experts of Mixtral-8x7B at 1 to 4096 tokens, beside XLA's bfloat16 product and tokamax's with int4."""
     out: list[dict[str, Any]] = []
     for layer, (n, k) in EXPERTS.items():
         w = [drawn(n, k, GROUPS, s) for s in range(2)]
@@ -153,4 +178,7 @@ def times(clock: Clock) -> list[dict[str, Any]]:
                 row["ceiling_us"] = clock.ceiling_us(read * 4.125 / 4.25, 2 * rows * n * k)
                 row["schedule"] = str(ragged_schedule_for(n, k, rows, GROUPS))
                 row["peers"] = {"bfloat16": clock.us(jax.lax.ragged_dot, *[(x, floats, s) for s in sizes])}
+                theirs = tokamax_us(clock, x, sizes, n, k) if clock.left() > 0 else {"failure": "the time was up"}
+                row["tokamax"] = theirs.get("config", theirs.get("failure"))
+                row["peers"] |= {"tokamax int4": theirs["us"]} if "us" in theirs else {}
     return out

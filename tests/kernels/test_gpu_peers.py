@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks.gpu_parts import peers
-from benchmarks.peers import gpu_products
+from benchmarks.gpu_parts import peers, ragged
+from benchmarks.peers import gpu_products, tokamax_ragged
 
 
 def test_times_stand_beside_the_kernels_that_compute_the_same():
@@ -44,3 +49,28 @@ def test_what_fails_is_a_row_with_the_reason():
 def test_a_process_that_dies_says_how():
     (row,) = peers.by_process([["a layer"]], ["no number"], 60)
     assert "ended with 2" in row["failure"]
+
+
+def test_the_fastest_configuration_of_tokamax_that_is_right_counts(monkeypatch):
+    def honest(x, w, sizes):
+        return jax.lax.ragged_dot(x, jnp.swapaxes(w[0].astype(x.dtype) * 0.01, 1, 2), sizes)
+
+    def broken(x, w, sizes):
+        raise NotImplementedError("no room")
+
+    found = {"xla": honest, "slow": lambda *a: honest(*a), "fast": lambda *a: honest(*a) * 1.001}
+    found |= {"wrong": lambda *a: honest(*a) * 1.1, "broken": broken}
+    times = {"slow": 3.0, "fast": 2.0, "wrong": 1.0}
+    by = {function: times.get(name) for name, function in found.items()}
+    clock = types.SimpleNamespace(us=lambda function, *sets: by[function])
+    x, sizes = jnp.ones((8, 128), jnp.float32), [jnp.asarray([3, 0, 2, 0, 0, 1, 0, 0]) for _ in range(2)]
+    monkeypatch.setattr(tokamax_ragged, "products", lambda: dict(found))
+    assert ragged.tokamax_us(clock, x, sizes, 128, 128) == {"us": 2.0, "config": "fast"}
+    monkeypatch.setattr(tokamax_ragged, "products", lambda: {"xla": honest, "broken": broken})
+    assert ragged.tokamax_us(clock, x, sizes, 128, 128) == {"failure": "no configuration of tokamax runs"}
+
+
+def test_without_tokamax_there_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    why = ragged.tokamax_us(None, jnp.ones((8, 128)), [], 128, 128)["failure"]
+    assert why.startswith("tokamax cannot be imported (")
