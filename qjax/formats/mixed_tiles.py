@@ -5,7 +5,7 @@ the number of stretches of 256 columns, four quads of strips each,
 
     tiles      int32    [*stack, 1, N' S 24]  as [N'/64, S, 24, 64]: tiles of 64 rows and 256 columns, 3 bits a weight
     unit       float32  [*stack, 1, N']       the unit of the matrix, for every row
-    strips     uint8                          which strip of a quad is 4-bit, as in `qjax.formats.mixed_bits`
+    which      uint8    [*stack, 1, 4 S]      which strip of each quad is 4-bit
     exponent   int8                           of the unit, likewise
     outlier_*                                 corrections: float16 values, columns, and the row of each
 
@@ -75,7 +75,7 @@ class MixedTiles(Tiled):
     row_aux: ClassVar[tuple[str, ...]] = (
         "tiles",
         "unit",
-        "strips",
+        "which",
         "exponent",
         "outlier_value",
         "outlier_column",
@@ -132,11 +132,12 @@ class MixedTiles(Tiled):
         eight = jnp.concatenate([two, four[..., :2, :]], axis=-2).reshape(*two.shape[:-2], 2, 4, 128)
         parts = [jnp.swapaxes(eight, -1, -2), four[..., 2:, :], pairs, self._of_rows(aux, n), self._of_tiles(aux, n)]
         flat = jnp.concatenate([a.reshape(*two.shape[:-2], -1) for a in parts], axis=-1)
+        which = unpack_bits(aux["strips"], 2, strips.wide, signed=False)
         unit = power_of_two(jnp.asarray(aux["exponent"]).astype(jnp.int32))
         out: Aux = {
             "tiles": lax.bitcast_convert_type(flat.reshape(*stack, 1, -1), jnp.int32),
             "unit": jnp.broadcast_to(unit, (*stack, 1, rounded_up(n))).astype(jnp.float32),
-            "strips": aux["strips"],
+            "which": jnp.pad(which, [(0, 0)] * (which.ndim - 1) + [(0, quads - strips.wide)]),
             "exponent": aux["exponent"],
         }
         if "outlier_value" in aux:
@@ -208,7 +209,7 @@ class MixedTiles(Tiled):
             "tile_zero": (zero[..., 0] | zero[..., 1] << 4 | zero[..., 2] << 8).reshape(*stack, 1, -1),
             "wide_scale": half(of_rows & np.uint32(0xFFFF), jnp.float16),
             "wide_zero": pack_bits((of_rows >> np.uint32(16)).astype(jnp.uint8), 4),
-            "strips": aux["strips"],
+            "strips": pack_bits(aux["which"][..., :quads], 2),
         }
         if "outlier_value" in aux:
             out |= {name: aux[name] for name in ("outlier_value", "outlier_column")}

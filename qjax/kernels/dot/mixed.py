@@ -1,7 +1,9 @@
 """The lowering of products with weights of 2-bit and 4-bit strips on NVIDIA's Hopper, by `mixed16`.
 
-Corrections in FP16 are a second product, by XLA: number by number, each times the activations of its column, summed by
-rows. That reads few bytes, and takes as long as there are tokens: beyond `MOST` the weight is dequantized.
+Corrections in FP16 are a second product, by XLA. Up to `MOST` tokens number by number, each times the activations of
+its column, summed by rows: few bytes, and work that grows with tokens and that no tensor core does. Beyond, they are
+put into a matrix of zeros in the dtype of the activations (in units of the weight, where float16 holds them exactly)
+and multiplied as any matrix.
 """
 
 from __future__ import annotations
@@ -11,18 +13,17 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from qjax.formats import MixedBits, MixedTiles, QArray
-from qjax.formats.mixed_tiles import COLUMNS, QUADS
-from qjax.formats.packing import unpack_bits
+from qjax.formats.mixed_tiles import COLUMNS
 from qjax.kernels.dot.mixed16 import STAGES, mixed16
 from qjax.kernels.dot.mosaic import chosen, on_hopper
 from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 MOST = 64
-"""Tokens up to which corrections are added number by number. A guess: unmeasured."""
+"""Tokens up to which corrections are added number by number. A guess, unmeasured."""
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -34,8 +35,6 @@ def _refuses(problem: Problem) -> str | None:
         return f"activations are quantized ({problem.act.name}), and a weight in tiles takes 16-bit floats"
     if problem.x_dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {problem.x_dtype.name}; cast them to bfloat16 or float16"
-    if weight.like.outliers and problem.rows > MOST:  # type: ignore[operator] (known: on_hopper asked)
-        return f"its FP16 corrections are added one by one, for up to {MOST} rows, and there are {problem.rows}"
     return None
 
 
@@ -64,7 +63,7 @@ def mixed(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     y = mixed16(
         aux["tiles"],
         aux["unit"],
-        which(fmt, aux["strips"]),
+        aux["which"],
         x,
         bits=fmt.like.scale_bits,
         n=problem.n,
@@ -76,13 +75,6 @@ def mixed(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     return y.reshape(*problem.stack, *rows, problem.n)
 
 
-def which(fmt: MixedTiles, strips: Array) -> Array:
-    """Return which strip of each quad is 4-bit, uint8 [E, K'/64], of the map as it is stored, uint8 [E, bytes]."""
-    quads = fmt.like.strips(fmt.length).wide
-    known = unpack_bits(strips, 2, quads, signed=False)
-    return jnp.pad(known, ((0, 0), (0, fmt.padded_length // COLUMNS * QUADS - quads)))
-
-
 def corrections(aux: dict[str, Array], x: Array, n: int) -> Array:
     """Return the products of the FP16 corrections, float32 [E, M, N].
 
@@ -91,10 +83,17 @@ def corrections(aux: dict[str, Array], x: Array, n: int) -> Array:
         x: [E, M, K].
         n: N.
     """
+    tokens, length = x.shape[1:]
 
-    def one(values: Array, columns: Array, at: Array, unit: Array, x: Array) -> Array:
-        terms = jnp.take(x.T, columns.astype(jnp.int32), axis=0, mode="clip").astype(jnp.float32)
-        terms = terms * (values.astype(jnp.float32) * unit[0])[:, None]
-        return jax.ops.segment_sum(terms, at.astype(jnp.int32), n, indices_are_sorted=True).T
+    def by_number(values: Array, columns: Array, at: Array, x: Array) -> Array:
+        terms = jnp.take(x.T, columns, axis=0, mode="clip").astype(jnp.float32) * values.astype(jnp.float32)[:, None]
+        return jax.ops.segment_sum(terms, at, n, indices_are_sorted=True).T
 
-    return jax.vmap(one)(aux["outlier_value"], aux["outlier_column"], aux["outlier_at"], aux["unit"], x)
+    def by_matrix(values: Array, columns: Array, at: Array, x: Array) -> Array:
+        there = jnp.zeros((n, length), x.dtype).at[at, columns]
+        matrix = there.set(values.astype(x.dtype), indices_are_sorted=True, unique_indices=True)
+        return lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    columns, at = (aux[name].astype(jnp.int32) for name in ("outlier_column", "outlier_at"))
+    y = jax.vmap(by_number if tokens <= MOST else by_matrix)(aux["outlier_value"], columns, at, x)
+    return y * aux["unit"][:, :1, None]
