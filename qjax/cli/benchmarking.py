@@ -161,7 +161,14 @@ def _tune(args: argparse.Namespace, shapes: Any, tokens: Any) -> None:
     formats = args.formats or ",".join(tuning.FORMATS)
     seconds = float("inf") if args.seconds is None else args.seconds
     given = argparse.Namespace(
-        shapes=shapes, tokens=tokens, formats=formats, dtype=args.dtype, out=args.out, seconds=seconds, again=args.again
+        shapes=shapes,
+        tokens=tokens,
+        formats=formats,
+        experts=args.experts,
+        dtype=args.dtype,
+        out=args.out,
+        seconds=seconds,
+        again=args.again,
     )
     found = tuning.run(given, say)
     if args.json:

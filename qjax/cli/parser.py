@@ -340,6 +340,7 @@ def _bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", help="kernels: whose figures are the ceiling (default: measured here)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="tune: the table (default: that of qjax)")
     parser.add_argument("--seconds", type=float, metavar="S", help="tune: after which nothing further is begun")
+    parser.add_argument("--experts", type=int, metavar="E", help="tune: ragged products of so many experts")
     parser.add_argument("--again", action="store_true", help="tune: measure also what the table has")
 
 

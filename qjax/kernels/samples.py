@@ -33,6 +33,7 @@ class Product:
         tokens: rows of the activations.
         act: format of the activations, or None.
         dtype: of activations and result.
+        experts: None; or how many weights there are, of which each token meets one (`jax.lax.ragged_dot`).
     """
 
     weight: Format
@@ -41,6 +42,7 @@ class Product:
     tokens: int
     act: Format | None = None
     dtype: str = "bfloat16"
+    experts: int | None = None
 
     @property
     def flops(self) -> int:
@@ -50,12 +52,19 @@ class Product:
     def __str__(self) -> str:
         """Say it in words."""
         act = f" x {self.act.name}" if self.act else ""
-        return f"{self.weight.name}{act} {self.dtype} [{self.n}, {self.k}], {self.tokens} tokens"
+        several = f" x {self.experts} experts" if self.experts else ""
+        return f"{self.weight.name}{act} {self.dtype} [{self.n}, {self.k}]{several}, {self.tokens} tokens"
 
 
 @functools.lru_cache(maxsize=1)
 def weights(
-    fmt: Format, n: int, k: int, packed: bool, count: int | None = None, act: Format | None = None
+    fmt: Format,
+    n: int,
+    k: int,
+    packed: bool,
+    count: int | None = None,
+    act: Format | None = None,
+    experts: int | None = None,
 ) -> list[QArray]:
     """Return equal weights that lie apart in memory: as many as are larger than the cache, or ``count``.
 
@@ -68,8 +77,9 @@ def weights(
         packed: whether in the order of this platform's kernels (`pack`), if the format has one.
         count: how many; None: at least 2, and `ROTATE` bytes.
         act: format of the activations, for which the order is.
+        experts: matrices of one weight, or None.
     """
-    w = _quantized(fmt, n, k)
+    w = _quantized(fmt, n, k, experts)
     target = "mosaic" if act is None else "mosaic_int8"
     if packed and not isinstance(tiled_format(fmt, k, target), str):
         w = pack(w, target)
@@ -78,40 +88,54 @@ def weights(
     return [w, *(jax.tree.map(jnp.copy, w) for _ in range(count - 1))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _quantized(fmt: Format, n: int, k: int) -> QArray:
-    return quantize_array(jax.random.normal(jax.random.key(0), (n, k), jnp.bfloat16), fmt, in_axes=1)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _quantized(fmt: Format, n: int, k: int, experts: int | None = None) -> QArray:
+    if experts is None:
+        return quantize_array(jax.random.normal(jax.random.key(0), (n, k), jnp.bfloat16), fmt, in_axes=1)
+    made = jax.random.normal(jax.random.key(0), (experts, n, k), jnp.bfloat16)
+    return quantize_array(made, fmt, in_axes=2, stack_axes=(0,))
 
 
-def arguments(product: Product, many: list[QArray]) -> list[tuple[Array, QArray, Any]]:
-    """Return ``[(x, w, aux of x)]`` for weights of `weights`; x is the same for all."""
+def arguments(product: Product, many: list[QArray]) -> list[tuple[Any, ...]]:
+    """Return ``[(x, w, aux of x)]`` for weights of `weights`; x is the same for all.
+
+    With experts, the numbers of tokens that each of them has stand behind: every token chose one at random, for each
+    weight anew.
+    """
     x = jax.random.normal(jax.random.key(1), (product.tokens, product.k), product.dtype)
     aux = {} if product.act is None else product.act.fit(x.astype(jnp.float32))
-    return [(x, w, aux) for w in many]
+    if product.experts is None:
+        return [(x, w, aux) for w in many]
+    rng = np.random.default_rng(0)
+    chosen = [rng.integers(0, product.experts, product.tokens) for _ in many]
+    sizes = [jnp.asarray(np.bincount(c, minlength=product.experts), jnp.int32) for c in chosen]
+    return [(x, w, aux, s) for w, s in zip(many, sizes, strict=True)]
 
 
 def problem_of(product: Product, w: QArray) -> Problem:
     """Return what lowerings are asked on this device."""
     platform, dtype = platform_here(), np.dtype(jnp.dtype(product.dtype))
     return Problem(
-        op="dot",
+        op="dot" if product.experts is None else "ragged_dot",
         platform=platform,
         weight=w.fmt,
         act=product.act,
         rows=product.tokens,
         n=product.n,
         k=product.k,
+        stack=() if product.experts is None else (product.experts,),
         x_dtype=dtype,
         out_dtype=dtype,
         capability=cuda_capability() if platform == "cuda" else None,
     )
 
 
-def function_of(lowering: Lowering, problem: Problem) -> Callable[[Array, QArray, Any], Array]:
+def function_of(lowering: Lowering, problem: Problem) -> Callable[..., Array]:
     """Return the product by a lowering, as a new function of the arguments."""
 
-    def product(x: Array, w: QArray, aux: Any) -> Array:
-        return lowering.function(problem, x, w.canonical(), None if problem.act is None else (problem.act, aux))
+    def product(x: Array, w: QArray, aux: Any, *sizes: Array) -> Array:
+        act = None if problem.act is None else (problem.act, aux)
+        return lowering.function(problem, x, w.canonical(), act, *sizes)
 
     return product
 

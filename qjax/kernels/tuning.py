@@ -1,6 +1,7 @@
 """The tuner: times the schedules of a kernel on the device at hand, and writes what was fastest.
 
-    python -m qjax.kernels.tuning [--shapes 4096x4096,..] [--tokens 1,16,..] [--formats "int4 g128,.."] [--seconds 300]
+    python -m qjax.kernels.tuning [--shapes 4096x4096,..] [--tokens 1,16,..] [--formats "int4 g128,.."] [--experts 8]
+                                  [--seconds 300]
 
 or ``qjax bench tune``. Products are gone through in the order given. For each, the kernel says by its `tuned.Key` what
 it is and what its rule of thumb gives; its candidates are compiled, several at once, and timed one after the other.
@@ -31,7 +32,7 @@ from qjax.formats.tiles import rounded_up
 from qjax.kernels import tuned
 from qjax.kernels.devices import device_kind
 from qjax.kernels.dot import hopper
-from qjax.kernels.dot.mosaic import PROCESSORS
+from qjax.kernels.dot.mosaic import PROCESSORS, STAGES
 from qjax.kernels.registry import select
 from qjax.kernels.samples import Product, arguments, format_named, function_of, problem_of, weights
 from qjax.kernels.timing import device_seconds
@@ -45,6 +46,9 @@ COMPILERS = 8
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (8192, 8192), (12288, 4096))
 """(N, K) of layers of Llama that are tuned by default."""
+
+EXPERTS = ((14336, 4096), (4096, 14336))
+"""(N, K) of experts of Mixtral-8x7B, which are tuned where a number of experts is given and no shapes."""
 
 TOKENS = (16, 1, 64, 32, 128, 256, 1024, 4096)
 """Tokens that are tuned by default, one of each `tuned.bucket`."""
@@ -74,7 +78,27 @@ def hopper_candidates(key: Key, heuristic: Any) -> list[Any]:
     return made
 
 
-CANDIDATES: dict[str, Candidates] = {}
+def ragged_candidates(key: Key, heuristic: Any) -> list[Any]:
+    """Return schedules of a ragged product that might be good on Hopper, that of the rule of thumb first.
+
+    How many tokens an expert has is known at run time alone, so the size of a tile is a guess: those beside the rule of
+    thumb's are tried. K is cut in up to 8 parts, as long as there are at most two blocks of threads for a processor
+    where as many experts as can be have tokens.
+    """
+    steps, made = rounded_up(key.k) // hopper.STEP, [heuristic]
+    filled, sizes = max(1, min(key.matrices, key.tokens)), hopper.TOKENS
+    at = sizes.index(heuristic.tokens)
+    for tile in sizes[max(0, at - 1) : at + 2]:
+        blocks = rounded_up(key.n) // hopper.WIDE * max(filled, key.tokens // tile)
+        for part in (1, 2, 4, 8):
+            if steps % part or (part > 1 and part * blocks > 2 * PROCESSORS):
+                continue
+            for change in (-2, 0, 2):
+                made.append(dataclasses.replace(heuristic, tokens=tile, stages=STAGES[tile] + change, splits=part))
+    return [schedule for schedule in made if schedule.stages > 1]
+
+
+CANDIDATES: dict[str, Candidates] = {"ragged_tiles16": ragged_candidates}
 """By kernel, where it has candidates of its own; others have those of `hopper_candidates`."""
 
 
@@ -94,10 +118,14 @@ class Tuned:
 
 
 def products(
-    formats: Sequence[Format], shapes: Sequence[tuple[int, int]], tokens: Sequence[int], dtype: str = "bfloat16"
+    formats: Sequence[Format],
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    dtype: str = "bfloat16",
+    experts: int | None = None,
 ) -> list[Product]:
     """Return all combinations, the tokens of a layer one after the other, so that its weights are made once."""
-    return [Product(f, n, k, t, dtype=dtype) for f in formats for n, k in shapes for t in tokens]
+    return [Product(f, n, k, t, dtype=dtype, experts=experts) for f in formats for n, k in shapes for t in tokens]
 
 
 def tune(
@@ -189,7 +217,7 @@ def _tune(product: Product, implementation: str, known: Any, trials: int, clock:
 
 
 def _weights(product: Product, count: int | None = None) -> list[Any]:
-    return weights(product.weight, product.n, product.k, True, count, product.act)
+    return weights(product.weight, product.n, product.k, True, count, product.act, product.experts)
 
 
 def _compiled(schedules: Sequence[Any], lower: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
@@ -234,6 +262,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=shapes, default=SHAPES, metavar="NxK,..", help="layers (default: Llama's)")
     parser.add_argument("--tokens", type=numbers, default=TOKENS, metavar="T,..", help="(default: 1 to 4096)")
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="F,..", help="of weights (default: int4 g128)")
+    parser.add_argument(
+        "--experts", type=int, metavar="E", help="ragged products of so many experts; tokens are of all"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="of activations (default: bfloat16)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: the file of this device in qjax)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing further is begun")
@@ -261,7 +292,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> list[Tu
     kind = device_kind()
     path = args.out or Path(tuned.__file__).parent / tuned.file_name(kind or "none")
     formats = [format_named(name) for name in args.formats.split(",")]
-    todo = products(formats, args.shapes, args.tokens, args.dtype)
+    layers = EXPERTS if args.experts and args.shapes is SHAPES else args.shapes
+    todo = products(formats, layers, args.tokens, args.dtype, args.experts)
     out = []
     for one in tune(todo, path, seconds=args.seconds, again=args.again, say=say):
         row = one.row

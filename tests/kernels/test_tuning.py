@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from mosaic import described_gpu
 
@@ -10,7 +12,9 @@ from qjax.formats import Float8, Int
 from qjax.kernels import tuned, tuning
 from qjax.kernels.dot import hopper
 from qjax.kernels.dot.hopper import Schedule
-from qjax.kernels.samples import Product, format_named
+from qjax.kernels.dot.mosaic import REVISIONS
+from qjax.kernels.ragged_dot.mosaic import ragged_schedule, ragged_schedule_for
+from qjax.kernels.samples import Product, arguments, format_named, problem_of, weights
 from qjax.kernels.tuned import Key
 
 G128 = Int(4, group=128)
@@ -100,6 +104,31 @@ def test_candidates_fit(tokens):
     made = tuning.hopper_candidates(key, rule)
     assert made[0] == rule and 4 <= len(set(made)) <= 60
     assert all(14336 // hopper.STEP % s.splits == 0 and s.tokens in hopper.TOKENS and s.stages > 1 for s in made)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 4096])
+def test_candidates_of_experts_fit(tokens):
+    key = Key("ragged_tiles16", 1, "int4 g128 tiles", "bfloat16", 4096, 14336, tuned.bucket(tokens), 8)
+    rule = ragged_schedule_for(4096, 14336, tokens, 8)
+    made = tuning.ragged_candidates(key, rule)
+    assert made[0] == rule and 4 <= len(set(made)) <= 40 and len({s.tokens for s in made}) >= 2
+    assert all(14336 // hopper.STEP % s.splits == 0 and s.tokens in hopper.TOKENS and s.stages > 1 for s in made)
+
+
+def test_experts_are_tuned_and_their_kernel_takes_what_was_found(gpu, tmp_path, monkeypatch):
+    path, product = tmp_path / "tuned.json", Product(G128, 512, 1024, 40, experts=4)
+    assert str(product) == "int4 g128 bfloat16 [512, 1024] x 4 experts, 40 tokens"
+    (found,), said = run(path, [product])
+    assert said == [] and found.row.key == Key(
+        "ragged_tiles16", REVISIONS["tiles16"], "int4 g128 tiles", "bfloat16", 512, 1024, 64, 4
+    )
+    best = Schedule(**found.row.schedule)
+    assert best != ragged_schedule_for(512, 1024, 40, 4)
+    (_, _, _, sizes), (_, _, _, others) = arguments(product, weights(G128, 512, 1024, True, 2, None, 4))
+    assert sizes.sum() == others.sum() == 40 and (sizes != others).any()
+    monkeypatch.setenv(tuned.FILE, str(path))
+    problem = problem_of(product, weights(G128, 512, 1024, True, 2, None, 4)[0])
+    assert ragged_schedule(problem, 40) == ragged_schedule(dataclasses.replace(problem, n=500), 33) == best
 
 
 def test_formats_by_their_short_names():

@@ -7,10 +7,11 @@ from jax import Array
 from qjax.formats import QArray
 from qjax.formats.tiles import IntTiles, rounded_up
 from qjax.kernels.dot.hopper import CELL, STEP, TOKENS, WIDE, Schedule
-from qjax.kernels.dot.mosaic import FEWEST_STEPS, PROCESSORS, STAGES, on_hopper, refuses_tiles
+from qjax.kernels.dot.mosaic import FEWEST_STEPS, PROCESSORS, REVISIONS, STAGES, on_hopper, refuses_tiles
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
 from qjax.kernels.ragged_dot.tiles16 import ragged_tiles16
 from qjax.kernels.registry import Act, Problem, register_lowering
+from qjax.kernels.tuned import Key, bucket, schedule_of
 
 
 def ragged_schedule_for(n: int, k: int, rows: int, groups: int) -> Schedule:
@@ -34,6 +35,22 @@ def ragged_schedule_for(n: int, k: int, rows: int, groups: int) -> Schedule:
     fits = [s for s in range(1, steps + 1) if steps % s == 0 and steps // s >= FEWEST_STEPS]
     splits = max([s for s in fits if s * blocks <= PROCESSORS], default=1)
     return Schedule(tokens, STAGES[tokens], splits)
+
+
+def ragged_schedule(problem: Problem, rows: int) -> Schedule:
+    """Return how a ragged product is cut: as was measured best on this device, else by `ragged_schedule_for`.
+
+    Its program is that of `tiles16` but for the table, so both have one revision.
+
+    Args:
+        problem: what is to be computed, its stack the groups.
+        rows: tokens of all groups.
+    """
+    n, k = rounded_up(problem.n), rounded_up(problem.k)
+    formats, dtype = problem.weight.name, problem.x_dtype.name
+    key = Key("ragged_tiles16", REVISIONS["tiles16"], formats, dtype, n, k, bucket(rows), problem.matrices)
+    rule = ragged_schedule_for(problem.n, problem.k, rows, problem.matrices)
+    return schedule_of(key, rule, lambda s: k // STEP % s.splits == 0)
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -68,5 +85,5 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None, group_sizes: 
         fmt=problem.weight,
         n=problem.n,
         out_dtype=problem.out_dtype,
-        schedule=ragged_schedule_for(problem.n, problem.k, x.shape[0], groups),
+        schedule=ragged_schedule(problem, x.shape[0]),
     )
