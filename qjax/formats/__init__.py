@@ -23,6 +23,7 @@ from qjax.formats.sparse24 import Sparse24
 from qjax.formats.tiles import IntTiles
 from qjax.formats.trit_planes import TritPlanes
 from qjax.formats.trit_tiles import TritTiles
+from qjax.formats.twin import TwinUniform
 from qjax.formats.views import concatenate, stack
 from qjax.formats.word_tiles import WordTiles
 
@@ -50,6 +51,7 @@ __all__ = [
     "Sparse24",
     "TritPlanes",
     "TritTiles",
+    "TwinUniform",
     "WordTiles",
     "assemble",
     "canonical_matrix",

@@ -18,6 +18,11 @@ searched for each channel first, and their difference from the mean s and z is m
 
     rho = s_c / s,  beta = z s - z_c s_c / rho;    gamma / rho,  bias / rho - beta;    W rho,  b + (W rho) beta.
 
+Quantizers that AdaLog is compared with are settings of the same search: logarithms to base 2 and sqrt 2 (for GELUs with
+a searched scale), twin uniform grids (PTQ4ViT, arXiv:2111.12293; the ratio of the steps is searched by the error of the
+outputs, where its authors weight it by gradients), and uniform ones whose ranges are those of the data, or percentiles
+of them (of 99.9, 99.99 and 99.999 the one with the least error, as in RepQ-ViT, arXiv:2212.08254).
+
 The float function stays what it is. A channel that is constant on the calibration data has no scale of its own and
 keeps rho = 1: 1e-4, where the search stops, would blow gamma up.
 
@@ -27,6 +32,7 @@ Once the weight is rounded, the shift of a GELU is folded into the bias behind t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -35,13 +41,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import RecipeError, near
-from qjax.formats import Int, Log
+from qjax.formats import Int, Log, TwinUniform
 from qjax.formats.log import ZERO_POLICIES
 from qjax.passes import fpcs, fpcs_losses
 from qjax.passes.fpcs import Pairs, Search
 
 Found = dict[str, np.ndarray]
 """What was found for a unit, as arrays by name: it is kept on disk as such."""
+
+POWER = ("adalog", "log2", "log_sqrt2", "twin", "uniform")
+"""Quantizers of probabilities and of what a GELU gives."""
+
+UNIFORM = ("fpcs", "minmax", "percentile")
+"""How ranges of uniform quantizers are found."""
+
+FIXED_BASE = {"log2": 37.0, "log_sqrt2": 18.5}
+"""The base of quantizers that do not search it, as q of 2**(q/37)."""
+
+PERCENTILES = (0.999, 0.9999, 0.99999)
+
+TWIN_RATIOS = range(13)
 
 _ELEMENTS = 1 << 20
 """Elements of inputs that one pass over the candidates has before it: what a core's cache and memory bear."""
@@ -60,6 +79,9 @@ class AdaLog:
         steps, candidates, best: of FPCS, see `qjax.passes.fpcs.Search`.
         reparameterize: move scales of channels into LayerNorms, where weights and inputs have the same bits.
         zero: what becomes of the smallest outputs of a GELU, as in `Log`; for probabilities the rule says it.
+        softmax: quantizer of probabilities: "adalog", "log2", "log_sqrt2", "twin" or "uniform".
+        gelu: quantizer of what a GELU gives, likewise.
+        uniform: how scales and zero points of all others are found: "fpcs", "minmax" or "percentile".
         rows: how many rows (tokens) the search for inputs looks at, drawn at random; None: all.
         images: how many examples the search for operands of attentions looks at; None: all.
         seed: of the draws.
@@ -71,6 +93,9 @@ class AdaLog:
     best: bool = False
     reparameterize: bool = True
     zero: str = "mask"
+    softmax: str = "adalog"
+    gelu: str = "adalog"
+    uniform: str = "fpcs"
     rows: int | None = None
     images: int | None = None
     seed: int = 0
@@ -88,6 +113,11 @@ class AdaLog:
             raise RecipeError(
                 f"AdaLog: zero={self.zero!r}{near(str(self.zero), ZERO_POLICIES)}; one of {', '.join(ZERO_POLICIES)}"
             )
+        for name, known in (("softmax", POWER), ("gelu", POWER), ("uniform", UNIFORM)):
+            value = getattr(self, name)
+            if value not in known:
+                hint = near(str(value), known)
+                raise RecipeError(f"AdaLog: {name}={value!r}{hint}; one of {', '.join(known)}")
         _ = self.search
 
     @property
@@ -119,6 +149,8 @@ class AdaLog:
         inputs = bits_of(decision.inputs.fmt, unit.name) if decision.inputs is not None else None
         if bits is None:
             raise RecipeError(f"{unit.name}: its inputs are quantized and its weights are not; give both, or skip it")
+        if self.uniform != "fpcs":
+            return self._by_ranges(unit, x, w, bits, inputs)
         grid = fpcs.uniform_grid(w, bits, False, self.search)
         if inputs is None:
             known = fpcs_losses.moments(x, x)
@@ -135,20 +167,53 @@ class AdaLog:
             lambda s, z: np.asarray(fpcs_losses.own_uniform(w, s, z, bits=bits)), *grid, self.search
         )
         drawn = self._drawn(x, self.rows)
-        if unit.kind == "gelu":
+        power = unit.kind == "gelu" and self.gelu != "uniform"
+        if power and self.gelu == "twin":
+            pair, rounded, searched = self._twin_inputs(drawn, x, inputs, unit.shift)
+        elif power:
             pair, rounded, searched = self._log_inputs(drawn, x, inputs, unit.shift)
         else:
             pair, rounded, searched = self._uniform_inputs(drawn, x, inputs)
         for _ in range(self.rounds):
-            if unit.kind == "gelu":
+            if power:
                 pair = searched(w, dequantized(w, own, bits))
                 own = self._weights(w, x, rounded(pair), bits, grid)
             else:
                 own = self._weights(w, x, rounded(pair), bits, grid)
                 pair = searched(w, dequantized(w, own, bits))
         out |= {"scale": own.scale, "zero": own.other, "input_scale": pair.scale}
-        out["q" if unit.kind == "gelu" else "input_zero"] = pair.other
+        out[("twin" if self.gelu == "twin" else "q") if power else "input_zero"] = pair.other
         return out
+
+    def _by_ranges(self, unit: Any, x: np.ndarray, w: np.ndarray, bits: int, inputs: int | None) -> Found:
+        """A linear unit whose quantizers take their ranges from the data; nothing looks at outputs."""
+        out: Found = {}
+        if inputs is not None and unit.kind == "norm" and self.reparameterize and inputs == bits:
+            out["rho"], out["beta"] = self.channel_moves(x, inputs)
+            x, w = x / out["rho"] - out["beta"], w * out["rho"]
+        own = ranged(w, bits, "minmax")
+        out |= {"scale": own.scale, "zero": own.other}
+        if inputs is None:
+            return out
+        if unit.kind == "gelu" and self.gelu in FIXED_BASE:
+            top = np.full(1, x.max() + unit.shift, np.float32)
+            return out | {"input_scale": top, "q": np.full(1, FIXED_BASE[self.gelu], np.float32)}
+        if unit.kind == "gelu" and self.gelu != "uniform":
+            raise RecipeError(f"AdaLog: gelu={self.gelu!r} is searched; write uniform='fpcs' with it")
+        pair = ranged(self._drawn(x, self.rows).reshape(1, -1), inputs, self.uniform)
+        return out | {"input_scale": pair.scale, "input_zero": pair.other}
+
+    def _twin_inputs(self, drawn: np.ndarray, x: np.ndarray, bits: int, shift: float) -> tuple[Pairs, Any, Any]:
+        """`_uniform_inputs` by twin grids: the fine one covers the negative numbers, the ratio is searched."""
+        fine = np.float32(shift / (2 ** (bits - 1) - 1))
+        pairs = [Pairs(np.full(1, fine * r, np.float32), np.full(1, np.log2(r)), np.zeros(1), 0)
+                 for r in 2.0 ** np.array(TWIN_RATIOS)]  # fmt: skip
+        first = min(pairs, key=lambda pair: float(((_twin(drawn, pair, bits, True) - drawn) ** 2).sum()))
+
+        def searched(w: np.ndarray, near_w: np.ndarray) -> Pairs:
+            return min(pairs, key=lambda pair: _product_error(_twin(drawn, pair, bits, True), drawn, w, near_w))
+
+        return first, lambda pair: _twin(x, pair, bits, True), searched
 
     def _weights(
         self, w: np.ndarray, x: np.ndarray, rounded: np.ndarray, bits: int, grid: tuple[np.ndarray, np.ndarray]
@@ -196,7 +261,9 @@ class AdaLog:
                     lambda part: fpcs_losses.input_log(part, added, w, near_w, s, q, bits=bits, zero=self.zero),  # type: ignore
                 )
 
-            pairs.append(fpcs.search_log(evaluate, ends, shift, float(pairs[-1].scale[0]), self.search))
+            start = float(pairs[-1].scale[0])
+            only = FIXED_BASE.get(self.gelu)
+            pairs.append(fpcs.search_log(evaluate, ends, shift, start, self.search, only=only))
             return pairs[-1]
 
         return pairs[0], rounded, searched
@@ -204,21 +271,17 @@ class AdaLog:
     def channel_moves(self, x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
         """Return rho and beta, float32 [K], of inputs [M, K]: see the top of this module."""
         channels = np.ascontiguousarray(x.T)
+        if self.uniform != "fpcs":
+            return moves(channels, ranged(channels, bits, self.uniform))
+        drawn = np.ascontiguousarray(self._drawn(x, self.rows).T)
         grid = fpcs.uniform_grid(channels, bits, True, self.search)
         found = fpcs.search_uniform(
-            lambda s, z: np.asarray(fpcs_losses.own_uniform(channels, s, z, bits=bits)),
+            lambda s, z: np.asarray(fpcs_losses.own_uniform(drawn, s, z, bits=bits)),
             *grid,
             self.search,
             fpcs.SMALLEST_INPUT_SCALE,
         )
-        moving = np.ptp(channels, axis=1) > 0
-        if not moving.any():
-            return np.ones(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
-        scale, zero = found.scale.astype(np.float64), found.other.astype(np.float64)
-        s, z = scale[moving].mean(), np.rint(zero[moving].mean())
-        rho = np.where(moving, scale / s, 1.0)
-        beta = np.where(moving, z * s - zero * scale / rho, 0.0)
-        return rho.astype(np.float32), beta.astype(np.float32)
+        return moves(channels, found)
 
     # -------------------------------------------------------------------------------------------- attention
     def _attention(self, operands: Any, q: np.ndarray, k: np.ndarray, p: np.ndarray, v: np.ndarray) -> Found:
@@ -231,8 +294,7 @@ class AdaLog:
 
     def _turns(self, operands: Any, first: tuple[str, np.ndarray], second: tuple[str, np.ndarray]) -> Found:
         """Search two operands [B, H, rows, K] of a product that sums over K in turn."""
-        sides = [_HeadOperand(name, x, operands[name].fmt, self.search) for name, x in (first, second)
-                 if name in operands]  # fmt: skip
+        sides = [_HeadOperand(name, x, operands[name].fmt, self) for name, x in (first, second) if name in operands]
         plain = {name: x for name, x in (first, second)}
         for _ in range(self.rounds):
             for side in sides:
@@ -251,20 +313,32 @@ class AdaLog:
 class _HeadOperand:
     """One operand of a product of activations, [B, H, rows, K], while its numbers are searched."""
 
-    def __init__(self, name: str, x: np.ndarray, fmt: Any, search: Search):
-        self.name, self.x, self.fmt, self.search = name, x, fmt, search
-        self.log = isinstance(fmt, Log)
+    def __init__(self, name: str, x: np.ndarray, fmt: Any, how: AdaLog):
+        self.name, self.x, self.fmt, self.how, self.search = name, x, fmt, how, how.search
+        power = isinstance(fmt, Log) and how.softmax != "uniform"
+        self.log, self.twin = power and how.softmax != "twin", power and how.softmax == "twin"
         self.bits = bits_of(fmt, f"operand {name}")
         if self.log:  # the scale of probabilities is 1
-            self.pair = Pairs(np.ones(1, np.float32), np.full(1, fmt.q, np.float32), np.full(1, np.inf), 0)
+            base = FIXED_BASE.get(how.softmax, float(fmt.q))
+            self.pair = Pairs(np.ones(1, np.float32), np.full(1, base, np.float32), np.full(1, np.inf), 0)
+            return
+        if self.twin:
+            coarse = np.full(1, 2.0 ** (1 - self.bits), np.float32)
+            self.pairs = [Pairs(coarse, np.full(1, float(r)), np.zeros(1), 0) for r in TWIN_RATIOS]
+            self.pair = self.pairs[self.bits - 1]
             return
         slices = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
-        self.grid = fpcs.uniform_grid(slices, self.bits, False, search)
+        if how.uniform != "fpcs":
+            self.pair = ranged(slices, self.bits, how.uniform)
+            return
+        self.grid = fpcs.uniform_grid(slices, self.bits, False, self.search)
         at = max(0, self.grid[0].shape[1] - 2)  # the next to last
         scale, zero = (a[:, at] for a in self.grid)
         self.pair = Pairs(scale, zero, np.full(len(scale), np.inf), 0)
 
     def rounded(self) -> np.ndarray:
+        if self.twin:
+            return _twin(self.x, self.pair, self.bits, False)
         if self.log:
             logs = _log2(self.x)
             return np.asarray(_logarithmic(logs, self.pair, self.bits, self.fmt.zero))
@@ -273,6 +347,12 @@ class _HeadOperand:
 
     def look(self, other: np.ndarray, near: np.ndarray) -> None:
         """Search with the other operand as it is rounded now."""
+        if self.twin:
+            errors = [_product_error(_twin(self.x, p, self.bits, False), self.x, other, near) for p in self.pairs]
+            self.pair = self.pairs[int(np.argmin(errors))]
+            return
+        if self.log and self.how.softmax in FIXED_BASE or not self.log and self.how.uniform != "fpcs":
+            return
         if self.log:
             self.pair = fpcs.search_base(
                 lambda s, q: np.asarray(
@@ -287,7 +367,7 @@ class _HeadOperand:
         )
 
     def found(self) -> Found:
-        kind = "q" if self.log else "zero"
+        kind = "q" if self.log else "twin" if self.twin else "zero"
         return {f"{self.name}.scale": self.pair.scale, f"{self.name}.{kind}": self.pair.other}
 
 
@@ -313,6 +393,55 @@ def bits_of(fmt: Any, where: str) -> int:
     raise RecipeError(
         f"{where}: AdaLog searches Int(bits, symmetric=False) and Log(bits), not {fmt.name}; write one of these"
     )
+
+
+def ranged(slices: np.ndarray, bits: int, how: str) -> Pairs:
+    """Return scales and zero points from the ranges of slices [S, M], each with 0 in it.
+
+    Args:
+        slices: what each scale serves.
+        bits: of the codes.
+        how: "minmax", or "percentile": of `PERCENTILES` the one with the least squared error, slice by slice.
+    """
+    best: Pairs | None = None
+    for part in (1.0,) if how == "minmax" else PERCENTILES:
+        ends = np.quantile(slices, [1 - part, part], axis=1) if part < 1 else (slices.min(1), slices.max(1))
+        low, high = np.minimum(ends[0], 0), np.maximum(ends[1], 0)
+        scale = np.maximum((high - low) / (2**bits - 1), 1e-8).astype(np.float32)
+        zero = np.clip(np.rint(-low / scale), 0, 2**bits - 1).astype(np.float32)
+        loss = np.asarray(fpcs_losses.own_uniform(slices, scale[:, None], zero[:, None], bits=bits), np.float64)[:, 0]
+        pair = Pairs(scale, zero, loss, 1)
+        best = pair if best is None else fpcs.better(best, pair)
+    assert best is not None
+    return best
+
+
+def moves(channels: np.ndarray, found: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Return rho and beta of channels [K, M] with these scales and zero points: see the top of this module."""
+    moving = np.ptp(channels, axis=1) > 0
+    if not moving.any():
+        return np.ones(len(channels), np.float32), np.zeros(len(channels), np.float32)
+    scale, zero = found.scale.astype(np.float64), found.other.astype(np.float64)
+    s, z = scale[moving].mean(), np.rint(zero[moving].mean())
+    rho = np.where(moving, scale / s, 1.0)
+    beta = np.where(moving, z * s - zero * scale / rho, 0.0)
+    return rho.astype(np.float32), beta.astype(np.float32)
+
+
+def _twin(x: np.ndarray, pair: Pairs, bits: int, negative: bool) -> np.ndarray:
+    """Numbers as twin grids leave them; ``other`` is log2 of the ratio of the steps."""
+    fmt = TwinUniform(bits, int(pair.other[0]), negative=negative)
+    return np.asarray(_rounded_to(x, jnp.asarray(pair.scale), fmt))
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def _rounded_to(x: Any, scale: Any, fmt: Any) -> Any:
+    aux = {"scale": scale.reshape((1,) * x.ndim)}
+    return fmt.decode(fmt.encode(x, aux), aux)
+
+
+def _product_error(near: np.ndarray, x: np.ndarray, w: np.ndarray, near_w: np.ndarray) -> float:
+    return float(fpcs_losses.product_error(near - x, x, w, near_w))  # type: ignore[arg-type]
 
 
 def dequantized(w: np.ndarray, pair: Pairs, bits: int) -> np.ndarray:

@@ -182,7 +182,7 @@ def _refine(
         first = order[:, :1]
         scale, other, least_loss = (np.take_along_axis(a, first, 1)[:, 0] for a in (scales, others, loss))
         found = Pairs(scale, other, least_loss, evaluations)
-        best = found if best is None or not search.best else _better(best, found)
+        best = found if best is None or not search.best else better(best, found)
         if step + 1 == search.steps:
             break
         top = order[:, :kept]
@@ -200,7 +200,8 @@ def _measured(evaluate: Evaluate, scales: np.ndarray, others: np.ndarray) -> np.
     return np.where(np.isnan(loss), np.inf, loss)
 
 
-def _better(one: Pairs, two: Pairs) -> Pairs:
+def better(one: Pairs, two: Pairs) -> Pairs:
+    """Return the pair of less loss, slice by slice."""
     take = two.loss < one.loss
     return Pairs(
         np.where(take, two.scale, one.scale),
@@ -229,7 +230,13 @@ def log_start(ends: tuple[float, float], shift: float, search: Search) -> float:
 
 
 def search_log(
-    evaluate: Evaluate, ends: tuple[float, float], shift: float, start: float, search: Search, least: float = 1e-6
+    evaluate: Evaluate,
+    ends: tuple[float, float],
+    shift: float,
+    start: float,
+    search: Search,
+    least: float = 1e-6,
+    only: float | None = None,
 ) -> Pairs:
     """Search base and scale of one logarithmic quantizer: first q with the scale as it is, then both.
 
@@ -240,10 +247,15 @@ def search_log(
         start: the scale that q is first tried with.
         search: settings.
         least: no scale goes below.
+        only: the one base that there is, as q; then only scales are searched, as many in the coarse grid as candidates.
 
     Returns:
         Pairs of one slice; ``other`` is q.
     """
+    if only is not None:
+        coarse = np.maximum(np.linspace(*ends, search.candidates) + shift, least)[None]
+        others = np.full(coarse.shape, only, np.float32)
+        return _refine(evaluate, coarse.astype(np.float32), others, _spacing(coarse), search.kept_log, search, least)
     every = np.arange(Q_FIRST, Q_LAST + 1, dtype=np.float32)[None]
     loss = _measured(evaluate, np.full_like(every, start), every)
     q = every[0, np.argsort(loss[0], kind="stable")[: search.bases]]

@@ -170,6 +170,12 @@ def input_log(
     )
 
 
+@jax.jit
+def product_error(error: Array, x: Array, w: Array, rounded: Array) -> Array:
+    """Squared error of the product of x [.., M, K] by w [.., N, K] once x has an error and w is ``rounded``."""
+    return jnp.sum(_output_losses(x, w, rounded)(error))
+
+
 @functools.partial(jax.jit, static_argnames="bits")
 def heads_uniform(x: Array, w: Array, rounded: Array, scales: Array, zeros: Array, *, bits: int) -> Array:
     """Squared error of products x [B, H, M, K] by w [B, H, N, K] for candidates of x, head by head: [H, C]."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.analysis.biases import Bias
-from qjax.formats import Int, Log
+from qjax.formats import Int, Log, TwinUniform
 from qjax.passes.adalog import Found, bits_of, dequantized
 from qjax.passes.bias import along, mean_shift
 from qjax.passes.folding import weight_matrix
@@ -74,7 +74,7 @@ def settle_linear(program: Program, leaves: Leaves, unit: LinearUnit, found: Fou
         scales[name] = {"scale": pair.scale[:, None], "zero": pair.other[:, None].astype(np.uint8)}
         inputs: Any = None
         if "q" in found:
-            log = Log(bits_of(decision.inputs.fmt, name), int(found["q"][0]), zero=zero, shift=unit.shift)
+            log = log_format(bits_of(decision.inputs.fmt, name), found["q"], zero=zero, shift=unit.shift)
             inputs = dataclasses.replace(log, folded=isinstance(bias, Bias))
             constants[name] = {"scale": found["input_scale"].reshape(1, 1)}
             if isinstance(bias, Bias):
@@ -82,6 +82,9 @@ def settle_linear(program: Program, leaves: Leaves, unit: LinearUnit, found: Fou
                 edits[_key(leaves, bias)] = _shifted(
                     site, leaves, bias, _placed(site, near, leaves), np.full(near.shape[1], -unit.shift, np.float32)
                 )
+        elif "twin" in found:
+            inputs = TwinUniform(bits_of(decision.inputs.fmt, name), int(found["twin"][0]), negative=True)
+            constants[name] = {"scale": found["input_scale"].reshape(1, 1)}
         elif "input_zero" in found:
             inputs = Int(bits_of(decision.inputs.fmt, name), per="tensor", symmetric=False)
             constants[name] = {
@@ -102,12 +105,20 @@ def settle_attention(unit: AttentionUnit, found: Found) -> Outcome:
             continue
         fmt, scale = unit.decision.operands[name].fmt, found[f"{name}.scale"]
         if f"{name}.q" in found:
-            log = Log(fmt.bits, int(found[f"{name}.q"][0]), zero=fmt.zero)
+            log = log_format(fmt.bits, found[f"{name}.q"], zero=fmt.zero)
             operands[name] = Fixed(log, tuple(map(float, scale)))
+        elif f"{name}.twin" in found:
+            twin = TwinUniform(fmt.bits, int(found[f"{name}.twin"][0]))
+            operands[name] = Fixed(twin, tuple(map(float, scale)))
         else:
             uniform = Int(bits_of(fmt, unit.name), per="tensor", symmetric=False)
             operands[name] = Fixed(uniform, tuple(map(float, scale)), tuple(map(int, found[f"{name}.zero"])))
     return Outcome((Rule(_exactly(unit.name), op="attention", operands=operands),))
+
+
+def log_format(bits: int, q: np.ndarray, **settings: Any) -> Log:
+    """A logarithmic format of base 2**(q/37), where q may be 18.5: base sqrt 2."""
+    return Log(bits, 1, r=2, **settings) if q[0] == 18.5 else Log(bits, int(q[0]), **settings)
 
 
 def _key(leaves: Leaves, bias: Bias) -> tuple[int, Any]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.errors import FormatError
-from qjax.formats import Log
+from qjax.formats import Log, TwinUniform
 from qjax.formats.log import bounds, decode_unit
 from qjax.testing import check_format
 
@@ -111,11 +111,14 @@ def test_division_by_37_is_exact_for_every_code_and_base():
     product = np.arange(2**16, dtype=np.uint32)
     np.testing.assert_array_equal((product * np.uint32(56680)) >> 21, product // 37)
     for bits in (4, 6, 8):
-        for q in (10, 74, 137):
-            fmt = Log(bits, q, zero="mask")
+        for q, r in ((10, 37), (74, 37), (137, 37), (1, 2)):
+            fmt = Log(bits, q, r=r, zero="mask")
             values = np.asarray(decode_unit(jnp.arange(len(fmt.values()), dtype=jnp.uint16), fmt))
             seen = fmt.values() > 1e-37
             np.testing.assert_array_equal(values[seen], fmt.values().astype(F)[seen])
+    root = Log(4, 1, r=2, zero="clamp")
+    np.testing.assert_allclose(root.values(), 2.0 ** (-np.arange(16) / 2), rtol=0.5 / 15)
+    np.testing.assert_array_equal(bounds(1, 9, 2), bounds(37, 9, 74))
 
 
 def test_error_law_at_log_uniform_inputs():
@@ -147,7 +150,9 @@ def test_shift_and_powers_of_two():
     assert np.asarray(bad.dequantize()).tolist() == [0, 2, 0, 1]
 
 
-@pytest.mark.parametrize("fmt", [Log(4, 25), Log(3, 37, zero="mask", group=16)], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fmt", [Log(4, 25), Log(3, 37, zero="mask", group=16), TwinUniform(4, 3, negative=True)], ids=lambda f: f.name
+)
 def test_protocol(fmt):
     check_format(fmt, examples=8, nearest=False)
 
@@ -173,3 +178,18 @@ def test_a_scale_is_positive_and_a_number_has_no_rows():
         Log(4).quantize(np.ones(3, F), scale=0.0)
     with pytest.raises(FormatError, match="at least one axis"):
         Log(4).quantize(F(1))
+
+
+def test_twin_grids():
+    x = np.linspace(-0.3, 1.4, 400, dtype=F).reshape(1, -1)
+    aux = {"scale": F([[0.125]])}
+    for fmt in (TwinUniform(4, 3), TwinUniform(4, 2, negative=True)):
+        step = F(0.125) / 2**fmt.ratio
+        coarse = np.clip(np.rint(x / F(0.125)), 0, 7) * F(0.125)
+        if fmt.negative:
+            want = np.where(x < 0, np.clip(np.rint(x / step), -7, 0) * step, coarse)
+        else:
+            want = np.where(np.rint(x / step) < 8, np.maximum(np.rint(x / step), 0) * step, coarse)
+        np.testing.assert_allclose(fmt.decode(fmt.encode(x, aux), aux), want, atol=1e-7)
+    with pytest.raises(FormatError, match="from 0 to 15"):
+        TwinUniform(4, 16)

@@ -260,3 +260,38 @@ def test_operands_with_scales_of_their_own():
     ):
         with pytest.raises(RecipeError, match=words):
             qjax.Rule("**", op="matmul", operands={"lhs": qjax.fixed(Int(4, per="tensor"), **wrong)})
+
+
+@pytest.mark.every(4)
+@pytest.mark.parametrize(
+    ("settings", "gelu", "probabilities"),
+    [
+        (dict(softmax="twin", gelu="twin", reparameterize=False), "twin4", "twin4"),
+        (dict(softmax="log_sqrt2", gelu="uniform", uniform="percentile"), "uint4", "log4 q1/2"),
+        (dict(softmax="uniform", gelu="uniform", uniform="minmax"), "uint4", "uint4"),
+        (dict(softmax="log2", gelu="log2"), "log4 q37", "log4 q37"),
+    ],
+    ids=["twin", "repq", "minmax", "log2"],
+)
+def test_the_methods_it_is_compared_with(settings, gelu, probabilities):
+    how = dataclasses.replace(QUICK, **settings)
+    model = qjax.quantize(net, PARAMS, recipe=recipe(settle=how), batches=[(X,)])
+    rules = {rule.match: rule for rule in model.recipe.rules}
+    assert rules["down/kernel"].inputs.fmt.name.startswith(gelu)
+    (attention,) = (rule for rule in rules.values() if rule.op == "attention")
+    assert attention.operands["p"].fmt.name.startswith(probabilities)
+    want, got = net(PARAMS, X), model(model.params, X)
+    assert float(jnp.sum((got - want) ** 2) / jnp.sum(want**2)) < 0.3
+    assert qjax.Recipe.from_toml(model.recipe.to_toml()) == model.recipe
+    if settings.get("uniform") == "minmax":
+        w = PARAMS["out"]["kernel"].T
+        low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+        scale = np.asarray(model.params["out"]["kernel"].aux["scale"]).ravel()
+        np.testing.assert_allclose(scale, (high - low) / 15, rtol=1e-6)
+
+
+def test_a_method_that_needs_a_search_says_so():
+    with pytest.raises(RecipeError, match="softmax='log3'.*did you mean 'log2'"):
+        AdaLog(softmax="log3")
+    with pytest.raises(RecipeError, match="gelu='adalog' is searched"):
+        settle(net, PARAMS, [(X,)], recipe=recipe(settle=dataclasses.replace(QUICK, uniform="minmax")))
