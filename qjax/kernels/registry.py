@@ -53,6 +53,7 @@ class Problem:
         devices: devices over which the compiler may still partition the op: 1 on one device and inside shard_map.
         settings: further static settings of the op, such as the strides of a convolution.
         capability: compute capability of the CUDA device, such as (9, 0); None elsewhere or where it is not known.
+        terms: what is added to the product before it is rounded: "bias", "residual" (`qjax.kernels.dot.terms`).
     """
 
     op: str
@@ -68,6 +69,7 @@ class Problem:
     devices: int = 1
     settings: Any = None
     capability: tuple[int, int] | None = None
+    terms: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> int:
@@ -82,7 +84,8 @@ class Problem:
         act = f" x {self.act.name} activations" if self.act else ""
         stack = f" x {self.matrices}" if self.stack else ""
         weight = f"{self.weight.name} weights [{self.n}, {self.k}]"
-        return f"{self.op} of {weight}{stack}{act}, {self.rows or 'any'} rows, on {self.platform}"
+        terms = f" + {' + '.join(self.terms)}" if self.terms else ""
+        return f"{self.op} of {weight}{stack}{act}{terms}, {self.rows or 'any'} rows, on {self.platform}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Lowering:
     priority: int = 0
     about: str = ""
     order: int = 0
+    adds: bool | When = False
 
     def reads(self, fmt: Format) -> bool:
         """Whether weights of this format are among those that it was registered for."""
@@ -118,6 +122,10 @@ class Lowering:
     def declines(self, problem: Problem) -> str | None:
         """Return why this lowering is not taken unless it is named, or None if it is."""
         return self.refuses(problem) or _reason(self.worth, problem)
+
+    def adds_terms(self, problem: Problem) -> bool:
+        """Whether the function adds the terms of this problem itself."""
+        return bool(problem.terms) and (self.adds(problem) is True if callable(self.adds) else self.adds)
 
 
 def _reason(condition: When | None, problem: Problem) -> str | None:
@@ -157,6 +165,7 @@ def register_lowering(
     name: str | None = None,
     priority: int = 10,
     about: str = "",
+    adds: bool | When = False,
 ) -> Callable[[Function], Function]:
     """Register a traceable function as a lowering of a quantized op; used as a decorator.
 
@@ -173,6 +182,9 @@ def register_lowering(
             name; one for the same platform and formats takes the place of the former.
         priority: higher is tried first. The lowerings of qjax stand at 0 to 9, the oracle at -1.
         about: one line for the printed table.
+        adds: whether the function adds terms itself, or a condition on the problem. It is then called with those that
+            there are as further keywords, ``bias`` [*stack, N] and ``residual`` [*stack, *rows, N], adds them in
+            float32 at least, and rounds once. Without it, it is asked for the product in float32, and the op adds.
 
     The function is called as ``function(problem, x, w, act)``: x float [*stack, *rows, K]; w a QArray in its
     canonical view [*stack, N, K] (of a convolution: as the user sees it); act None or ``(format, aux)``. It returns
@@ -183,7 +195,7 @@ def register_lowering(
         global _counter
         _counter += 1
         entry = Lowering(
-            name or function.__name__, op, function, format, platform, when, worth, priority, about, order=_counter
+            name or function.__name__, op, function, format, platform, when, worth, priority, about, _counter, adds
         )
         rows = _TABLE.setdefault(op, [])
         place = (entry.name, platform, _kinds(format or ()))
@@ -302,15 +314,18 @@ def choice_for(problem: Problem, implementation: str | None = None) -> Choice:
 
 @dataclasses.dataclass(frozen=True)
 class LoweringTable:
-    """The lowerings in the order in which they are tried; prints as a table."""
+    """The lowerings in the order in which they are tried; prints as a table.
+
+    "terms" says where a bias and a residual are added: in the lowering, in it for some problems, or after it.
+    """
 
     rows: tuple[Lowering, ...]
 
     def __str__(self) -> str:
         """Return the table as text."""
-        head = ("op", "name", "platform", "weights", "about")
+        head = ("op", "name", "platform", "weights", "terms", "about")
         body = [
-            (e.op, e.name, e.platform or "any", ", ".join(_format_names(e.format)) if e.format else "any", e.about)
+            (e.op, e.name, e.platform or "any", ", ".join(_format_names(e.format)) if e.format else "any", *_says(e))
             for e in self.rows
         ]
         widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head) - 1)]
@@ -321,6 +336,13 @@ class LoweringTable:
         return "\n".join(line.rstrip() for line in lines)
 
     __repr__ = __str__
+
+
+def _says(entry: Lowering) -> tuple[str, str]:
+    """Who adds a bias and a residual, and the line about the lowering."""
+    if entry.op != "dot":
+        return "", entry.about
+    return "some in it" if callable(entry.adds) else "in it" if entry.adds else "after it", entry.about
 
 
 def _kinds(formats: Formats) -> tuple[type[Format] | str, ...]:

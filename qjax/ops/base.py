@@ -13,7 +13,7 @@ parameter, a `Call`, whose hash is computed once.
                       of the oracle, traced once per combination of input types: its sharding and varying axes are
                       then right by construction
     derivative        y' = op(x', W) with x' unquantized (straight-through) + the oracle's derivative in float aux,
-                      kept whole as one `deferred` equation; codes have none
+                      kept whole as one `deferred` equation, + the slopes of terms; codes have none
     transpose         the op's own (dot <-> dot_transposed), or the oracle's as one deferred equation
     batching          the op's own (rows, or stack axes), else one example after the other
     compilation       `qjax.kernels.select` by platform, formats and shapes
@@ -38,6 +38,8 @@ from jax.interpreters import ad, batching, mlir
 from qjax import _compat
 from qjax.formats import Format
 from qjax.kernels import Act, Lowering, Problem, select
+from qjax.kernels.dot.reference import wide
+from qjax.kernels.dot.terms import computed, with_terms
 from qjax.kernels.registry import on_new_platform
 from qjax.ops.deferred import Deferred, deferred
 from qjax.ops.partition import Roles, partitioned
@@ -91,12 +93,13 @@ class Call:
         parts = [operands.w.fmt.name, *([f"x {self.spec.act.name}"] if self.spec.act else [])]
         if self.spec.implementation:
             parts.append(f"by {self.spec.implementation}")
+        parts += [f"+ {name}" for name in operands.terms]
         return " ".join(parts) + f" -> {np.dtype(self.spec.out_dtype).name}"
 
     def operands(self, leaves: Sequence[Any]) -> Operands:
         """Return the operands from the flat ones of the equation."""
-        x, aux, w, extra = jax.tree.unflatten(self.tree, leaves)
-        return Operands(x, aux, w, extra)
+        x, aux, w, extra, terms = jax.tree.unflatten(self.tree, leaves)
+        return Operands(x, aux, w, extra, terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +111,14 @@ class Operands:
         aux: aux of the activations' format; {} if they stay in float.
         w: the weight.
         extra: further arrays, without derivative (the group sizes of ragged_dot).
+        terms: what is added to the product before it is rounded, by name (`qjax.kernels.dot.terms`).
     """
 
     x: Any
     aux: Any
     w: Any
     extra: tuple = ()
+    terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def act(self, spec: Spec) -> Act | None:
         """Return ``(format, aux)``, or None."""
@@ -121,7 +126,11 @@ class Operands:
 
     def flatten(self) -> tuple[list[Any], Any]:
         """Return the flat operands and their tree."""
-        return jax.tree.flatten((self.x, self.aux, self.w, self.extra))
+        return jax.tree.flatten((self.x, self.aux, self.w, self.extra, dict(self.terms)))
+
+    def without_terms(self) -> Operands:
+        """Return the operands of the product alone."""
+        return dataclasses.replace(self, terms={}) if self.terms else self
 
 
 class QuantizedOp:
@@ -222,17 +231,22 @@ class LinearOp:
     def _jvp(self, primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tuple[Any, Any]:
         y = self.primitive.bind(*primals, call=call)
         values, slopes = call.operands(primals), call.operands(tangents)
+        leaves, tree = values.without_terms().flatten()
         terms = []
         if not isinstance(slopes.x, ad.Zero):
             terms.append(self.bind(_linear(call.spec), Operands(slopes.x, {}, values.w, values.extra)))
         moving = tuple(
             i
-            for i, (p, t) in enumerate(zip(primals, tangents, strict=True))
+            for i, (p, t) in enumerate(zip(leaves, tangents, strict=False))  # what is added stands behind
             if i and not isinstance(t, ad.Zero) and _has_derivative(p) and i not in _fixed_leaves(call)
         )
         if moving:
-            slope = AuxSlope(self.definition, call, moving)
-            terms += deferred(slope, [tangents[i] for i in moving], primals)
+            slope = AuxSlope(self.definition, _call(call.spec, tree), moving)
+            terms += deferred(slope, [tangents[i] for i in moving], leaves)
+        added = {name: t for name, t in slopes.terms.items() if not isinstance(t, ad.Zero)}
+        if added:
+            none, _ = _compat.vary_together([jnp.zeros_like(y, dtype=wide(y.dtype)), y])
+            terms.append(with_terms(none, added, y.dtype))
         if not terms:
             return y, _compat.zero_tangent(y)
         return y, functools.reduce(ad.add_jaxvals, terms)
@@ -243,6 +257,8 @@ class LinearOp:
             raise NotImplementedError(
                 f"{self.name} is linear in x only; its aux enter derivatives as a deferred equation"
             )
+        if operands.terms:
+            raise NotImplementedError(f"{self.name} with a bias or residual is not linear and cannot be transposed")
         if call.spec.act is not None:
             raise NotImplementedError(f"{self.name} with quantized activations is not linear and cannot be transposed")
         nothing = [None] * (len(leaves) - 1)
@@ -290,7 +306,7 @@ class LinearOp:
 
         def run(*leaves: Array) -> Array:
             o = call.operands(leaves)
-            return lowering.function(problem, o.x, o.w, o.act(call.spec), *o.extra)
+            return computed(lowering, problem, o.x, o.w, o.act(call.spec), *o.extra, terms=o.terms)
 
         return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
 

@@ -24,6 +24,7 @@ from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.act.reference import by_magnitude, largest_magnitudes, row_scales
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.dot.reference import CODES, dot_reference
+from qjax.kernels.dot.terms import TERMS, dtype_of_sum, terms_after, with_terms
 from qjax.kernels.order import SMALL_ELEMENTS
 from qjax.kernels.registry import refusal
 from qjax.ops.base import NO_AXIS, LinearOp, Operands, QuantizedOp, Spec, quantized_linear
@@ -32,7 +33,10 @@ from qjax.ops.partition import Roles, dot_roles
 
 @dataclasses.dataclass(frozen=True)
 class _Dot(QuantizedOp):
-    """y[*stack, *rows, N] from x [*stack, *rows, K] and W [*stack, N, K]; transposed: K and N change places."""
+    """y[*stack, *rows, N] from x [*stack, *rows, K] and W [*stack, N, K]; transposed: K and N change places.
+
+    Terms, which the transposed one has none of: bias [*stack, N] and residual [*stack, *rows, N].
+    """
 
     transpose: bool = False
 
@@ -61,6 +65,7 @@ class _Dot(QuantizedOp):
             devices=devices,
             settings=spec,
             capability=cuda_capability() if platform == "cuda" else None,
+            terms=tuple(name for name in TERMS if name in operands.terms),
         )
 
     def chosen(self, problem: Problem, lowering: Lowering) -> None:
@@ -73,7 +78,7 @@ class _Dot(QuantizedOp):
 
     def reference(self, spec: Spec, operands: Operands) -> Array:
         problem = self.problem(spec, operands, "any", 1)
-        return dot_reference(problem, operands.x, operands.w, operands.act(spec))
+        return terms_after(dot_reference, problem, operands.x, operands.w, operands.act(spec), terms=operands.terms)
 
     def batch(
         self, op: LinearOp, spec: Spec, operands: Operands, dims: Operands, size: int
@@ -81,24 +86,53 @@ class _Dot(QuantizedOp):
         weights = jax.tree.leaves(dims.w)
         stacks = operands.w.codes.ndim - 2
         if all(d is NO_AXIS for d in weights):  # one more dimension of rows; each example keeps its own scales
+            if operands.terms and not _terms_fit(dims):
+                return self._terms_apart(op, spec, operands, dims, size), stacks
             x = _with_axis(operands.x, dims.x, size, stacks)
             aux = jax.tree.map(lambda a, d: _with_axis(a, d, size, stacks, share=True), operands.aux, dims.aux)
             sharding = _sharding_with_axis(spec.out_sharding, stacks)
             spec = dataclasses.replace(spec, out_sharding=sharding)
-            return op.bind(spec, dataclasses.replace(operands, x=x, aux=aux)), stacks
+            terms = dict(operands.terms)  # a bias is the same for all examples
+            if "residual" in terms:
+                terms["residual"] = _with_axis(terms["residual"], dims.terms["residual"], size, stacks)
+            return op.bind(spec, dataclasses.replace(operands, x=x, aux=aux, terms=terms)), stacks
         front = lambda a, d: _with_axis(a, d, size, 0)  # noqa: E731
         batched = Operands(
             front(operands.x, dims.x),
             jax.tree.map(front, operands.aux, dims.aux),
             jax.tree.map(front, operands.w, dims.w),
+            terms={name: front(a, dims.terms[name]) for name, a in operands.terms.items()},
         )
         spec = dataclasses.replace(spec, out_sharding=_sharding_with_axis(spec.out_sharding, 0))
         return op.bind(spec, batched), 0
+
+    def _terms_apart(self, op: LinearOp, spec: Spec, operands: Operands, dims: Operands, size: int) -> Array:
+        """The result for a batch of which one weight is multiplied: a product, and terms added to it.
+
+        The batch is the first axis of the rows.
+        """
+        stacks = operands.w.codes.ndim - 2
+        own = operands.without_terms()
+        wide = dataclasses.replace(spec, out_dtype=dtype_of_sum(self.problem(spec, operands, "any", 1)))
+        if all(d is NO_AXIS for d in jax.tree.leaves((dims.x, dims.aux))):
+            total = jnp.expand_dims(op.bind(wide, own), stacks)
+        else:
+            batched = self.batch(op, wide, own, dataclasses.replace(dims, terms={}), size)
+            assert batched is not None
+            total = batched[0]
+        place = functools.partial(_with_axis, size=size, place=stacks, share=True)
+        return with_terms(total, {n: place(a, dims.terms[n]) for n, a in operands.terms.items()}, spec.out_dtype)
 
     def transposed(self, spec: Spec, operands: Operands, x_aval: Any) -> tuple[LinearOp, Spec] | None:
         other = q_dot_op if self.transpose else q_dot_transposed_op
         sharding = None if x_aval.sharding.mesh.empty else x_aval.sharding
         return other, dataclasses.replace(spec, out_dtype=np.dtype(x_aval.dtype), out_sharding=sharding)
+
+
+def _terms_fit(dims: Operands) -> bool:
+    """Whether terms of a batch over one weight are those of one product with more rows, and nothing is repeated."""
+    core = any(d is not NO_AXIS for d in jax.tree.leaves((dims.x, dims.aux)))
+    return core and dims.terms.get("bias", NO_AXIS) is NO_AXIS and dims.terms.get("residual", 0) is not NO_AXIS
 
 
 q_dot_op = quantized_linear(_Dot())
@@ -127,6 +161,8 @@ def q_dot(
     w: QArray,
     *,
     act: Act | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
     out_dtype: DTypeLike | None = None,
     precision: Any = None,
     implementation: str | None = None,
@@ -148,6 +184,9 @@ def q_dot(
             place of ``act``: then no derivative reaches the floats that it was made of.
         w: viewed canonically, [*stack, N, K].
         act: ``(format, aux)``; aux as `activation_aux` or calibration made it, [*stack, *rows or 1, groups].
+        bias: float [N] or [*stack, N], added in float32 before the result is rounded (`qjax.kernels.dot.terms`), in
+            the kernel where it can.
+        residual: float [*stack, *rows, N], likewise, after the bias.
         out_dtype: dtype of the result, by default that of x.
         precision: of float products, as in `jax.lax.dot_general`.
         implementation: name of a lowering (`qjax.ops.lowering_table`), or None to choose.
@@ -159,7 +198,8 @@ def q_dot(
         [*stack, *rows, N].
 
     Raises:
-        LayoutError: if x does not fit w, with both shapes; or w is kept smoothed or rotated.
+        LayoutError: if x does not fit w, or bias or residual the result, with the shapes; or w is kept smoothed or
+            rotated.
         LoweringError: if the named implementation cannot run, with the reason.
     """
     if isinstance(x, QArray):
@@ -182,14 +222,30 @@ def q_dot(
         out_sharding=out_sharding,
         streamed=streamed,
     )
-    operands = Operands(x, dict(act[1]) if act else {}, w)
+    terms = _terms(bias, residual, tuple(stack), (*x.shape[:-1], w.codes.shape[-2]), at)
+    operands = Operands(x, dict(act[1]) if act else {}, w, terms=terms)
     vector = x.ndim == stacks + 1
     if vector:
+        if residual is not None:
+            terms["residual"] = jnp.expand_dims(residual, stacks)
         operands = dataclasses.replace(operands, x=jnp.expand_dims(x, stacks))
     if implementation is not None or act is not None:
         _check_choice(q_dot_op.definition.problem(spec, operands, platform_here(), 1), implementation, at)
     y = q_dot_op.bind(spec, operands)
     return lax.squeeze(y, (stacks,)) if vector else y
+
+
+def _terms(bias: Any, residual: Any, stack: tuple[int, ...], shape: tuple[int, ...], at: str) -> dict[str, Array]:
+    """Return what is added to a product of this shape, a bias for each matrix of the stack."""
+    terms = {}
+    for name, a, fits in (("bias", bias, ((shape[-1],), (*stack, shape[-1]))), ("residual", residual, (shape,))):
+        if a is None:
+            continue
+        if tuple(a.shape) not in fits or not jnp.issubdtype(a.dtype, jnp.floating):
+            allowed = " or ".join(str(list(s)) for s in dict.fromkeys(fits))
+            raise LayoutError(f"{at}q_dot with a {name} of {a.dtype} {list(a.shape)}; floats of {allowed} fit this one")
+        terms[name] = a if name == "residual" or a.ndim > len(stack) else jnp.broadcast_to(a, (*stack, shape[-1]))
+    return terms
 
 
 def _with_codes(x: QArray, act: Act | None, at: str) -> tuple[Array, Act]:

@@ -7,6 +7,7 @@ device, which is the same product of what the device holds:
     weight sharded over N       each device multiplies its rows; the result is sharded over N
     weight sharded over K       partial sums in float32, added over the devices (one all-reduce), then rounded
     activations over rows       each device multiplies its tokens
+    bias, residual              cut as the result is; added by each device, or once, after partial sums
     stacks                      likewise, each device its matrices
 
     experts                     each device computes the tokens of its experts; the others' are zeros, and all are added
@@ -35,6 +36,7 @@ from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 
 from qjax.formats.parts import TiledParts
+from qjax.kernels.dot.terms import with_terms
 
 Axes = tuple[str, ...]
 
@@ -103,7 +105,9 @@ def dot_roles(operands: Any, avals: Sequence[Any]) -> Roles:
     of_x = [named((*stack, *rows, "k"), a.shape) for a in activations]
     of_w = [named((*stack, "n", "k"), a.shape) for a in own]
     result = named((*stack, *rows, "n"), (*x.shape[:-1], w.codes.shape[-2]))
-    return Roles((*of_x, *of_w), result, sizes, len(activations) + largest(own))
+    places = {"bias": (*stack, "n"), "residual": (*stack, *rows, "n")}
+    of_terms = [named(places[name], a.shape) for name, a in sorted(operands.terms.items())]
+    return Roles((*of_x, *of_w, *of_terms), result, sizes, len(activations) + largest(own))
 
 
 def sharding_rule(r: Roles, shapes: Sequence[Sequence[int]], result: Sequence[int]) -> tuple[str, dict[str, Any]]:
@@ -178,7 +182,7 @@ def partitioned(op: Any, call: Any, avals: Sequence[Any]) -> Any:
     out_shape = op.definition.out_shape(call.spec, operands)
     r = dataclasses.replace(r, operands=tuple(r.operands[i] for i in kept), weight=kept.index(r.weight))
 
-    def bind(given: Sequence[Array], spec: Any, rows: int, axes: dict[str, Axes] | None = None) -> Array:
+    def every_of(given: Sequence[Array], rows: int) -> Any:
         every: list[Any] = [None] * len(avals)
         for i, a in zip(kept, given, strict=True):
             every[i] = a
@@ -186,14 +190,14 @@ def partitioned(op: Any, call: Any, avals: Sequence[Any]) -> Any:
             if every[i] is None:  # codes of a weight in tiles: [*stack, N, 0], of the stack that is here
                 stack = given[r.weight].shape[: a.ndim - 2]
                 every[i] = jnp.zeros((*stack, rows, a.shape[-1]), a.dtype)
-        return op.definition.on_device(op, spec, call.operands(every), axes or {})
+        return call.operands(every)
 
     spec = dataclasses.replace(call.spec, out_sharding=None)
     n = operands.w.codes.shape[-2] if operands.w.codes.ndim > 1 else 1
 
     @custom_partitioning
     def whole(*given: Array) -> Array:
-        return bind(given, spec, n)
+        return op.definition.on_device(op, spec, every_of(given, n), {})
 
     def partition(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
         axes = chosen_axes(r, [a.sharding.spec for a in arg_shapes], result_shape.sharding.spec, mesh)
@@ -204,8 +208,11 @@ def partitioned(op: Any, call: Any, avals: Sequence[Any]) -> Any:
         rows = n // math.prod(mesh.shape[a] for a in axes.get("n", ()))
 
         def on_device(*given: Array) -> Array:
-            y = bind(given, local, rows, axes)
-            return lax.psum(y, summed).astype(spec.out_dtype) if summed else y
+            here = every_of(given, rows)
+            if not summed:
+                return op.definition.on_device(op, local, here, axes)
+            y = lax.psum(op.definition.on_device(op, local, here.without_terms(), axes), summed)
+            return with_terms(y, here.terms, spec.out_dtype)
 
         return mesh, on_device, place(r.result), tuple(place(names) for names in r.operands)
 

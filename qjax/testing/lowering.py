@@ -5,8 +5,9 @@
 
 The suite draws shapes (one row and many, none at all, odd sizes, stacks) and values (normal, zero, huge, one row of
 NaN), runs the lowering by name wherever it says that it can run, and compares it with the oracle: eagerly and jitted,
-under `vmap` over activations and over weights, inside `scan`, and for the shape and dtype of its result. A lowering
-that refuses a problem is taken at its word; one that refuses all of them fails.
+under `vmap` over activations and over weights, inside `scan`, and for the shape and dtype of its result. One that says
+that it adds a bias and a residual is given both in half of the problems. A lowering that refuses a problem is taken at
+its word; one that refuses all of them fails.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def check_lowering(
     except ImportError as error:
         raise QjaxError('qjax.testing draws its examples with hypothesis; pip install "qjax[test]"') from error
 
-    known = {e.name for e in ops.lowering_table(op).rows}
+    rows = ops.lowering_table(op).rows
+    known, adds = {e.name for e in rows}, any(e.name == name and e.adds for e in rows)
     assert name in known, f"no lowering {name!r} of {op}; there are {', '.join(sorted(known))}"
     outcomes: list[bool] = []
     refusals: set[str] = set()
@@ -77,6 +79,7 @@ def check_lowering(
 
     def run(weight: Format, act: Format | None, dtype: Any, size: tuple[int, ...], values: str, seed: int) -> None:
         case = _MAKERS[op](weight, act, np.dtype(dtype), size, values, seed)
+        case = _with_terms(case, seed) if adds and seed % 2 else case
         try:
             results = jax.jit(functools.partial(_everything, case, name))(case.x, case.w, *case.extra)
         except LoweringError as error:
@@ -88,7 +91,7 @@ def check_lowering(
         _compare(op, name, case, results, act, tolerance)
 
     for i in range(max(len(weights), len(acts))):  # every format once, whatever the draw
-        run(weights[i % len(weights)], acts[i % len(acts)], dtypes[0], sizes[0], "normal", 0)
+        run(weights[i % len(weights)], acts[i % len(acts)], dtypes[0], sizes[0], "normal", i)
 
     @hypothesis.settings(deadline=None, max_examples=examples, database=None)
     @hypothesis.given(
@@ -152,13 +155,21 @@ def _dot_case(
     x = _activations((*lead, rows, n if back else k), values, dtype, rng)
     act = _fitting(act, k) if act else None
 
-    def run(x: Array, w: QArray, *, implementation: str) -> Array:
+    def run(x: Array, w: QArray, *, implementation: str, **terms: Any) -> Array:
         if back:
             return _transposed(q_dot_transposed_op, x, w, implementation)
         aux = (act, ops.activation_aux(x, act, stack_ndim=w.codes.ndim - 2)) if act else None
-        return ops.q_dot(x, w, act=aux, implementation=implementation)
+        return ops.q_dot(x, w, act=aux, implementation=implementation, **terms)
 
     return _Case(x, q.canonical(), (), run)
+
+
+def _with_terms(case: _Case, seed: int) -> _Case:
+    """Return a dot with a bias and a residual."""
+    rng = np.random.default_rng(seed)
+    bias = jnp.asarray(rng.standard_normal((*case.w.codes.shape[:-1],)), jnp.float32)
+    residual = jnp.asarray(rng.standard_normal((*case.x.shape[:-1], bias.shape[-1])), case.x.dtype)
+    return dataclasses.replace(case, run=functools.partial(case.run, bias=bias, residual=residual))
 
 
 def _transposed(op: LinearOp, x: Array, w: QArray, implementation: str) -> Array:

@@ -84,6 +84,21 @@ def test_tensor_parallel_weights_in_parts_stay_on_the_kernel(seen, mesh, case):
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
 
 
+@pytest.mark.parametrize("case", ["outputs and tokens", "both"])
+def test_bias_and_residual_are_cut_with_the_result_and_added_once(seen, mesh, case):
+    parts, n, k, of_x, collectives, local, spec = CASES[case]
+    w, numbers = weight(G32, N, K)
+    rng = np.random.default_rng(0)
+    x, bias, residual = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, K), (N,), (16, N)))
+    w = placed(ops.pack(w, parts=parts), mesh, n, k)
+    place = lambda a, *s: jax.device_put(a, NamedSharding(mesh, P(*s)))  # noqa: E731
+    operands = place(x, *of_x), w, place(bias, n), place(residual, *spec)
+    y, found = compiled(lambda x, w, b, r: ops.q_dot(x, w, bias=b, residual=r), *operands)
+    np.testing.assert_allclose(y, x @ numbers.T + bias + residual, rtol=1e-5, atol=2e-4)
+    assert found == collectives and set(seen) == {local}
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
 @pytest.mark.parametrize(("n", "k", "collectives"), [("model", None, {}), (None, "model", SUM)])
 def test_weights_in_neutral_order_too(seen, mesh, n, k, collectives):
     w, numbers = weight(Int(8, group=32), N, K)

@@ -25,15 +25,18 @@ def fused():
         ),
         name="scale_after",
         about="sum codes in float, then scale each output once",
+        adds=True,
     )
-    def scale_after(problem, x, w, act):
+    def scale_after(problem, x, w, act, bias=None, residual=None):
         CALLS.append(problem)
         codes = w.unpacked().astype(jnp.float32)
         if "zero" in w.aux:
             codes = codes - w.aux["zero"]
         rows = x.astype(jnp.float32).reshape(*problem.stack, -1, problem.k)
         y = rows @ jnp.swapaxes(codes, -1, -2) * jnp.swapaxes(w.aux["scale"], -1, -2)
-        return y.reshape(*x.shape[:-1], problem.n).astype(problem.out_dtype)
+        y = y if bias is None else y + bias[..., None, :]
+        y = y.reshape(*x.shape[:-1], problem.n)
+        return (y if residual is None else y + residual).astype(problem.out_dtype)
 
     yield "scale_after"
     registry._TABLE["dot"] = [e for e in registry._TABLE["dot"] if e.name != "scale_after"]
