@@ -1,7 +1,7 @@
 """A Llama on the GPU at hand: decode steps and a prefill, quantized beside bfloat16, through the rewritten graph.
 
-    PYTHONPATH=. python -m benchmarks.gpu_model [--sizes 8B 1B] [--schemes W4A16 W8A8 W4A8] [--batch 1 16 ..]
-                                                [--context 1024] [--prompt 2048] [--scan] [--seconds 280] [--tiny]
+    PYTHONPATH=. python -m benchmarks.gpu_model [--sizes 8B 1B] [--schemes W4A16 W8A8 W4A8] [--batch 1 16 ..] [--tiny]
+                                                [--context 1024] [--prompt 2048] [--scan] [--apart] [--seconds 280]
 
 Random weights, drawn and packed on the device leaf by leaf. Of each scheme: which lowering each product takes, whether
 logits are those of the oracle on the same codes, then milliseconds of a greedy step at each batch, with a cache of
@@ -66,9 +66,11 @@ class Job:
 
     def __init__(self, given: Any):
         self.given = given
-        self.fns = {size: LanguageModel(part.SIZES[size], scan_layers=given.scan) for size in given.sizes}
+        how = {"scan_layers": given.scan, "fused": not given.apart}
+        self.fns = {size: LanguageModel(part.SIZES[size], **how) for size in given.sizes}
         self.end = time.perf_counter() + given.seconds
         self.record: dict[str, Any] = {"context": given.context, "prompt": given.prompt, "scan": given.scan}
+        self.record["apart"] = given.apart
         self.record |= {"copy": copy_rate(1 << (18 if given.tiny else 28)), "schemes": [], "rows": [], "left_out": []}
         self.how = {"steps": 2, "trials": 1} if given.tiny else {}
         self.made: dict[tuple[str, str], Made] = {}
@@ -149,7 +151,8 @@ class Job:
             return
         env = measure.environment()
         self.given.out.mkdir(parents=True, exist_ok=True)
-        stem = self.given.out / f"gpu_model{'-scan' if self.given.scan else ''}-{env['platform']}"
+        form = f"{'-scan' if self.given.scan else ''}{'-apart' if self.given.apart else ''}"
+        stem = self.given.out / f"gpu_model{form}-{env['platform']}"
         for suffix, body in (
             (".json", json.dumps({"environment": env, **self.record}, indent=1) + "\n"),
             (".md", f"{text(self.record)}\n\n{measure.described(env)}.\n"),
@@ -167,7 +170,7 @@ def text(record: dict[str, Any]) -> str:
     floats = {
         (r["size"], r["what"], r["batch"]): r["ms"] for r in rows if r["scheme"] == "bfloat16" and not r["options"]
     }
-    form = "scanned" if record["scan"] else "unrolled"
+    form = ("scanned" if record["scan"] else "unrolled") + (", projections apart" if record["apart"] else "")
     lines = [
         f"Layers {form}; a step with {record['context']} positions in the cache, a prompt of {record['prompt']} "
         f"tokens; copy {record['copy'] / 1e9:.0f} GB/s.\n"
@@ -213,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=1024, help="positions of the cache")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prefill")
     parser.add_argument("--scan", action="store_true", help="scan over the layers")
+    parser.add_argument("--apart", action="store_true", help="q, k, v, gate and up by themselves, in place of fused")
     parser.add_argument("--seconds", type=float, default=280, help="after which nothing further is begun")
     parser.add_argument("--tiny", action="store_true", help="try everything out with a small model, on any device")
     given = parser.parse_args(argv)

@@ -6,6 +6,9 @@ A leaf is drawn on the device in bfloat16, rounded and packed before the next on
 device holds the float model beside the packed one. What is timed is what a user calls: `qjax.quantize`, `pack_tree`
 and `Model.bind`, jitted with the cache donated. A decode step is one of greedy generation: the token that it finds is
 given to the next one, and the host waits at the end alone.
+
+The model is one with fused projections (q, k and v, and gate and up), as inference engines have them: XLA merges those
+of the float model by itself, and cannot merge kernels.
 """
 
 from __future__ import annotations

@@ -108,6 +108,17 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
         os.fsync(f.fileno())
 
 
+def replace_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file with a checksum of itself in the place of an older one: at any moment one of the two is there.
+
+    `read_sealed_json` reads it.
+    """
+    fresh = file.with_name(f"{file.name}.tmp")
+    write_json(fresh, _sealed({"format": FORMAT_VERSION, **data}))
+    os.replace(fresh, file)
+    _sync_folder(file.parent)
+
+
 def _text(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -151,11 +162,7 @@ def _write_manifest(folder: Path) -> None:
 
 def _point(path: Path, pointer: Pointer) -> None:
     """Replace CURRENT: the moment at which a save takes effect."""
-    fresh = path / f"{POINTER}.tmp"
-    data = {"format": FORMAT_VERSION, "current": pointer.current, "older": list(pointer.older)}
-    write_json(fresh, _sealed(data))
-    os.replace(fresh, path / POINTER)
-    _sync_folder(path)
+    replace_json(path / POINTER, {"current": pointer.current, "older": list(pointer.older)})
 
 
 def _may_be_current(path: Path, name: str) -> bool:
@@ -238,7 +245,7 @@ def read_pointer(path: Path) -> Pointer:
         else:
             why = f"the folder has no file {POINTER}"
         raise CheckpointError(f"no checkpoint at {path}: {why}; give the folder that qjax.save wrote")
-    data = _read_sealed(path / POINTER)
+    data = read_sealed_json(path / POINTER)
     names = [data.get("current"), *(data.get("older") or ())]
     if not all(isinstance(name, str) and _VERSION_NAME.fullmatch(name) for name in names):
         raise CheckpointError(f"{path / POINTER} is damaged: it names no version; {_ADVICE}")
@@ -255,7 +262,7 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
     Raises:
         CheckpointError: the manifest is missing or damaged, or a file is missing, truncated or changed.
     """
-    files = _read_sealed(folder / MANIFEST).get("files")
+    files = read_sealed_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict) or METADATA not in files:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists no {METADATA}; {_ADVICE}")
     wanted = list(files) if names is None else list(names)
@@ -292,8 +299,12 @@ def _known_pointer(path: Path) -> Pointer | None:
         return None
 
 
-def _read_sealed(file: Path) -> dict[str, Any]:
-    """Read a JSON file with a checksum of itself."""
+def read_sealed_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file with a checksum of itself.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         data = json.loads(text)

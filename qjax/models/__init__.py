@@ -7,7 +7,7 @@ only_inside_qjax(__name__)
 from qjax.models.bert import Bert, BertConfig, TextEncoder, sentence_embedding
 from qjax.models.config import LlamaConfig
 from qjax.models.decoder import init_cache
-from qjax.models.functional import stack_layers, unstack_layers
+from qjax.models.functional import fuse, stack_layers, unstack_layers
 from qjax.models.gpt2 import Gpt2, Gpt2Config
 from qjax.models.hf import abstract, load, read_config, save_weights
 from qjax.models.images import ImageProcessor, image_processor
@@ -43,6 +43,7 @@ __all__ = [
     "Vit",
     "VitConfig",
     "abstract",
+    "fuse",
     "generate",
     "image_processor",
     "init_cache",

@@ -98,3 +98,32 @@ def unstack_layers(params: Params) -> Params:
         raise ModelError("these params are in the unrolled form already; unstack_layers takes stacked layers.")
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     return {**params, "layers": [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)]}
+
+
+_FUSED = {"attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")), "mlp": ("gate_up", ("gate", "up"))}
+
+
+def fuse(params: Params) -> Params:
+    """From a Llama's projections to the fused ones that ``LanguageModel(config, fused=True)`` reads.
+
+    ``attn/{q,k,v}_proj`` become ``attn/qkv_proj`` and ``mlp/{gate,up}`` become ``mlp/gate_up``, outputs behind one
+    another, in layers that are a list or stacked. Experts stay as they are. Each output keeps its own weights, so
+    rounding output by output gives the same codes and scales.
+
+    Raises:
+        ModelError: layers of another architecture.
+    """
+
+    def layer(node: Any) -> Any:
+        if not isinstance(node, dict) or not set(_FUSED["attn"][1]) <= set(node.get("attn", ())):
+            raise ModelError("these layers have no attn/q_proj, k_proj and v_proj; fuse takes the params of a Llama.")
+        out = dict(node)
+        for part, (name, parts) in _FUSED.items():
+            own = node[part]
+            if set(parts) <= set(own):
+                joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *(own[p] for p in parts))
+                out[part] = {**{k: v for k, v in own.items() if k not in parts}, name: joined}
+        return out
+
+    layers = params["layers"]
+    return {**params, "layers": [layer(node) for node in layers] if isinstance(layers, list) else layer(layers)}

@@ -25,10 +25,19 @@ class LanguageModel:
     Attributes:
         config: sizes and switches; its ``decoder`` is the module.
         scan_layers: ``params`` are stacked and the layers are scanned.
+        fused: Llama family only: ``params`` are those of `qjax.models.fuse`, with q, k and v in one matrix.
     """
 
     config: DecoderConfig
     scan_layers: bool = False
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        from qjax.models.llama import Llama  # which imports this module
+
+        if self.fused and not issubclass(self.config.decoder, Llama):
+            name = self.config.decoder.__name__
+            raise ModelError(f"fused is for decoders of the Llama family, and this is a {name}; leave it out.")
 
     def __call__(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Logits of the next token at each position: int32 [B, T] to float [B, T, vocab]."""
@@ -49,11 +58,11 @@ class LanguageModel:
 
     def init(self, seed: int = 0) -> Any:
         """Random parameters."""
-        return functional.init_params(self.config.decoder, self.config, seed, scan_layers=self.scan_layers)
+        return functional.init_params(self.config.decoder, self.config, seed, **self._options)
 
     def abstract_params(self, dtype: Any = jnp.float32) -> Any:
         """Shapes of the parameters."""
-        return functional.abstract_params(self.config.decoder, self.config, dtype, scan_layers=self.scan_layers)
+        return functional.abstract_params(self.config.decoder, self.config, dtype, **self._options)
 
     def module(self, params: Any) -> Decoder:
         """The Flax NNX module with these parameters in it."""
@@ -67,7 +76,11 @@ class LanguageModel:
         return generate(params, prompt, max_new_tokens, cache=cache, **functions, **settings)
 
     def _bind(self, params: Any) -> Decoder:
-        return functional.bind(self.config.decoder, self.config, params, scan_layers=self.scan_layers)
+        return functional.bind(self.config.decoder, self.config, params, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"scan_layers": self.scan_layers, **({"fused": True} if self.fused else {})}
 
 
 @functools.lru_cache(maxsize=16)

@@ -37,20 +37,23 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal attention with grouped key/value heads and rotary positions."""
+    """Causal attention with grouped key/value heads and rotary positions; fused, q, k and v are one product."""
 
-    def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs, fused: bool = False) -> None:
         c = config
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = linear(c.hidden_size, queries, c.qkv_bias, dot_general, rngs)
-        self.k_proj = linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
-        self.v_proj = linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
+        if fused:
+            self.qkv_proj = linear(c.hidden_size, queries + 2 * keys, c.qkv_bias, dot_general, rngs)
+        else:
+            self.q_proj = linear(c.hidden_size, queries, c.qkv_bias, dot_general, rngs)
+            self.k_proj = linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
+            self.v_proj = linear(c.hidden_size, keys, c.qkv_bias, dot_general, rngs)
         gain = 1 / (2 * max(c.num_hidden_layers, 1))  # keeps the residual stream's variance flat over depth
         self.o_proj = linear(queries, c.hidden_size, c.o_bias, dot_general, rngs, gain)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.config = c
+        self.config, self.fused = c, fused
 
     def __call__(
         self,
@@ -63,7 +66,12 @@ class Attention(nnx.Module):
         """Attend; ``store`` puts the new keys and values [B, T, KV, D] into a cache and returns all of it."""
         c = self.config
         heads = (*x.shape[:-1], -1, c.head_dim)
-        q, k, v = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
+        if self.fused:
+            queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+            parts = jnp.split(self.qkv_proj(x), (queries, queries + keys), axis=-1)
+        else:
+            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (part.reshape(heads) for part in parts)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -74,29 +82,40 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(act(gate(x)) * up(x))``."""
+    """``down(act(gate(x)) * up(x))``; fused, gate and up are one product."""
 
-    def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs) -> None:
-        c = config
-        self.gate = linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
-        self.up = linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
+    def __init__(self, config: LlamaConfig, dot_general: Callable, rngs: nnx.Rngs, fused: bool = False) -> None:
+        c, self.fused = config, fused
+        if fused:
+            self.gate_up = linear(c.hidden_size, 2 * c.intermediate_size, c.mlp_bias, dot_general, rngs)
+        else:
+            self.gate = linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
+            self.up = linear(c.hidden_size, c.intermediate_size, c.mlp_bias, dot_general, rngs)
         gain = 1 / (2 * max(c.num_hidden_layers, 1))
         self.down = linear(c.intermediate_size, c.hidden_size, c.mlp_bias, dot_general, rngs, gain)
         self.act = ACTIVATIONS[c.hidden_act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """X [..., hidden] to the same shape."""
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1) if self.fused else (self.gate(x), self.up(x))
+        return self.down(self.act(gate) * up)
 
 
 class Layer(nnx.Module):
     """One decoder layer: attention and MLP, each behind a norm and beside the residual stream."""
 
-    def __init__(self, config: Any, dot_general: Callable, rngs: nnx.Rngs, mlp: Callable[..., Any] = MLP) -> None:
+    def __init__(
+        self,
+        config: Any,
+        dot_general: Callable,
+        rngs: nnx.Rngs,
+        mlp: Callable[..., Any] = MLP,
+        fused: bool = False,
+    ) -> None:
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, dot_general, rngs)
+        self.attn = Attention(config, dot_general, rngs, fused)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = mlp(config, dot_general, rngs)
+        self.mlp = MLP(config, dot_general, rngs, fused) if mlp is MLP else mlp(config, dot_general, rngs)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: Any, store: Any = None) -> jax.Array:
         """Arguments as :class:`Attention`'s."""
@@ -105,18 +124,25 @@ class Layer(nnx.Module):
 
 
 class Llama(Decoder):
-    """A decoder of the Llama family; arguments as :class:`~qjax.models.decoder.Decoder`'s."""
+    """A decoder of the Llama family; arguments as :class:`~qjax.models.decoder.Decoder`'s.
+
+    Args:
+        fused: what reads the same activations is one matrix, one product and, on a GPU, one kernel: ``attn/qkv_proj``
+            in place of ``q_proj``, ``k_proj`` and ``v_proj``, ``mlp/gate_up`` in place of ``gate`` and ``up``.
+    """
 
     def __init__(
         self,
         config: LlamaConfig,
         *,
         scan_layers: bool = False,
+        fused: bool = False,
         dot_general: Callable = jax.lax.dot_general,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         self.dot_general = dot_general
+        self.fused = fused
         self.embed = Embed(config.vocab_size, config.hidden_size, rngs)
         layers = [self._layer(i, dot_general, rngs) for i in range(config.num_hidden_layers)]
         self._set_layers(layers, scan_layers)
@@ -125,7 +151,7 @@ class Llama(Decoder):
             self.lm_head = linear(config.hidden_size, config.vocab_size, False, dot_general, rngs)
 
     def _layer(self, index: int, dot_general: Callable, rngs: nnx.Rngs) -> Layer:
-        return Layer(self.config, dot_general, rngs)
+        return Layer(self.config, dot_general, rngs, fused=self.fused)
 
     def _begin(self, tokens: jax.Array, positions: jax.Array, length: Any) -> tuple[jax.Array, tuple]:
         c = self.config

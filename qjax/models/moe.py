@@ -214,7 +214,7 @@ class Moe(Llama):
 
     def _layer(self, index: int, dot_general: Callable, rngs: nnx.Rngs) -> Layer:
         dense = index in self.config.dense_layers
-        return Layer(self.config, dot_general, rngs, MLP if dense else Mixture)
+        return Layer(self.config, dot_general, rngs, MLP if dense else Mixture, self.fused)
 
 
 def names(config: MoeConfig) -> dict[str, tuple[str, ...]]:

@@ -6,21 +6,30 @@ model = qjax.quantize(fn, params, *args, recipe=best.recipe())
 """
 
 from qjax.search.assigning import Assignment, Budget, Point, assign, check_budget, group_costs, save_front
+from qjax.search.evolution import evolve_front
 from qjax.search.knapsack import Solution, solve, sweep
 from qjax.search.measuring import kl_score, sensitivities
+from qjax.search.nsga2 import NSGA2, Population, front, hypervolume
 from qjax.search.plots import plot_front
+from qjax.search.populations import over_population
 from qjax.search.sensitivity import Sensitivities
 
 __all__ = [
+    "NSGA2",
     "Assignment",
     "Budget",
     "Point",
+    "Population",
     "Sensitivities",
     "Solution",
     "assign",
     "check_budget",
+    "evolve_front",
+    "front",
     "group_costs",
+    "hypervolume",
     "kl_score",
+    "over_population",
     "plot_front",
     "save_front",
     "sensitivities",

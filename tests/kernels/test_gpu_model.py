@@ -24,7 +24,7 @@ def test_the_command(tmp_path, capsys):
     ]
     assert not [r for r in record["rows"] if "failure" in r] and not record["left_out"]
     (found,) = record["schemes"]
-    assert found["lowerings"] == {"mosaic": 22} and all(c["right"] for c in found["checks"])
+    assert found["lowerings"] == {"mosaic": 13} and all(c["right"] for c in found["checks"])
     four_bit, wide = (next(r for r in record["rows"] if r["scheme"] == s) for s in ("W4A16", "bfloat16"))
     assert 3 < (wide["bytes"] - wide["cache_bytes"]) / (four_bit["bytes"] - four_bit["cache_bytes"]) < 3.8
     page = (tmp_path / "gpu_model-scan-cpu.md").read_text()
@@ -65,6 +65,15 @@ def test_the_page_says_whether_the_aim_is_reached(ms, said):
     row |= {"bytes": 8, "share_of_copy": 0.5}
     rows = [{**row, "scheme": "bfloat16", "ms": 3.0}, {**row, "scheme": "W4A16", "ms": ms}]
     rows.append({**row, "scheme": "W4A16", "batch": 2, "failure": "no memory"})
-    record = {"context": 1, "prompt": 1, "scan": False, "copy": 1.0, "schemes": [], "rows": rows, "left_out": ["1B"]}
+    record = {
+        "context": 1,
+        "prompt": 1,
+        "scan": False,
+        "apart": False,
+        "copy": 1.0,
+        "schemes": [],
+        "rows": rows,
+        "left_out": ["1B"],
+    }
     page = gpu_model.text(record)
     assert f"{said}, batch 1" in page and "failed: " in page and "left out, the time was up: 1B" in page

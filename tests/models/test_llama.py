@@ -7,8 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.errors import ModelError
-from qjax.models import LanguageModel, LlamaConfig, RopeScaling, generate, stack_layers, unstack_layers
+from qjax.models import (
+    Gpt2Config,
+    LanguageModel,
+    LlamaConfig,
+    RopeScaling,
+    fuse,
+    generate,
+    stack_layers,
+    unstack_layers,
+)
 
 TINY = {
     "vocab_size": 61,
@@ -83,6 +93,36 @@ def test_cache_is_the_full_forward(case, scan_layers):
         parts.append(logits[:, None])
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, rtol=2e-5, atol=2e-5)
     assert int(cache["length"]) == text.shape[1]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_fused_is_apart(scan_layers):
+    """q, k and v as one matrix, gate and up as another: the same logits, the same 4-bit codes, with a cache."""
+    fn = LanguageModel(CASES["windows"], scan_layers=scan_layers)
+    fused = LanguageModel(CASES["windows"], scan_layers=scan_layers, fused=True)
+    params = fn.init(3)
+    together = fuse(params)
+    assert jax.tree.structure(together) == jax.tree.structure(fused.abstract_params())
+    first = together["layers"] if scan_layers else together["layers"][0]
+    assert set(first["attn"]) == {"qkv_proj", "o_proj"} and set(first["mlp"]) == {"gate_up", "down"}
+    text, cache = tokens(), fn.init_cache(2, 16)
+    if scan_layers:
+        want, got = (jax.jit(f.prefill)(p, text, cache)[0] for f, p in ((fn, params), (fused, together)))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        return
+    recipe = qjax.Recipe([qjax.Rule("layers/**", weights=qjax.Int(4, group=16))])
+    apart, one = (qjax.quantize(f, p, text, recipe=recipe) for f, p in ((fn, params), (fused, together)))
+    assert len(one.report.quantized) == 3 * 4 and len(apart.report.quantized) == 3 * 7
+    want, got = (m.bind(f.prefill)(m.params, text, cache)[0] for m, f in ((apart, fn), (one, fused)))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_fused_is_refused():
+    config = Gpt2Config(61, 32, 48, 1, 4)
+    with pytest.raises(ModelError, match="fused is for decoders of the Llama family, and this is a Gpt2"):
+        LanguageModel(config, fused=True)
+    with pytest.raises(ModelError, match="fuse takes the params of a Llama"):
+        fuse(fuse(LanguageModel(CASES["llama"]).init()))
 
 
 def test_causal():

@@ -77,7 +77,9 @@ def test_cache_and_scan(model):
     scanned, stacked = LanguageModel(fn.config, scan_layers=True), models.stack_layers(params)
     assert stacked["layers"]["mlp"]["experts"]["up"]["kernel"].shape == (2, 5, 16, fn.config.moe_intermediate_size)
     np.testing.assert_allclose(jax.jit(scanned)(stacked, TOKENS), whole, atol=1e-5)
-    for f, p in ((fn, params), (scanned, stacked)):
+    together = models.fuse(params)
+    assert set(together["layers"][0]["attn"]) >= {"qkv_proj"} and "experts" in together["layers"][1]["mlp"]
+    for f, p in ((fn, params), (scanned, stacked), (LanguageModel(fn.config, fused=True), together)):
         logits, cache = jax.jit(f.prefill)(p, TOKENS[:, :8], f.init_cache(2, 9))
         np.testing.assert_allclose(logits, whole[:, :8], atol=1e-5)
         logits, _ = jax.jit(f.decode_step)(p, TOKENS[:, 8], cache)
