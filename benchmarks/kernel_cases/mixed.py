@@ -13,41 +13,47 @@ from benchmarks.kernel_cases.lookup import shapes
 from benchmarks.kernel_cases.weights16 import described
 from qjax import ops
 from qjax.formats import Layout, MixedBits, MixedTiles, QArray
-from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.hopper import TOKENS, Schedule
 from qjax.kernels.dot.mixed16 import STAGES, mixed16
 
-FORMATS = (MixedBits(), MixedBits(outliers=0.005))
+FORMATS = (
+    MixedBits(),
+    MixedBits(outliers=0.005),
+    MixedBits(1 / 8, select="global"),
+    MixedBits(0, select="global"),
+)
+ALONE = (MixedBits(0, select="global"), MixedBits(1, select="global"))
+"""Strips of one width: a kernel each, which are two of one product where strips are chosen over the whole matrix."""
+
+
+def kernel(fmt: MixedBits) -> str:
+    """A weight and its activations, as the table calls them."""
+    return f"W{4 if fmt.share == 1 else 2}A16 {fmt.name}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One compiled kernel; corrections are not in it."""
+    """One compiled kernel; corrections are not in it, nor what puts activations in order."""
 
+    fmt: MixedBits
     dtype: str
     schedule: Schedule
     n: int = 1024
     k: int = 4096
-    fmt = FORMATS[0]
     multiplies = "HGMMA"
 
     @property
     def name(self) -> str:
         """As the table calls it."""
-        return f"W2A16 {self.fmt.name}, {self.dtype}, {described(self.schedule)}"
+        return f"{kernel(self.fmt)}, {self.dtype}, {described(self.schedule)}"
 
     def function(self) -> Any:
         """The kernel, and the shapes of its arguments."""
-        aux = shapes(self.fmt, self.n, self.k).aux
-        shape = jax.ShapeDtypeStruct
-        arguments = (
-            shape((1, aux["tiles"].size), jnp.int32),
-            shape((1, rounded_up(self.n)), jnp.float32),
-            shape((1, self.k // 64), jnp.uint8),
-            shape((1, self.schedule.tokens, self.k), self.dtype),
-        )
+        w = shapes(self.fmt, self.n, self.k)
+        aux = {name: jax.ShapeDtypeStruct((1, a.size), a.dtype) for name, a in w.aux.items()}
+        x = jax.ShapeDtypeStruct((1, self.schedule.tokens, self.k), self.dtype)
         how = {"n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
-        return functools.partial(mixed16, bits=self.fmt.scale_bits, **how), arguments
+        return functools.partial(mixed16, fmt=MixedTiles(self.fmt, self.k), **how), (aux, x)
 
 
 def programs() -> dict[str, tuple[Any, Any, int]]:
@@ -68,6 +74,8 @@ def programs() -> dict[str, tuple[Any, Any, int]]:
 
 def cases() -> list[Case]:
     """Every tile of tokens, both dtypes, whole and cut."""
-    out = [Case("bfloat16", Schedule(t, STAGES[t])) for t in TOKENS]
-    out += [Case("float16", Schedule(t, STAGES[t])) for t in (16, 128)]
-    return [*out, Case("bfloat16", Schedule(8, STAGES[8], 4))]
+    one = FORMATS[0]
+    out = [Case(one, "bfloat16", Schedule(t, STAGES[t])) for t in TOKENS]
+    out += [Case(one, "float16", Schedule(t, STAGES[t])) for t in (16, 128)]
+    out += [Case(fmt, "bfloat16", Schedule(t, STAGES[t])) for t in (16, 128) for fmt in ALONE]
+    return [*out, Case(one, "bfloat16", Schedule(8, STAGES[8], 4))]

@@ -21,9 +21,6 @@ from jax import lax
 
 from qjax.formats.words import BFLOAT16, FLOAT16
 
-GROUPS = 4
-"""Parts of 64 columns of a tile: three of 2-bit strips, one of 4-bit strips."""
-
 ROOM = {BFLOAT16: 6, FLOAT16: 10}
 """Last bits of a number among which a 2-bit code may stand: the even ones below."""
 
@@ -96,57 +93,71 @@ def constant(value: float, dtype: Any) -> int:
     return int(np.asarray(value, dtype).view(np.uint16)) * 0x10001
 
 
-def operand(
-    codes: list[Any], words: Any, rows: list[Any], steps: list[Any], bits: tuple[int, ...], dtype: Any, machine: Machine
+def narrow(
+    codes: list[Any], words: Any, steps: list[Any], bits: tuple[int, ...], dtype: Any, machine: Machine
 ) -> list[list[list[Any]]]:
-    """Return the numbers of one thread as pairs, by part of 64 columns, row and pair: [4][2][8] words.
+    """Return the numbers of one thread in three 2-bit strips, by strip, row and pair: [3][2][8] words.
 
     Args:
-        codes: ten words: of the 2-bit strip g and row h word 2g + h; of the 4-bit strip the first half of row h in word
-            6 + h, the other in 8 + h.
-        words: what the rows store of the three 2-bit strips, row 0 in the low half.
-        rows: of each row the scale of the 4-bit strip, float16, and in the high half its zero point.
-        steps: of each 2-bit strip s' and in the high half z' - 1024, float16.
+        codes: six words: of strip g and row h word 2g + h.
+        words: what the rows store of the three strips, row 0 in the low half.
+        steps: of each strip s' and in the high half z' - 1024, float16.
         bits: of the scale codes of the three strips.
         dtype: bfloat16 or float16.
         machine: what runs it.
     """
-    dtype = np.dtype(dtype)
-    one = 128 if dtype == BFLOAT16 else 1024  # a number with 1 in its last bit
-    zeros, nothing = constant(-one, dtype), constant(-0.0, dtype)
-    splat = machine.narrowed if dtype == BFLOAT16 else machine.splat
+    dtype, one, splat = _kind(dtype, machine)
     out, at = [], 6
     for g, width in enumerate(bits):
         code = machine.masked(words >> np.uint32(at), ((1 << width) - 1) * 0x10001, constant(BIAS, FLOAT16))
         at += width
         whole = machine.fma(code, constant(1, FLOAT16), machine.splat(steps[g], 1), FLOAT16)
         scale = machine.fma(whole, machine.splat(steps[g], 0), constant(-0.0, FLOAT16), FLOAT16)
-        zero = machine.masked(words >> np.uint32(2 * g) if g else words, 0x00030003, zeros)  # -(one + zero)
+        zero = machine.masked(words >> np.uint32(2 * g) if g else words, 0x00030003, constant(-one, dtype))
         part = []
         for h in range(2):
-            less, factor = machine.splat(zero, h), splat(scale, h)
-            offsets = {0: less}
+            factor = splat(scale, h)
+            offsets = {0: machine.splat(zero, h)}  # -(one + zero)
             for up in range(2, ROOM[dtype], 2):
                 rest = constant(one - one * 2.0**-up, dtype)
-                offsets[up] = machine.fma(less, constant(1, dtype), rest, dtype)
+                offsets[up] = machine.fma(offsets[0], constant(1, dtype), rest, dtype)
             pairs, word = [], codes[2 * g + h]
             for t in range(8):
                 far, up = divmod(2 * t, ROOM[dtype])
                 moved = word >> np.uint32(far * ROOM[dtype]) if far else word
                 number = machine.masked(moved, (3 << up) * 0x10001, constant(one, dtype))
                 number = machine.fma(number, constant(2.0**-up, dtype), offsets[up], dtype)
-                pairs.append(machine.fma(number, factor, nothing, dtype))
+                pairs.append(machine.fma(number, factor, constant(-0.0, dtype), dtype))
             part.append(pairs)
         out.append(part)
+    return out
+
+
+def wide(codes: list[Any], rows: list[Any], dtype: Any, machine: Machine) -> list[list[list[Any]]]:
+    """Return the numbers of one thread in a 4-bit strip, by row and pair: [1][2][8] words.
+
+    Args:
+        codes: four words: the first half of the strip in row h in word h, the other in 2 + h.
+        rows: of each row the scale, float16, and in the high half the zero point.
+        dtype: bfloat16 or float16.
+        machine: what runs it.
+    """
+    dtype, one, splat = _kind(dtype, machine)
     part = []
     for h in range(2):
-        less, factor = machine.masked(machine.splat(rows[h], 1), 0x000F000F, zeros), splat(rows[h], 0)
-        pairs = []
+        less = machine.masked(machine.splat(rows[h], 1), 0x000F000F, constant(-one, dtype))  # -(one + zero)
+        factor, pairs = splat(rows[h], 0), []
         for t in range(8):
-            word = codes[6 + 2 * (t // 4) + h]
+            word = codes[2 * (t // 4) + h]
             moved = word >> np.uint32(4 * (t % 4)) if t % 4 else word
             number = machine.masked(moved, 0x000F000F, constant(one, dtype))
             number = machine.fma(number, constant(1, dtype), less, dtype)
-            pairs.append(machine.fma(number, factor, nothing, dtype))
+            pairs.append(machine.fma(number, factor, constant(-0.0, dtype), dtype))
         part.append(pairs)
-    return [*out, part]
+    return [part]
+
+
+def _kind(dtype: Any, machine: Machine) -> tuple[np.dtype, float, Any]:
+    """The dtype, its number that has 1 in the last bit, and how half a word of float16 becomes two of it."""
+    dtype = np.dtype(dtype)
+    return (dtype, 128.0, machine.narrowed) if dtype == BFLOAT16 else (dtype, 1024.0, machine.splat)

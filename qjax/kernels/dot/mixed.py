@@ -8,7 +8,6 @@ and multiplied as any matrix.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats import MixedBits, MixedTiles, QArray
-from qjax.formats.mixed_tiles import COLUMNS
 from qjax.kernels.dot.mixed16 import STAGES, mixed16
 from qjax.kernels.dot.mosaic import chosen, on_hopper
 from qjax.kernels.dot.reference import dot_reference
@@ -57,18 +55,14 @@ def mixed(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     count, tokens = problem.matrices, math.prod(rows)
     aux = {name: a.reshape(count, -1) for name, a in w.aux.items()}
     x = x.reshape(count, tokens, problem.k)
-    schedule = chosen("mixed16", problem, tokens, STAGES)
-    splits = math.gcd(schedule.splits, fmt.padded_length // COLUMNS)  # a step has twice the columns of other kernels'
     sparse = "outlier_value" in aux
     y = mixed16(
-        aux["tiles"],
-        aux["unit"],
-        aux["which"],
+        aux,
         x,
-        bits=fmt.like.scale_bits,
+        fmt=fmt,
         n=problem.n,
         out_dtype=jnp.float32 if sparse else problem.out_dtype,
-        schedule=dataclasses.replace(schedule, splits=splits),
+        schedule=chosen("mixed16", problem, tokens, STAGES),
     )
     if sparse:
         y = (y + corrections(aux, x, problem.n)).astype(problem.out_dtype)

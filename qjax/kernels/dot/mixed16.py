@@ -3,14 +3,19 @@
     y[m, n] = unit * (sum over k of number[n, k] * x[m, k])     in float32
 
 Numbers hold their scales (`qjax.formats.mixed_words`): strips of 16 columns are too short for sums of their own. Blocks
-of threads, ring and cut of K are those of `hopper`; a step of the ring is a tile of 256 columns, one block of memory in
-which a thread finds its codes and all that its scales are made of (`qjax.formats.mixed_tiles`). Second scales become
-first ones in registers, for two rows at once and while the next tiles are on their way.
+of threads, ring and cut of K are those of `hopper`; a step of the ring is a tile of `qjax.formats.mixed_tiles`, one
+block of memory in which a thread finds its codes and all that its scales are made of. Second scales become first ones
+in registers, for two rows at once and while the next tiles are on their way.
+
+Sums are in units of the matrix, in which its largest number is 2**12 to 2**13.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax.formats.mixed_tiles import COLUMNS, QUAD, TILE, in_order
-from qjax.formats.mixed_words import GROUPS, Emulated, of_bits, operand
+from qjax.formats.mixed_tiles import PART, MixedTiles, Stretch, in_order
+from qjax.formats.mixed_words import Emulated, narrow, of_bits, wide
 from qjax.formats.tiles import ROWS, rounded_up
 from qjax.formats.words import BFLOAT16
 from qjax.kernels.dot.hopper import (
@@ -45,45 +50,48 @@ STAGES = {8: 6, 16: 6, 32: 6, 64: 4, 128: 2}
 
 
 def mixed16(
-    tiles: Array,
-    unit: Array,
-    which: Array,
+    aux: Mapping[str, Array],
     x: Array,
     *,
-    bits: tuple[int, int, int],
+    fmt: MixedTiles,
     n: int,
     out_dtype: Any,
     schedule: Schedule,
     interpret: Any = None,
 ) -> Array:
-    """Multiply a stack of activations by a stack of weights in mixed tiles.
+    """Multiply a stack of activations by a stack of weights in mixed tiles, corrections left out.
+
+    Where 2-bit and 4-bit strips stand apart, there is a kernel for each, and their sums are added.
 
     Args:
-        tiles: int32 [E, words], E matrices.
-        unit: float32 [E, N'].
-        which: which strip of each quad is 4-bit, int [E, K'/64].
+        aux: of the weights, each [E, anything]; E matrices.
         x: bfloat16 or float16 [E, M, K], M at least 1.
-        bits: of the scale codes of three 2-bit strips.
+        fmt: of the weights.
         n: N, rows of a matrix.
         out_dtype: dtype of the result.
-        schedule: how the work is cut; its splits divide K'/256.
+        schedule: how the work is cut; into fewer parts of K where these would not be whole tiles.
         interpret: settings of the interpreter, for tests.
 
     Returns:
         [E, M, N].
     """
-    count, tokens, length = x.shape
-    rows, steps = rounded_up(n), -(-length // COLUMNS)
-    x = in_order(in_cells(x, steps * COLUMNS), which)
-    out = written(x, count, n, rows, out_dtype, schedule)
-    call = _kernel(out, x.dtype, bits, rows, steps // schedule.splits, schedule, interpret)
-    y = call(tiles.reshape(count * rows // ROWS, steps, *TILE), unit.reshape(count, 1, rows), x)
-    return added(y, schedule)[:, :tokens, :n].astype(out_dtype)
+    count, tokens, _ = x.shape
+    rows, several = rounded_up(n), len(fmt.stretches) > 1
+    activations = in_order(in_cells(x, x.shape[-1]), aux["order"], fmt)
+    total: Any = 0
+    for kind, own in zip(fmt.stretches, activations, strict=True):
+        cut = dataclasses.replace(schedule, splits=math.gcd(schedule.splits, kind.count))
+        out = written(own, count, n, rows, jnp.float32 if several else out_dtype, cut)
+        call = _kernel(out, x.dtype, kind, fmt.like.scale_bits, rows, kind.count // cut.splits, cut, interpret)
+        tiles = aux[kind.tiles].reshape(count * rows // ROWS, kind.count, *kind.words)
+        total = total + added(call(tiles, aux["unit"].reshape(count, 1, rows), own), cut)
+    return total[:, :tokens, :n].astype(out_dtype)
 
 
 def _kernel(
     out: jax.ShapeDtypeStruct,
     dtype: Any,
+    kind: Stretch,
     bits: tuple[int, int, int],
     rows: int,
     steps: int,
@@ -96,15 +104,15 @@ def _kernel(
     def work(place: Place, tiles: Any, unit: Any, x: Any) -> Work:
         group, e, i, j, part, *_ = place
         above = e * (rows // WIDE)
-        w_spec = plgpu.BlockSpec((WARPGROUPS, 1, *TILE), lambda k: (above + i, part * steps + k, 0, 0))
-        x_spec = plgpu.BlockSpec((tile, COLUMNS), lambda k: (j, part * steps + k), transforms=tiling(QUAD, 16))
+        w_spec = plgpu.BlockSpec((WARPGROUPS, 1, *kind.words), lambda k: (above + i, part * steps + k, 0, 0))
+        x_spec = plgpu.BlockSpec((tile, kind.columns), lambda k: (j, part * steps + k), transforms=tiling(PART, 16))
 
         def step(_: Any, w_s: Any, x_s: Any, total: Array) -> Array:
-            parts = _numbers(plgpu, w_s.at[group, 0], bits, dtype, bool(interpret))
+            parts = _numbers(plgpu, w_s.at[group, 0], kind, bits, dtype, bool(interpret))
 
             def sums(acc: Any) -> Array:
-                for g in range(GROUPS):
-                    plgpu.wgmma(acc, parts[g], turned(x_s.at[:, pl.ds(g * QUAD, QUAD)]))
+                for g, numbers in enumerate(parts):
+                    plgpu.wgmma(acc, numbers, turned(x_s.at[:, pl.ds(g * PART, PART)]))
                 plgpu.wgmma_wait(0)
                 return acc[...]
 
@@ -122,27 +130,19 @@ def _kernel(
     return hopper_kernel(work, out, rows=rows, steps=steps, sums=jnp.float32, schedule=schedule, interpret=interpret)
 
 
-def _numbers(plgpu: Any, w_s: Any, bits: tuple[int, int, int], dtype: Any, interpret: bool) -> tuple[Array, ...]:
-    """The numbers of a tile [24, 64] in shared memory: of each part of 64 columns [64, 64], as ``WGMMA``."""
-    pl, _ = pallas()
-    layouts = plgpu.Layout
-    eight, three = layouts.WG_STRIDED((16, 64), vec_size=4), layouts.WG_STRIDED((6, 64), vec_size=1)
-    kinds = (eight, three, layouts.WGMMA.reduce(1), layouts.TILED(**by_warp()))
-    loaded = [load(ref, kind) for ref, kind in zip(pieces(w_s.at, pl.ds), kinds, strict=True)]
-    if interpret:
-        return emulated([lax.bitcast_convert_type(a, jnp.uint32) for a in loaded], bits, dtype)
-    part = plgpu.ShapeDtypeStruct((ROWS, QUAD), dtype, layout=layouts.WGMMA)
-
-    @plgpu.inline_mgpu(arg_types=kinds, return_type=(part,) * GROUPS)
-    def inline(_: Any, *registers: Any) -> Any:
-        return _operands(registers, bits, dtype)
-
-    return inline(*loaded)
+def pieces(tile: Any, kind: Stretch, span: Any = lambda first, size: slice(first, first + size)) -> list[Any]:
+    """What is loaded of a tile, by `layouts`."""
+    narrow = [tile[span(0, 8)], tile[span(8, 4)], tile[span(12, 2)], tile[14]] if kind.narrow else []
+    first = 15 * kind.narrow
+    return narrow + ([tile[span(first, 8)], tile[first + 8]] if kind.wide else [])
 
 
-def pieces(tile: Any, span: Any = lambda first, size: slice(first, first + size)) -> list[Any]:
-    """What is loaded of a tile [24, 64]: codes by fours, three words a thread, words of rows and of second scales."""
-    return [tile[span(0, 16)], tile[span(16, 6)], tile[22], tile[23]]
+def layouts(plgpu: Any, kind: Stretch) -> tuple[Any, ...]:
+    """How `pieces` lie in registers: 4, 2 and 1 words a thread, second scales, 4 words a thread, words of rows."""
+    of = plgpu.Layout
+    narrow = [of.WG_STRIDED((2 * several, 64), vec_size=several) for several in (4, 2, 1)] + [of.TILED(**by_warp())]
+    wide = [of.WG_STRIDED((8, 64), vec_size=4), of.WGMMA.reduce(1)]
+    return (*narrow * kind.narrow, *wide * kind.wide)
 
 
 def by_warp() -> dict[str, Any]:
@@ -154,46 +154,71 @@ def by_warp() -> dict[str, Any]:
     return {"tiling": tiling, "warp_dims": (-3,), "lane_dims": (mgpu.Replicated(8), -2), "vector_dim": -1}
 
 
-def emulated(loaded: Any, bits: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
+def _numbers(plgpu: Any, w_s: Any, kind: Stretch, bits: Any, dtype: Any, interpret: bool) -> tuple[Array, ...]:
+    """The numbers of a tile in shared memory: of each part of 64 columns [64, 64], as ``WGMMA``."""
+    pl, _ = pallas()
+    how = layouts(plgpu, kind)
+    loaded = [load(ref, layout) for ref, layout in zip(pieces(w_s.at, kind, pl.ds), how, strict=True)]
+    if interpret:
+        return emulated([lax.bitcast_convert_type(a, jnp.uint32) for a in loaded], kind, bits, dtype)
+    part = plgpu.ShapeDtypeStruct((ROWS, PART), dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=how, return_type=(part,) * kind.parts)
+    def inline(_: Any, *registers: Any) -> Any:
+        return _operands(registers, kind, bits, dtype)
+
+    return inline(*loaded)
+
+
+def of_thread(words: list[list[Any]], kind: Stretch, bits: Any, dtype: Any, machine: Any) -> list[list[list[Any]]]:
+    """Return the numbers of one thread, by strip, row and pair, from the words that it has of each of `pieces`."""
+    parts = []
+    if kind.narrow:
+        fours, twos, (both,), steps, *words = words
+        parts = narrow([*fours, *twos], both, steps, bits, dtype, machine)
+    return parts + (wide(words[0], words[1], dtype, machine) if kind.wide else [])
+
+
+def emulated(loaded: list[Any], kind: Stretch, bits: Any, dtype: Any) -> tuple[Any, ...]:
     """Return the numbers of a tile, of each part of 64 columns [64, 64], from its `pieces`, NumPy's or jax's uint32.
 
     What `_numbers` does on registers, with threads as [4, 8, 4].
     """
-    eight, three, rows, steps = loaded
-    eight = eight.reshape(2, 4, 8, 4, 4)
-    three = three.reshape(3, 4, 8, 4)
-    codes = [eight[i // 4, ..., i % 4] for i in range(8)] + [three[0], three[1]]
-    of_rows = [rows.reshape(4, 2, 8, 1)[:, h] for h in range(2)]
-    of_steps = [steps.reshape(4, 1, 4, 4)[..., g] for g in range(3)]
-    parts = operand(codes, three[2], of_rows, of_steps, bits, dtype, Emulated())
-    of, out = (jnp if isinstance(eight, jax.Array) else np), []
-    for part in parts:
+    words = []
+    for i, a in enumerate(loaded):
+        if i == len(loaded) - 1 and kind.wide:
+            words.append([a.reshape(4, 2, 8, 1)[:, h] for h in range(2)])
+        elif i == 3:
+            words.append([a.reshape(4, 1, 4, 4)[..., g] for g in range(4)])
+        else:
+            each = a.reshape(4, 8, 4, -1)
+            words.append([each[..., k] for k in range(each.shape[-1])])
+    of, out = (jnp if isinstance(loaded[0], jax.Array) else np), []
+    for part in of_thread(words, kind, bits, dtype, Emulated()):
         pairs = of.stack([of.stack(row, axis=-1) for row in part])  # [h, w, r, c, t]
         numbers = of_bits(of.stack([pairs, pairs >> np.uint32(16)], axis=-1), dtype)
-        out.append(numbers.transpose(1, 0, 2, 4, 3, 5).reshape(ROWS, QUAD))
+        out.append(numbers.transpose(1, 0, 2, 4, 3, 5).reshape(ROWS, PART))
     return tuple(out)
 
 
-def _operands(registers: Any, bits: Any, dtype: Any) -> tuple[Any, ...]:
+def _operands(registers: Any, kind: Stretch, bits: Any, dtype: Any) -> tuple[Any, ...]:
     """The registers of `_numbers`."""
     ir: Any = importlib.import_module("jaxlib.mlir.ir")
     vector: Any = importlib.import_module("jaxlib.mlir.dialects.vector")
     mgpu: Any = importlib.import_module("jax.experimental.mosaic.gpu")
     utils: Any = importlib.import_module("jax.experimental.mosaic.gpu.utils")
 
-    def words(array: Any, size: int) -> list[Register]:
-        flat = array.registers.reshape(-1)
+    def words(array: Any) -> list[Register]:
         at = lambda a, i: Register(vector.extract(a, dynamic_position=[], static_position=[i]))  # noqa: E731
-        return [at(a, i) for a in flat for i in range(size)]
+        return [at(a, i) for a in array.registers.reshape(-1) for i in range(a.type.shape[0])]
 
-    eight, three, rows, steps = (words(a, size) for a, size in zip(registers, (4, 1, 1, 4), strict=True))
-    parts = operand(eight + three[:2], three[2], rows, steps[:3], bits, dtype, Assembled())
-    kind = ir.BF16Type if np.dtype(dtype) == BFLOAT16 else ir.F16Type
-    pair = ir.VectorType.get((2,), kind.get())
+    parts = of_thread([words(a) for a in registers], kind, bits, dtype, Assembled())
+    number = ir.BF16Type if np.dtype(dtype) == BFLOAT16 else ir.F16Type
+    pair = ir.VectorType.get((2,), number.get())
     out = []
     for part in parts:
         # [tile of rows, tile of columns, warp, 1, half of 16 rows, 1, lanes, vector]: what threads share counts 1.
-        made = np.empty((1, QUAD // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
+        made = np.empty((1, PART // 8, 1, 1, 2, 1, 1, 1, 1), dtype=object)
         for h, pairs in enumerate(part):
             for t, word in enumerate(pairs):
                 made[0, t, 0, 0, h, 0, 0, 0, 0] = utils.bitcast(word.value, pair)
