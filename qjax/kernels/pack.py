@@ -59,14 +59,14 @@ def pack(w: QArray, target: str = "mosaic", *, parts: tuple[int, int] = (1, 1)) 
     kernel cannot, it is dequantized. Save weights before packing, or `neutral` ones.
 
     Args:
-        w: an ``Int(4, ...)``, ``Int(8, ...)``, ``DualGrained`` or ``Progressive`` weight; zero points have to be
-            integers, groups multiples of 32 (or one scale per row). One that is packed for another target is packed
-            anew.
+        w: a weight of a format that has an order (`TILED`): ``Int`` of 2, 4 or 8 bits with integer zero points,
+            ``Float8``, ``NF4``, ``MXFP4``, ``NVFP4``, ``TritPlanes``, ``MixedBits``, ``DualGrained``, ``Progressive``;
+            groups are multiples of 32, or one scale per row. One that is packed for another target is packed anew.
         target: for the tensor cores of NVIDIA's Hopper: "mosaic", for the activations that a format is made for,
             16-bit floats with ``Int`` (`qjax.formats.tiles`), int8 with ``DualGrained`` and ``Progressive``;
             "mosaic_int8", for int8 activations with ``Int(4, ...)`` too (`qjax.formats.code_tiles`).
         parts: into how many equal parts the matrix is cut along (outputs, inputs) before each is packed by itself, so
-            that as many devices can share it (`qjax.formats.parts`).
+            that as many devices can share it (`qjax.formats.parts`). ``MixedBits`` has one: scales of the whole matrix.
 
     Raises:
         LayoutError: for another target, or a format that has no such order, or parts that would not be equal or cut a

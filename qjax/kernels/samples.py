@@ -141,15 +141,15 @@ def function_of(lowering: Lowering, problem: Problem) -> Callable[..., Array]:
 
 
 def format_named(name: str) -> Format:
-    """Return a format from a short name: int4 g128, uint4 g64, int8, fp8, nf4, mxfp4, ...
+    """Return a format from a short name: int4 g128, uint4 g64, int8, fp8, nf4, mxfp4, mixed, ...
 
     Raises:
         LoweringError: an unknown name; the message says what is known.
     """
-    from qjax.formats import MXFP4, NF4, Float8
+    from qjax.formats import MXFP4, NF4, Float8, MixedBits
 
     text = name.lower().replace("_", " ").split()
-    known: dict[str, Callable[..., Format]] = {"nf4": NF4, "mxfp4": MXFP4, "fp8": Float8}
+    known: dict[str, Callable[..., Format]] = {"nf4": NF4, "mxfp4": MXFP4, "fp8": Float8, "mixed": MixedBits}
     for bits in (2, 3, 4, 8):
         known[f"int{bits}"] = functools.partial(Int, bits)
         known[f"uint{bits}"] = functools.partial(Int, bits, symmetric=False)

@@ -8,7 +8,7 @@ import pytest
 from mosaic import described_gpu
 
 from qjax.errors import DeviceError, LoweringError
-from qjax.formats import Float8, Int
+from qjax.formats import Float8, Int, MixedBits
 from qjax.kernels import tuned, tuning
 from qjax.kernels.dot import hopper
 from qjax.kernels.dot.hopper import Schedule
@@ -136,6 +136,7 @@ def test_formats_by_their_short_names():
     assert format_named("UINT4_g64") == Int(4, group=64, symmetric=False)
     assert format_named("int8 token") == Int(8, per="token")
     assert format_named("fp8") == Float8()
+    assert format_named("mixed") == MixedBits()
     for wrong in ("", "int4 128", "q4", "int8 g0"):
         with pytest.raises(LoweringError, match="unknown format"):
             format_named(wrong)
