@@ -270,11 +270,13 @@ def _search(commands: argparse._SubParsersAction) -> None:
         "search",
         "choose a format for each layer within a budget, by measured sensitivities",
         "\nMeasures how far the outputs move when one layer alone is quantized, for every layer and choice; then"
-        "\nchooses exactly. No quantization is always a choice. The folder gets recipe.toml for `qjax quantize`,"
+        "\nchooses exactly. No quantization is always a choice. With --generations NSGA-II goes on from there, measuring"
+        "\nwhole assignments on the same data. The folder gets recipe.toml for `qjax quantize`,"
         "\nsensitivities.json, front.json and front.svg. Killed, it goes on where it was; another budget on the same"
         "\nfolder measures nothing again.",
         '  qjax search models/stories260k --budget "6 bits" --recipes W4A16,W8A16 --text stories.txt\n'
         '  qjax search models/stories260k --budget "200 kB" --text stories.txt --by fisher\n'
+        '  qjax search models/stories260k --budget "4.5 bits" --space 2-8/64 --generations 20 --text stories.txt\n'
         '  qjax search models/vit-tiny --budget "5 MB" --recipes W4A16,W8A8 --images imagenet-sample\n'
         '  qjax search models/llama --budget "9 ms" --device h100 --rows 1 --text text.txt --out found\n'
         "  qjax quantize models/stories260k --recipe stories260k-search/recipe.toml",
@@ -287,6 +289,20 @@ def _search(commands: argparse._SubParsersAction) -> None:
         help="'6 bits' (average of the weights, scales included), '10 MB' (all parameters), '2 ms', '5 mJ'",
     )
     _recipes_argument(parser, "W4A16,W8A16")
+    parser.add_argument(
+        "--space",
+        metavar="BITS[/GROUP]",
+        help="instead of --recipes: integer weights of each of these bits, as 2-8 or 3,4,6,8/64 (default group: 128)",
+    )
+    parser.add_argument(
+        "--generations",
+        type=_positive,
+        metavar="N",
+        help="go on with NSGA-II, which measures whole assignments instead of adding up single losses",
+    )
+    parser.add_argument(
+        "--population", type=_positive, default=32, metavar="N", help="assignments in a generation (default: 32)"
+    )
     parser.add_argument(
         "--by",
         choices=("kl", "output", "fisher"),
@@ -309,7 +325,7 @@ def _search(commands: argparse._SubParsersAction) -> None:
         help="blocks or images (default: 16, or all where there are fewer)",
     )
     parser.set_defaults(usual_samples=16)
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw of samples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all draws (default: 0)")
     parser.add_argument("--out", type=Path, help="folder to write and to go on in (default: ./NAME-search)")
     _data(parser, "UTF-8 text to measure on", "images to measure on")
 

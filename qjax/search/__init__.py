@@ -12,7 +12,9 @@ from qjax.search.measuring import kl_score, sensitivities
 from qjax.search.nsga2 import NSGA2, Population, front, hypervolume
 from qjax.search.plots import plot_front
 from qjax.search.populations import over_population
+from qjax.search.refining import refine
 from qjax.search.sensitivity import Sensitivities
+from qjax.search.whole import WholeLosses
 
 __all__ = [
     "NSGA2",
@@ -22,6 +24,7 @@ __all__ = [
     "Population",
     "Sensitivities",
     "Solution",
+    "WholeLosses",
     "assign",
     "check_budget",
     "evolve_front",
@@ -31,6 +34,7 @@ __all__ = [
     "kl_score",
     "over_population",
     "plot_front",
+    "refine",
     "save_front",
     "sensitivities",
     "solve",

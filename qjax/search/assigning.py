@@ -113,6 +113,8 @@ class Assignment:
         bits: the average of the weights that are searched over. stored_bytes: of all parameters.
         front: the lower convex hull of what can be had, by rising cost; between its points lie others.
         sensitivities: where it comes from.
+        whole: the loss of the assignment as a whole, where that was measured (`qjax.search.refine`): KL to float.
+        curves: fronts whose losses were measured so, by name.
     """
 
     choices: Mapping[str, str]
@@ -126,6 +128,8 @@ class Assignment:
     stored_bytes: int
     front: tuple[Point, ...]
     sensitivities: Sensitivities = dataclasses.field(repr=False)
+    whole: float | None = None
+    curves: Mapping[str, tuple[Point, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -145,13 +149,14 @@ class Assignment:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, without the sensitivities."""
-        names = ("cost", "loss", "bound", "exact", "by", "bits", "stored_bytes")
+        names = ("cost", "loss", "bound", "exact", "by", "bits", "stored_bytes", "whole")
         return {
             "budget": {"kind": self.budget.kind, "amount": self.budget.amount},
             **{name: getattr(self, name) for name in names},
             "counts": self.counts,
             "choices": dict(self.choices),
             "front": [dataclasses.asdict(p) for p in self.front],
+            "curves": {name: [dataclasses.asdict(p) for p in curve] for name, curve in self.curves.items()},
         }
 
 
@@ -187,7 +192,7 @@ def assign(
     by = by or sensitivities.measures[0]
     losses = sensitivities.loss(by)
     names = sensitivities.choices
-    cost_of, fixed = _costs(sensitivities, budget, on, rows, efficiency, costs)
+    cost_of, fixed = cost_table(sensitivities, budget, on, rows, efficiency, costs)
     loss_of = np.array([[of.get(name, math.inf) for name in names] for of in losses])
     found = solve(cost_of, loss_of, budget.amount - fixed)
     front = tuple(_point(p, names, fixed) for p in sweep(cost_of, loss_of))
@@ -223,18 +228,22 @@ def check_budget(
     Raises:
         SearchError: it is below the least possible cost, or a cost is not known.
     """
-    _costs(sensitivities, Budget.of(budget), on, rows, None, None)
+    cost_table(sensitivities, Budget.of(budget), on, rows)
 
 
-def _costs(
+def cost_table(
     sensitivities: Sensitivities,
     budget: Budget,
-    on: Any,
-    rows: float | None,
-    efficiency: Efficiency | None,
-    costs: Mapping[str, Mapping[str, float]] | None,
+    on: Any = None,
+    rows: float | None = None,
+    efficiency: Efficiency | None = None,
+    costs: Mapping[str, Mapping[str, float]] | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Costs [groups, choices], infinite where a group lacks the choice, and what is spent in any case."""
+    """Costs [groups, choices], infinite where a group lacks the choice, and what is spent in any case.
+
+    Raises:
+        SearchError: the budget is below the least possible cost, or a cost is not known.
+    """
     of_groups = costs or group_costs(sensitivities, budget.kind, on=on, rows=rows, efficiency=efficiency)
     names, all_rows = sensitivities.choices, sensitivities.rows
     cost_of = np.array([[of_groups[r.name][c] if c in r.bytes else math.inf for c in names] for r in all_rows])

@@ -110,14 +110,16 @@ def sensitivities(
     signature, arrays = Signature.of(params, first, {})
     program = trace_flat(fn, signature, arrays)
     groups, decisions = find_groups(program, recipes, tie)
-    job = _Job(fn, params, batches, recipes, program, groups, decisions, score, seed, progress, wanted)
+    job = Job(fn, params, batches, recipes, program, groups, decisions, score, seed, progress, wanted)
     kept = _Kept(resume, job) if resume is not None else None
     losses = job.run(kept)
     return _assembled(job, losses)
 
 
 @dataclasses.dataclass
-class _Job:
+class Job:
+    """What is measured on: a function, its parameters, batches, and what there is to choose."""
+
     fn: Callable[..., Any]
     params: Any
     batches: Iterable[Any]
@@ -139,6 +141,21 @@ class _Job:
     def leaves(self) -> list[Any]:
         return [leaf for leaf in jax.tree.leaves(self.params) if is_array(leaf)]
 
+    def identity(self) -> dict[str, Any]:
+        """What is measured, as plain data: another model, other batches and other choices differ."""
+        weights, data = hashlib.sha256(), hashlib.sha256()
+        for leaf in self.leaves:
+            update_with_sample(weights, leaf)
+        for args in argument_tuples(self.batches):
+            update_digest(data, args)
+        return {
+            "choices": {name: recipe.hash for name, recipe in self.recipes.items()},
+            "groups": [list(group.sites) for group in self.groups],
+            "parameters": weights.hexdigest(),
+            "batches": data.hexdigest(),
+            "score": getattr(self.score, "__qualname__", repr(self.score)),
+        }
+
     def run(self, kept: _Kept | None) -> dict[tuple[str, str, str], float]:
         """Measure everything that is not kept yet: (measure, group, choice) -> loss."""
         found: dict[tuple[str, str, str], float] = dict(kept.found) if kept else {}
@@ -152,9 +169,9 @@ class _Job:
             missing = [(m, g) for m, g, c in tasks if c == choice and (m, g.name, c) not in found]
             if not missing:
                 continue
-            by_weights = self._weights_only(choice)
+            by_weights = self.weights_only(choice)
             need_stored = by_weights or any(m != "kl" for m, _ in missing)
-            stored = self._stored(choice) if need_stored else None
+            stored = self.stored_leaves(choice) if need_stored else None
             for measure, group in missing:
                 self._say(done, total, f"{choice} {group.name} {measure}")
                 value = self._measure(measure, group, choice, stored if by_weights or measure != "kl" else None)
@@ -228,11 +245,11 @@ class _Job:
         batches = iter(argument_tuples(self.batches))
         return self._compared(lambda signature, arrays: model(model.params, *next(batches)))
 
-    def _weights_only(self, choice: str) -> bool:
+    def weights_only(self, choice: str) -> bool:
         said = self.decisions[choice].values()
         return not any(d.inputs is not None or d.outputs is not None or d.operands for d in said if d.quantizes)
 
-    def _stored(self, choice: str) -> list[Any]:
+    def stored_leaves(self, choice: str) -> list[Any]:
         """The parameter leaves as a choice stores them everywhere, as floats again."""
         recipe = self.recipes[choice]
         if recipe.needs_batches:
@@ -317,21 +334,8 @@ def quadratic(part: Slice, e: Any, moment: Any) -> float:
 class _Kept:
     """Measurements in a folder, one line each; a line that a kill cut short is passed over."""
 
-    def __init__(self, path: str | Path, job: _Job):
-        weights, data = hashlib.sha256(), hashlib.sha256()
-        for leaf in job.leaves:
-            update_with_sample(weights, leaf)
-        for args in argument_tuples(job.batches):
-            update_digest(data, args)
-        said = {
-            "choices": {name: recipe.hash for name, recipe in job.recipes.items()},
-            "groups": [list(group.sites) for group in job.groups],
-            "parameters": weights.hexdigest(),
-            "batches": data.hexdigest(),
-            "score": getattr(job.score, "__qualname__", repr(job.score)),
-            "seed": job.seed,
-        }
-        self.file = open_job(path, said, "search") / "measured.jsonl"
+    def __init__(self, path: str | Path, job: Job):
+        self.file = open_job(path, {**job.identity(), "seed": job.seed}, "search") / "measured.jsonl"
         self.found: dict[tuple[str, str, str], float] = {}
         if self.file.exists():
             text = self.file.read_text()
@@ -353,7 +357,7 @@ class _Kept:
             file.write(json.dumps(row) + "\n")
 
 
-def _assembled(job: _Job, losses: Mapping[tuple[str, str, str], float]) -> Sensitivities:
+def _assembled(job: Job, losses: Mapping[tuple[str, str, str], float]) -> Sensitivities:
     of_groups = sum(part.float_bytes for group in job.groups for part in group.slices)
     total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in job.leaves)
     rows = []
@@ -383,7 +387,7 @@ def _part(program: Program, part: Slice) -> Part:
     return Part(n, k, max(1.0, flops))
 
 
-def _formats(job: _Job, group: Group, choice: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _formats(job: Job, group: Group, choice: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     if choice == FLOAT:
         return None, None
     part = group.slices[0]

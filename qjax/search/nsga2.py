@@ -194,7 +194,8 @@ def crowding(values: jax.Array, rank: jax.Array) -> jax.Array:
         after = jnp.concatenate([v[1:], v[-1:]])
         changed = r[1:] != r[:-1]
         end = jnp.append(True, changed) | jnp.append(changed, True)
-        gap = jnp.where(width > 0, (after - before) / jnp.where(width > 0, width, 1), 0)
+        some = (width > 0) & jnp.isfinite(width)  # values that were not measured are infinite
+        gap = jnp.where(some, (after - before) / jnp.where(some, width, 1), 0)
         room = room.at[order].add(jnp.where(end, jnp.inf, gap).astype(jnp.float32))
     return room
 

@@ -20,6 +20,7 @@ _LOSS = {
     "output": "output error, sum of groups",
     "fisher": "second-order KL, nats, sum of groups",
 }
+_CURVES = {"Lagrangian": "Lagrangian front"}
 _ROOM = 1.06
 """How far beyond the last point of interest the picture goes."""
 
@@ -38,12 +39,20 @@ def plot_front(found: Assignment, path: str | Path) -> None:
     from matplotlib.ticker import LogFormatter
 
     front = [p for p in found.front if p.loss > 0] or list(found.front)
+    loss = found.loss if found.whole is None else found.whole
+    same = found.whole is None or found.by in ("kl", "fisher")  # sums in other units have no place beside measured ones
     unit, name = _unit(found.budget.kind, max(found.cost, found.front[0].cost))
     first, last = _range(found)
     with svg.style(svg.LIGHT), matplotlib.rc_context({"svg.hashsalt": "qjax", "figure.facecolor": svg.LIGHT["paper"]}):
         figure, axes = svg.figure(6.8, 4.2)
-        axes.plot([p.cost / unit for p in front], [p.loss for p in front], "o-", ms=3.5, lw=1.4, color=svg.LIGHT["c0"])
-        inside = [p.loss for p in front if first <= p.cost <= last] + [found.loss]
+        drawn = [("sums of single losses", front, "c0")] if same else []
+        for n, (name_, points) in enumerate(found.curves.items()):
+            label = f"{_CURVES.get(name_, name_)}, measured"
+            drawn.append((label, [p for p in points if p.loss > 0], f"c{n + 2}"))
+        for label, points, colour in drawn:
+            shown: Any = {"ms": 3.5, "lw": 1.4, "color": svg.LIGHT[colour], "label": label}
+            axes.plot([p.cost / unit for p in points], [p.loss for p in points], "o-", **shown)
+        inside = [p.loss for _, points, _ in drawn for p in points if first <= p.cost <= last] + [loss]
         inside = [loss for loss in inside if loss > 0]
         if inside:  # else float is all there is to see
             axes.set_yscale("log")
@@ -66,18 +75,18 @@ def plot_front(found: Assignment, path: str | Path) -> None:
                 **note,
             )
         for point in front:
-            if len(point.counts) == 1 and first <= point.cost <= last:
+            if same and len(point.counts) == 1 and first <= point.cost <= last:
                 left = point.cost < last - 0.2 * (last - first)
                 spot: dict[str, Any] = {"xytext": (7, 4) if left else (-6, -5), "ha": "left" if left else "right"}
                 axes.annotate(f"all {next(iter(point.counts))}", (point.cost / unit, point.loss), **spot, **note)
-        if found.loss > 0:
-            axes.plot([found.cost / unit], [found.loss], "o", ms=9, color=svg.LIGHT["c1"], zorder=3)
+        if loss > 0:
+            axes.plot([found.cost / unit], [loss], "o", ms=9, color=svg.LIGHT["c1"], zorder=3)
         counts = ", ".join(f"{n} × {c}" for c, n in found.counts.items())
-        axes.set_title(
-            f"{counts}: {amount(found.budget.kind, found.cost)}, loss {found.loss:.2g}", loc="left", fontsize=11
-        )
+        axes.set_title(f"{counts}: {amount(found.budget.kind, found.cost)}, loss {loss:.2g}", loc="left", fontsize=11)
         axes.set_xlabel(name + _beyond(found, last))
-        axes.set_ylabel(_LOSS.get(found.by, found.by))
+        axes.set_ylabel("KL to float, nats" if found.curves else _LOSS.get(found.by, found.by))
+        if found.curves:
+            axes.legend(fontsize=10)
         more: dict[str, Any] = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {"dpi": 150}
         figure.savefig(path, **more)
 

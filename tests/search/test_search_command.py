@@ -78,11 +78,30 @@ def test_search_then_quantize(capsys, folder, tmp_path):
     assert (out / "measured" / "measured.jsonl").read_text() == lines, "nothing is measured again"
 
 
+def test_generations_on_a_space(capsys, folder, tmp_path):
+    text, out = folder.parent / "text.txt", tmp_path / "found"
+    tie = ("--tie", "q_proj,k_proj,v_proj", "--tie", "gate,up")
+    args = (folder, "--space", "2,4-5/16", "--text", text, "--samples", "2", "--protocol", "B", "--context", "8", *tie)
+    more = ("--generations", "3", "--population", "8", "--out", out, "--budget", "6 bits")
+    code, said, err = ran(capsys, *args, *more)
+    assert code == 0, err
+    assert "KL to float of the whole, measured" in said and "Lagrangian front" in said and "int5" in said
+    front = json.loads((out / "front.json").read_text())
+    assert set(front["curves"]) == {"Lagrangian", "NSGA-II"}
+    assert front["whole"] == front["curves"]["NSGA-II"][-1]["loss"]
+    assert "NSGA-II, measured" in (out / "front.svg").read_text()
+    formats = {r.weights for r in qjax.recipe(str(out / "recipe.toml")).rules}
+    assert formats <= {None, *(qjax.Int(b, group=16) for b in (2, 4, 5))}
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (("--budget", "six"), "say '6 bits'"),
         (("--budget", "6 bits"), "search needs data"),
+        (("--budget", "6 bits", "--text", "TEXT", "--space", "1-4"), "bits outside 2 to 8"),
+        (("--budget", "6 bits", "--text", "TEXT", "--space", "few"), "give bits and a group"),
+        (("--budget", "6 bits", "--text", "TEXT", "--generations", "2", "--population", "7"), "even number"),
         (("--budget", "2 ms", "--text", "TEXT"), "needs --device"),
         (("--budget", "1 bits", "--text", "TEXT", "--samples", "1"), "below the smallest possible"),
         (("--budget", "2 ms", "--device", "h300", "--text", "TEXT", "--samples", "1"), "unknown device 'h300'"),
