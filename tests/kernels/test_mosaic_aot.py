@@ -40,11 +40,12 @@ def test_the_page_is_up_to_date():
     assert kernel_states.renewed(page) == page, "run python -m benchmarks.kernel_states"
 
 
-def test_compiled_for_hopper(root):
+@pytest.mark.parametrize("command", [["benchmarks.aot", "--check"], ["benchmarks.aot_sharded"]], ids=["one", "four"])
+def test_compiled_for_hopper(root, command):
     tools = aot.toolkit()
     if isinstance(tools, str):
         pytest.skip(f"cannot compile for CUDA here: {tools}")
-    command = [sys.executable, "-m", "benchmarks.aot", "--check"]
+    command = [sys.executable, "-m", *command]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
     )
