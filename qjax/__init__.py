@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qjax import models as models
     from qjax import passes as passes
     from qjax import search as search
+    from qjax import supernet as supernet
     from qjax import testing as testing
     from qjax.adapters import from_equinox as from_equinox
     from qjax.adapters import from_linen as from_linen
@@ -126,7 +127,18 @@ _HOME = {
     "Percentile": "qjax.calibration",
     "MSE": "qjax.calibration",
 }
-_SUBMODULES = ("checkpoint", "errors", "evaluate", "formats", "hardware", "models", "passes", "search", "testing")
+_SUBMODULES = (
+    "checkpoint",
+    "errors",
+    "evaluate",
+    "formats",
+    "hardware",
+    "models",
+    "passes",
+    "search",
+    "supernet",
+    "testing",
+)
 
 __all__ = [
     "AWQ",
@@ -192,6 +204,7 @@ __all__ = [
     "search",
     "static",
     "study",
+    "supernet",
     "testing",
     "trace",
 ]

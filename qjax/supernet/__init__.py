@@ -1,0 +1,25 @@
+"""Elastic quantization supernets (EQ-Net): one set of weights that runs in every form of a space.
+
+The pieces are plain functions for any training script: the quantizer `lsq_plus` and its `init_steps`, the losses
+`wdr_loss` and `gpg_loss`, and `sample_choice` over the `Domain` of a `Space`.
+"""
+
+from qjax.supernet.losses import gpg_loss, gpg_terms, moments, wdr_loss
+from qjax.supernet.quantizer import code_range, init_steps, lsq_plus, step_grad_scale
+from qjax.supernet.space import At, Domain, Space, encode_choice, sample_choice
+
+__all__ = [
+    "At",
+    "Domain",
+    "Space",
+    "code_range",
+    "encode_choice",
+    "gpg_loss",
+    "gpg_terms",
+    "init_steps",
+    "lsq_plus",
+    "moments",
+    "sample_choice",
+    "step_grad_scale",
+    "wdr_loss",
+]
