@@ -270,7 +270,7 @@ def _search(commands: argparse._SubParsersAction) -> None:
         "search",
         "choose a format for each layer within a budget, by measured sensitivities",
         "\nMeasures how far the outputs move when one layer alone is quantized, for every layer and choice; then"
-        "\nchooses exactly. No quantization is always a choice. With --generations NSGA-II goes on from there, measuring"
+        "\nchooses exactly. No quantization is always a choice. With --generations NSGA-II goes on, measuring"
         "\nwhole assignments on the same data. The folder gets recipe.toml for `qjax quantize`,"
         "\nsensitivities.json, front.json and front.svg. Killed, it goes on where it was; another budget on the same"
         "\nfolder measures nothing again.",

@@ -168,7 +168,7 @@ def _show(name: str, best: Assignment, out: Path, args: argparse.Namespace) -> N
         print(f"Sum of the groups, each by itself: {best.loss:.3g} ({proof})")
     else:
         print(
-            f"KL to float of the whole, measured: {best.whole:.3g} (sum of the groups, each by itself: {best.loss:.3g})"
+            f"KL to float of the whole, measured: {best.whole:.3g} (sum of the groups by themselves: {best.loss:.3g})"
         )
         _show_curves(best)
     print(f"Saved in {out} ({out / 'front.svg'} shows other budgets).")
