@@ -51,16 +51,12 @@ def drawn(n: int, k: int, groups: int, seed: int) -> tuple[jax.Array, jax.Array]
     return codes(jax.random.key(seed)), jnp.full((groups, k // GROUP, n), 0.01, jnp.bfloat16)
 
 
-CONFIGS: tuple[dict[str, Any], ...] = (
-    {},
-    {"num_stages": 4},
-    {"block_m": 16, "num_stages": 4},
-    {"block_m": 128, "num_stages": 4},
-)
-"""What is tried, as changes of its own heuristic for Hopper (64 tokens, 64 rows, 2 stages, persistent)."""
+def change_for(tokens: int) -> dict[str, Any]:
+    """What is tried beside its own heuristic for Hopper (64 tokens, 64 rows, 2 stages, persistent)."""
+    return {"block_m": 16 if tokens <= 64 else 128, "num_stages": 4}
 
 
-def products() -> dict[str, Callable[..., jax.Array]] | str:
+def products(tokens: int) -> dict[str, Callable[..., jax.Array]] | str:
     """By name, (x [M, K], codes and scales of `drawn`, sizes [G]) -> [M, N]; "xla" first, its oracle. Or why none."""
     found = imported()
     if isinstance(found, str):
@@ -81,10 +77,10 @@ def products() -> dict[str, Callable[..., jax.Array]] | str:
 
         kernel = api.IMPLEMENTATIONS["mosaic_gpu"]
         its_own = {"block_m": 64, "block_n": 64, "block_k": GROUP, "num_stages": 2, "split_k": 1, "persistent": True}
-        for change in CONFIGS[1:]:
-            config = kernel.config_cls(**{**its_own, **change})
-            name = ", ".join(f"{key} {value}" for key, value in change.items())
-            out[f"tokamax, {name}"] = made((dataclasses.replace(kernel, config=config),))
+        change = change_for(tokens)
+        config = kernel.config_cls(**{**its_own, **change})
+        name = ", ".join(f"{key} {value}" for key, value in change.items())
+        out[f"tokamax, {name}"] = made((dataclasses.replace(kernel, config=config),))
     except Exception as failure:  # its insides have moved: then its own choice alone
-        print(f"tokamax: no other configurations ({type(failure).__name__}: {str(failure)[:100]})")
+        print(f"tokamax: no other configuration ({type(failure).__name__}: {str(failure)[:100]})")
     return out

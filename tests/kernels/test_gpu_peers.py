@@ -60,13 +60,18 @@ def test_the_fastest_configuration_of_tokamax_that_is_right_counts(monkeypatch):
 
     found = {"xla": honest, "slow": lambda *a: honest(*a), "fast": lambda *a: honest(*a) * 1.001}
     found |= {"wrong": lambda *a: honest(*a) * 1.1, "broken": broken}
-    times = {"slow": 3.0, "fast": 2.0, "wrong": 1.0}
-    by = {function: times.get(name) for name, function in found.items()}
-    clock = types.SimpleNamespace(us=lambda function, *sets: by[function])
+    measured = []
+
+    def us(program, *sets):
+        assert isinstance(program, jax.stages.Compiled) and len(sets) == 2
+        measured.append(program)
+        return (3.0, 2.0)[len(measured) - 1]
+
+    clock = types.SimpleNamespace(us=us)
     x, sizes = jnp.ones((8, 128), jnp.float32), [jnp.asarray([3, 0, 2, 0, 0, 1, 0, 0]) for _ in range(2)]
-    monkeypatch.setattr(tokamax_ragged, "products", lambda: dict(found))
+    monkeypatch.setattr(tokamax_ragged, "products", lambda tokens: dict(found))
     assert ragged.tokamax_us(clock, x, sizes, 128, 128) == {"us": 2.0, "config": "fast"}
-    monkeypatch.setattr(tokamax_ragged, "products", lambda: {"xla": honest, "broken": broken})
+    monkeypatch.setattr(tokamax_ragged, "products", lambda tokens: {"xla": honest, "broken": broken})
     assert ragged.tokamax_us(clock, x, sizes, 128, 128) == {"failure": "no configuration of tokamax runs"}
 
 
