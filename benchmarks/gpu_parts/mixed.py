@@ -80,8 +80,8 @@ def _rounded(a: np.ndarray, *kinds: Any) -> np.ndarray:
     return a
 
 
-def weight(fmt: MixedBits, n: int, k: int, seed: int = 0) -> QArray:
-    """A weight [N, K] of random codes, scales of both orders, zero points and corrections, in neutral order."""
+def weight(fmt: MixedBits, n: int, k: int, seed: int = 0, outs: tuple[int, ...] = ()) -> QArray:
+    """A weight [N, K], or [*outs, K], in neutral order, of random codes, scales, zero points and corrections."""
     rng = np.random.default_rng(seed)
     strips, count = fmt.strips(k), fmt.outlier_count(n, k)
     tiles, groups = -(-n // fmt.tile), -(-strips.wide * fmt.strip // fmt.wide_group)
@@ -117,7 +117,7 @@ def weight(fmt: MixedBits, n: int, k: int, seed: int = 0) -> QArray:
             "outlier_row": np.searchsorted(places // len(narrow), np.arange(n + 1))[None].astype(np.uint32),
         }
     aux = {name: jnp.asarray(a) for name, a in aux.items()}
-    return assemble(jnp.asarray(codes, jnp.uint8), aux, fmt, shape=(n, k), in_axes=1)
+    return assemble(jnp.asarray(codes, jnp.uint8), aux, fmt, shape=(*(outs or (n,)), k), in_axes=len(outs) or 1)
 
 
 def checks(quick: bool) -> list[dict[str, Any]]:

@@ -184,7 +184,7 @@ def _retold(w: QArray, fmt: Format, codes: Array, aux: Aux) -> QArray:
         return jnp.reshape(a, (*w.codes.shape[:stacks], *own, *(1,) * (ins - 1), a.shape[-1]))
 
     rows = math.prod(outs)
-    of_matrix = fmt.row_aux if fmt.whole_matrix else ()
+    of_matrix = fmt.row_aux if isinstance(fmt, Tiled) else ()
     placed = {k: place(a, a.shape[-2] == rows and k not in of_matrix) for k, a in aux.items()}
     kept = {k: a for k, a in w.aux.items() if _beside(k)}
     return dataclasses.replace(w, codes=place(codes, True), aux={**placed, **kept}, fmt=fmt)

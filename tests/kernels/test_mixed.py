@@ -64,6 +64,15 @@ def test_packing_changes_no_number_and_is_undone(fmt, n, k, dtype):
         assert np.all(np.isfinite(found))  # columns of padding meet zeros
 
 
+def test_heads_and_their_dimensions():
+    """Two axes of outputs: what is stored for every row stands along both."""
+    w = weight(FORMATS[1], 40, 300, outs=(8, 5))
+    packed = ops.pack(w)
+    back = ops.neutral(packed)
+    assert packed.shape == w.shape == (8, 5, 300) and jax.tree.structure(back) == jax.tree.structure(w)
+    jax.tree.map(np.testing.assert_array_equal, back, w)
+
+
 def test_the_oracle_is_the_format():
     """Both read the same bits; neither shares a line."""
     w = weight(FORMATS[1], 40, 300)
