@@ -213,7 +213,7 @@ def decode_times(
     """
     cache = fn.init_cache(batch, context, jnp.bfloat16)
     kept = sum(a.nbytes for a in jax.tree.leaves(cache["layers"]))
-    cache["length"] = jnp.int32(context - steps * (trials + 1))
+    cache["length"] = jnp.int32(max(context - steps * (trials + 1), 0))
     tokens = jnp.zeros(batch, jnp.int32)
     # What is donated comes back at the same addresses, so that a CUDA graph stays as it was recorded.
     run, seconds = _compiled(greedy(decode), params, tokens, cache, donate=(1, 2), options=options)
