@@ -23,6 +23,7 @@ import jax
 from benchmarks import measure
 from benchmarks.gpu_parts import PARTS, part
 from benchmarks.gpu_parts.peers import merged
+from benchmarks.kernel_cases import FAMILIES, written_in
 from qjax.kernels.devices import cuda_capability
 
 
@@ -92,6 +93,8 @@ def main() -> None:
     for p in given.parts if not given.skip_checks else ():
         begun = time.perf_counter()
         found = record["parts"][p]["checks"] = part(p).checks(given.quick)
+        if p in FAMILIES:
+            record["parts"][p]["written_in"] = written_in(p)
         right = sum(row["right"] for row in found)
         print(f"{p}: {right} of {len(found)} right, {time.perf_counter() - begun:.0f} s", flush=True)
         save()

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from benchmarks import aot
-from benchmarks.kernel_cases import FAMILIES
+from benchmarks.kernel_cases import FAMILIES, written_in
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -25,15 +25,15 @@ def devices() -> list[dict]:
     return sorted((r for r in found if "parts" in r), key=lambda r: r["environment"]["date"])
 
 
-def on_device(name: str, records: list[dict]) -> str:
-    """What devices said of one kind of kernel: the newest of them that ran it."""
+def on_device(name: str, family: str, records: list[dict]) -> str:
+    """What devices said of one kind of kernel: the newest of them that ran it, and whether it has changed since."""
     for record in reversed(records):
-        rows = [
-            r for part in record["parts"].values() for r in part["checks"] if f"{name}, ".startswith(r["kernel"] + ", ")
-        ]
+        part = record["parts"].get(family, {"checks": []})
+        rows = [r for r in part["checks"] if f"{name}, ".startswith(r["kernel"] + ", ")]
         if rows:
             where = f"{record['environment']['device']}, {record['environment']['date']}"
-            return f"{sum(r['right'] for r in rows)} of {len(rows)} right ({where})"
+            said = f"{sum(r['right'] for r in rows)} of {len(rows)} right ({where})"
+            return said if part.get("written_in") == written_in(family) else f"unmeasured; an earlier form: {said}"
     return "unmeasured"
 
 
@@ -46,7 +46,8 @@ def table() -> str:
         "|---|---|---|---|---:|---:|---:|---|",
     ]
     tables = {family: aot.stored(family) for family in FAMILIES}
-    for name, found in (item for table in tables.values() for item in table["kernels"].items()):
+    every = ((family, *item) for family, table in tables.items() for item in table["kernels"].items())
+    for family, name, found in every:
         used = found["multiplies"]
         cells = [
             name,
@@ -56,7 +57,7 @@ def table() -> str:
             found["registers"],
             f"{found['shared_bytes'] / 1024:.0f}",
             f"{found['instructions']}" + (f" ({found[used]} {used})" if used else ""),
-            on_device(name, records),
+            on_device(name, family, records),
         ]
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")
     makers = [tuple(table["made_by"].items()) for table in tables.values()]

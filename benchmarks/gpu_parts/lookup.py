@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, SHAPES, Clock, checked, copies
 from benchmarks.gpu_parts.weights16 import packed
-from benchmarks.kernel_cases.lookup import FORMATS, shapes
+from benchmarks.kernel_cases.lookup import FORMATS
 from qjax import ops
 from qjax.formats import MXFP4, NF4, Float8, Format, Int, QArray, TritPlanes, quantize_array
 from qjax.formats.nf4 import NF4_VALUES
@@ -86,17 +86,6 @@ def checks(quick: bool) -> list[dict[str, Any]]:
     return out
 
 
-def drawn(fmt: Format, n: int, k: int, seed: int) -> QArray:
-    """A packed weight of random codes, drawn on the device."""
-
-    def leaf(a: Any) -> Any:
-        if a.dtype == jnp.int32:
-            return jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(seed), a.shape, jnp.uint32), jnp.int32)
-        return jnp.full(a.shape, 0.01, a.dtype)
-
-    return jax.jit(lambda: jax.tree.map(leaf, shapes(fmt, n, k)))()
-
-
 def times(clock: Clock) -> list[dict[str, Any]]:
     """Two layers."""
     out = []
@@ -105,7 +94,7 @@ def times(clock: Clock) -> list[dict[str, Any]]:
         int4 = [packed(n, k, s) for s in range(copies(n * k // 2))]
         theirs = {}
         for fmt in FORMATS:
-            ours = [drawn(fmt, n, k, s) for s in range(copies(n * k * fmt.code_bits // 8))]
+            ours = [packed(n, k, s, fmt) for s in range(copies(n * k * fmt.code_bits // 8))]
             for tokens in (1, 16, 256):
                 if clock.left() <= 0:
                     return out

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.gpu_parts.clock import CLOSE, SHAPES, Clock, checked, copies
-from benchmarks.gpu_parts.lookup import drawn, product
+from benchmarks.gpu_parts.lookup import product
 from benchmarks.gpu_parts.weights16 import packed
 from benchmarks.kernel_cases.mixed import ALONE, FORMATS, kernel
 from qjax import ops
@@ -149,7 +149,7 @@ def times(clock: Clock) -> list[dict[str, Any]]:
         n, k = SHAPES[layer]
         peers = {
             "W4A16": [packed(n, k, s) for s in range(copies(n * k // 2))],
-            "int2 g128": [drawn(Int(2, group=128), n, k, s) for s in range(copies(n * k // 4))],
+            "int2 g128": [packed(n, k, s, Int(2, group=128)) for s in range(copies(n * k // 4))],
         }
         theirs: dict[int, dict[str, float]] = {}
         for fmt in FORMATS:

@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_parts import lookup
 from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, Clock, checked
-from benchmarks.gpu_parts.weights16 import weight
+from benchmarks.gpu_parts.weights16 import packed, weight
 from benchmarks.kernel_cases.weights16 import G128
 from benchmarks.peers import tokamax_ragged
 from qjax import ops
-from qjax.formats import Int, IntTiles, Layout, QArray
-from qjax.kernels.dot.mosaic import STAGES
-from qjax.kernels.ragged_dot.mosaic import ragged_schedule_for
-from qjax.kernels.ragged_dot.tiles16 import ragged_tiles16
+from qjax.formats import MXFP4, Format, Int, Layout, QArray
+from qjax.kernels.dot.hopper import Schedule
+from qjax.kernels.dot.schedules import ragged_schedule_for
+from qjax.kernels.dot.words import footprint
+from qjax.kernels.ragged_dot.experts import experts16
 
 SIZES: dict[str, tuple[int, list[int]]] = {
     "one token": (1, [0, 1, 0, 0]),
@@ -51,9 +53,13 @@ def product(x: Any, w: QArray, sizes: Any, out_dtype: Any = None) -> Any:
     return ops.q_ragged_dot(x, w, sizes, out_dtype=out_dtype, **BY_KERNEL)
 
 
-def several(fmt: Int, n: int, k: int, groups: int) -> tuple[QArray, np.ndarray]:
+def several(fmt: Format, n: int, k: int, groups: int) -> tuple[QArray, np.ndarray]:
     """Random experts, packed, canonical, and the numbers they stand for in float64 [groups, N, K]."""
-    each = [weight(fmt, n, k, seed) for seed in range(groups)]
+    if isinstance(fmt, Int):
+        each = [weight(fmt, n, k, seed) for seed in range(groups)]
+    else:
+        neutral = [lookup.weight(fmt, n, k, seed) for seed in range(groups)]
+        each = [(ops.pack(w), lookup.numbers(w)) for w in neutral]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *[w for w, _ in each])
     order = (("s", 0), ("o", 0), ("i", 0))
     w = QArray(stacked.codes, stacked.aux, stacked.fmt, Layout(order), stacked.dtype)
@@ -74,7 +80,8 @@ def checks(quick: bool) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     run = jax.jit(product, static_argnums=3)
     kinds = ((G128, "bfloat16", 256, 512), (Int(4, group=64, symmetric=False), "float16", 200, 200))
-    for fmt, dtype, n, k in (*kinds, (Int(8), "bfloat16", 256, 256), (Int(4), "bfloat16", 128, 1024)):
+    kinds = (*kinds, (Int(8), "bfloat16", 256, 256), (Int(4), "bfloat16", 128, 1024), (MXFP4(), "bfloat16", 256, 256))
+    for fmt, dtype, n, k in kinds:
         w, numbers = several(fmt, n, k, 4)
         few = list(SIZES.items()) if fmt is G128 else list(SIZES.items())[4:8:3]
         for case, (tokens, sizes) in few[:: 2 if quick and fmt is G128 else 1]:
@@ -94,13 +101,15 @@ def checks(quick: bool) -> list[dict[str, Any]]:
         with checked(row, out):
             tokens, sizes = (8, [2, 0, 5, 1]) if tile == 8 else (300, [140, 1, 30, 128])
             x = jnp.asarray(np.random.default_rng(tile).normal(size=(tokens, 512)), jnp.bfloat16)
-            schedule = dataclasses.replace(ragged_schedule_for(256, 512, tokens, 4), tokens=tile, stages=STAGES[tile])
-            how = {"fmt": w.fmt, "n": 256, "out_dtype": jnp.float32, "schedule": schedule}
-            flat = [w.aux[name].reshape(4, -1) for name in ("tiles", "scale")]
-            y = jax.jit(functools.partial(ragged_tiles16, **how))(*flat, None, x, jnp.asarray(sizes, jnp.int32))
+            how = {"fmt": w.fmt, "n": 256, "out_dtype": jnp.bfloat16, "schedule": Schedule(tile, 3)}
+            how["schedule"] = dataclasses.replace(how["schedule"], tall=2, rolling=tile > 64)
+            flat = {name: a.reshape(4, -1) for name, a in w.aux.items()}
+            y = jax.jit(functools.partial(experts16, **how))(flat, x, jnp.asarray(sizes, jnp.int32))
             exact = np.asarray(x, np.float64)
             terms = np.maximum(wanted(np.abs(exact), np.abs(numbers), sizes), 1e-30)
-            worst = float(np.max(np.abs(np.asarray(y) - wanted(exact, numbers, sizes)) / terms))
+            want = wanted(exact, numbers, sizes)
+            worst = np.abs(np.asarray(y, np.float64) - want) - 2**-8 * np.abs(want)  # results are bfloat16
+            worst = float(np.max(worst / terms))
             row |= {"error": worst, "right": bool(worst < CLOSE)}
     row = {"kernel": kernel, "case": "NaN in its row alone; bfloat16 results"}
     with checked(row, out):
@@ -119,18 +128,6 @@ def routed(tokens: int, seed: int) -> jax.Array:
     rng = np.random.default_rng(seed)
     chosen = np.concatenate([rng.permutation(GROUPS)[:CHOSEN] for _ in range(tokens)])
     return jnp.asarray(np.bincount(chosen, minlength=GROUPS), jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def drawn(n: int, k: int, groups: int, seed: int) -> QArray:
-    """Experts of random codes in tiles, drawn on the device."""
-    fmt = IntTiles(G128, k)
-    aux = {
-        "tiles": jax.random.bits(jax.random.key(seed), (groups, 1, n * k // 2), jnp.uint8),
-        "scale": jnp.full((groups, 1, fmt.blocks * n), 0.01, jnp.float32),
-    }
-    layout = Layout((("s", 0), ("o", 0), ("i", 0)))
-    return QArray(jnp.zeros((groups, n, 0), jnp.int8), aux, fmt, layout, jnp.dtype(jnp.bfloat16))
 
 
 PATIENCE = 20
@@ -166,7 +163,8 @@ def times(clock: Clock) -> list[dict[str, Any]]:
     """Experts of Mixtral-8x7B at 1 to 4096 tokens, beside XLA's bfloat16 product and tokamax's with int4."""
     out: list[dict[str, Any]] = []
     for layer, (n, k) in EXPERTS.items():
-        w = [drawn(n, k, GROUPS, s) for s in range(2)]
+        order = Layout((("s", 0), ("o", 0), ("i", 0)))
+        w = [dataclasses.replace(packed(n, k, s, stack=(GROUPS,)), layout=order) for s in range(2)]
         floats = jax.random.normal(jax.random.key(0), (GROUPS, k, n), jnp.bfloat16)
         for tokens in (1, 16, 256, 4096):
             if clock.left() <= 0:
@@ -181,7 +179,7 @@ def times(clock: Clock) -> list[dict[str, Any]]:
                 read = filled * n * k * 4.25 / 8
                 row |= {"bytes": int(read + x.nbytes + rows * n * 2), "flops": 2 * rows * n * k}
                 row["ceiling_us"] = clock.ceiling_us(read * 4.125 / 4.25, 2 * rows * n * k)
-                row["schedule"] = str(ragged_schedule_for(n, k, rows, GROUPS))
+                row["schedule"] = str(ragged_schedule_for(n, k, rows, GROUPS, footprint=footprint(w[0].fmt)))
                 row["peers"] = {"bfloat16": clock.us(jax.lax.ragged_dot, *[(x, floats, s) for s in sizes])}
                 if layer == next(iter(EXPERTS)) and clock.left() > PATIENCE:
                     theirs = tokamax_us(clock, x, sizes, n, k)

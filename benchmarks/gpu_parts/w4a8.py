@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_parts.clock import BY_KERNEL, SHAPES, Clock, checked, copies
+from benchmarks.kernel_cases.weights16 import described
 from qjax import ops
 from qjax.formats import DualGrained, Format, Int, Progressive, QArray, quantize_array
+from qjax.kernels import tuned
 from qjax.kernels.dot.codes4x8 import codes4x8
-from qjax.kernels.dot.mosaic import schedule_for
-from qjax.kernels.dot.w4a8 import STAGES
+from qjax.kernels.dot.hopper import Schedule
+from qjax.kernels.dot.schedules import schedule_for
+from qjax.kernels.dot.w4a8 import footprint
 
 TOKEN = Int(8, per="token")
 
@@ -79,6 +82,14 @@ def checks(quick: bool) -> list[dict[str, Any]]:
                 with checked(row, out):
                     worst, steady = error(fmt, n, k, x)
                     row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
+    for fmt, tile in ((FORMATS[0], 8), (FORMATS[0], 64), (FORMATS[1], 16), (FORMATS[6], 32)):
+        schedule = Schedule(tile, 3, tall=2, deep=2)
+        row = {"kernel": f"W4A8 {fmt.name}, bfloat16", "case": f"[512, 4096], {described(schedule)}"}
+        with checked(row, out), tuned.forced(schedule, "codes4x8"):
+            jax.clear_caches()  # what is compiled does not say by which schedule
+            x = jax.random.normal(jax.random.key(tile), (2 * tile - 3, 4096), jnp.bfloat16)
+            worst, steady = error(fmt, 512, 4096, x)
+            row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
     row = {"kernel": f"W4A8 {FORMATS[0].name}, bfloat16", "case": "a scale per tensor, transposed activations"}
     with checked(row, out):
         x = jax.random.normal(jax.random.key(1), (1024, 24), jnp.bfloat16).T
@@ -108,9 +119,8 @@ def times(clock: Clock) -> list[dict[str, Any]]:
             ours = weights(fmt, "mosaic_int8")
 
             def alone(x: Any, scale: Any, w: QArray, n: int = n, k: int = k) -> Any:
-                rule = schedule_for(n, k, x.shape[0])
-                how = {"fmt": w.fmt, "n": n, "out_dtype": jnp.bfloat16}
-                how["schedule"] = type(rule)(rule.tokens, STAGES[rule.tokens], rule.splits)
+                rule = schedule_for(n, k, x.shape[1], footprint=footprint(w.fmt))
+                how = {"fmt": w.fmt, "n": n, "out_dtype": jnp.bfloat16, "schedule": rule}
                 levels = w.aux.get("levels")
                 flat = (w.aux["tiles"], levels, w.aux["scale"])
                 return codes4x8(*(a if a is None else a.reshape(1, -1) for a in flat), x, scale, **how)[0]

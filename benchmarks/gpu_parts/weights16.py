@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, SHAPES, TOKENS, Clock, checked, copies
-from benchmarks.kernel_cases.weights16 import G128
+from benchmarks.kernel_cases.weights16 import G128, described, shapes
 from qjax import ops
-from qjax.formats import Int, IntTiles, QArray, assemble
-from qjax.formats.tiles import rounded_up
-from qjax.kernels.dot.mosaic import schedule_for
+from qjax.formats import Format, Int, QArray, assemble
+from qjax.kernels import tuned
+from qjax.kernels.dot.hopper import Schedule
+from qjax.kernels.dot.schedules import schedule_for
+from qjax.kernels.dot.words import footprint
 
 FORMATS = (
     G128,
@@ -32,6 +32,17 @@ FORMATS = (
 
 SMALL = ((200, 200), (512, 1024), (264, 72))
 """(N, K) of what is compared with NumPy; with few tiles K is cut in parts."""
+
+
+CUT = (
+    Schedule(8, 4, tall=2, deep=2),
+    Schedule(16, 3, 2, tall=2, deep=2),
+    Schedule(32, 3, tall=2),
+    Schedule(64, 3, tall=2),
+    Schedule(64, 3, tall=2, rolling=True),
+    Schedule(128, 2, tall=2, rolling=True),
+)
+"""Schedules of large layers, on small ones."""
 
 
 def weight(fmt: Int, n: int, k: int, seed: int) -> tuple[QArray, np.ndarray]:
@@ -57,15 +68,19 @@ def product(x: Any, w: QArray, out_dtype: Any = None) -> Any:
     return ops.q_dot(x, w, out_dtype=out_dtype, **BY_KERNEL)
 
 
-def error(fmt: Int, n: int, k: int, tokens: int, dtype: str) -> tuple[float, bool]:
-    """Largest error relative to the sum of magnitudes of the terms, and whether three runs gave the same."""
+def error(fmt: Int, n: int, k: int, tokens: int, dtype: str, out_dtype: Any = jnp.float32) -> tuple[float, bool]:
+    """Largest error relative to the sum of magnitudes of the terms, and whether three runs gave the same.
+
+    Of bfloat16 results, what is beyond their rounding.
+    """
     w, numbers = weight(fmt, n, k, seed=n + k)
     x = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, k)), dtype)
     run = jax.jit(product, static_argnums=2)
-    results = [np.asarray(run(x, w, jnp.float32)) for _ in range(3)]
+    results = [np.asarray(run(x, w, out_dtype)).astype(np.float64) for _ in range(3)]
     exact = np.asarray(x, np.float64)
-    terms = np.abs(exact) @ np.abs(numbers).T
-    wrong = np.abs(results[0] - exact @ numbers.T) / np.maximum(terms, 1e-30)
+    terms, want = np.abs(exact) @ np.abs(numbers).T, exact @ numbers.T
+    rounding = 2.0**-8 * np.abs(want) if out_dtype == jnp.bfloat16 else 0
+    wrong = (np.abs(results[0] - want) - rounding) / np.maximum(terms, 1e-30)
     return float(np.max(wrong)), all(np.array_equal(results[0], r) for r in results)
 
 
@@ -82,6 +97,13 @@ def checks(quick: bool) -> list[dict[str, Any]]:
                     with checked(row, out):
                         worst, steady = error(fmt, n, k, tokens, dtype)
                         row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
+    for fmt in (G128, FORMATS[5], FORMATS[3]):
+        for schedule in CUT:
+            row = {"kernel": f"W4A16 {fmt.name}, bfloat16", "case": f"[512, 4096], {described(schedule)}"}
+            with checked(row, out), tuned.forced(schedule, "words16"):
+                jax.clear_caches()  # what is compiled does not say by which schedule
+                worst, steady = error(fmt, 512, 4096, schedule.tokens * 2 - 3, "bfloat16", jnp.bfloat16)
+                row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
     return out + special()
 
 
@@ -108,22 +130,15 @@ def special() -> list[dict[str, Any]]:
     return [{"kernel": kernel, "case": name, "right": bool(right)} for name, right in rows.items()]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _random_tiles(key: Any, like: Any) -> Any:
-    return jax.random.bits(key, like.shape, jnp.uint8)
+def packed(n: int, k: int, seed: int, fmt: Format = G128, stack: tuple[int, ...] = ()) -> QArray:
+    """A packed weight of random codes, drawn on the device."""
 
+    def leaf(a: Any) -> Any:
+        if a.dtype == jnp.int32:
+            return jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(seed), a.shape, jnp.uint32), jnp.int32)
+        return jnp.full(a.shape, 0.01, a.dtype)
 
-def packed(n: int, k: int, seed: int) -> QArray:
-    """A weight of random codes in tiles, drawn on the device."""
-    fmt = IntTiles(G128, k)
-    like = jax.ShapeDtypeStruct((1, rounded_up(n) * fmt.padded_length // 2), jnp.uint8)
-    aux = {
-        "tiles": _random_tiles(jax.random.key(seed), like),
-        "scale": jnp.full((1, fmt.blocks * rounded_up(n)), 0.01, jnp.float32),
-    }
-    whole = assemble(jnp.zeros((1, 1), jnp.int8), {"scale": jnp.ones((1, 1))}, Int(4), shape=(1, 1), in_axes=1)
-    layout = dataclasses.replace(whole.layout, pad=0)
-    return QArray(jnp.zeros((n, 0), jnp.int8), aux, fmt, layout, jnp.dtype(jnp.bfloat16))
+    return jax.jit(lambda: jax.tree.map(leaf, shapes(fmt, n, k, stack)))()
 
 
 def times(clock: Clock) -> list[dict[str, Any]]:
@@ -140,6 +155,6 @@ def times(clock: Clock) -> list[dict[str, Any]]:
                 row["us"] = clock.us(product, *[(x, w) for w in ours])
                 row |= {"bytes": ours[0].nbytes + x.nbytes + tokens * n * 2, "flops": 2 * tokens * n * k}
                 row["ceiling_us"] = clock.ceiling_us(n * k * 4.125 / 8, 2 * tokens * n * k)
-                row["schedule"] = str(schedule_for(n, k, tokens))
+                row["schedule"] = str(schedule_for(n, k, tokens, footprint=footprint(ours[0].fmt)))
                 row["peers"] = {"bfloat16": clock.bfloat16_us(n, k, tokens)}
     return out

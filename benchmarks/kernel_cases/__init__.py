@@ -8,11 +8,48 @@ whole programs around a kernel, as (function, shapes of arguments, bytes of one 
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib
+from pathlib import Path
 from typing import Any
 
 FAMILIES = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton", "acts")
 """In the order of the table in docs/kernels.md; one a line when there are more."""
+
+
+QJAX = Path(__file__).parents[2] / "qjax"
+
+_WORDS = ("kernels/dot/words16.py", "kernels/dot/widen.py", "formats/words.py", "formats/word_tiles.py")
+_TILES = ("kernels/dot/tiles16.py", "formats/tiles.py")
+_HOPPER = "kernels/dot/hopper.py"
+
+SOURCES = {
+    "weights16": (_HOPPER, *_TILES, *_WORDS),
+    "codes8": (_HOPPER, "kernels/dot/codes8.py"),
+    "w4a8": (_HOPPER, "kernels/dot/codes4x8.py", "formats/code_tiles.py"),
+    "lookup": (_HOPPER, *_WORDS, "formats/trit_tiles.py"),
+    "mixed": (_HOPPER, "kernels/dot/mixed16.py", "formats/mixed_tiles.py", "formats/mixed_words.py"),
+    "ragged": (_HOPPER, *_TILES, *_WORDS, "kernels/ragged_dot/experts.py", "kernels/ragged_dot/placing.py"),
+    "triton": ("kernels/dot/rows16.py", "kernels/dot/rows8.py", "kernels/dot/triton_call.py"),
+    "acts": ("kernels/act/rows.py",),
+}
+"""The modules of qjax that say what a family's kernels do."""
+
+
+def written_in(family: str) -> str:
+    """Return a digest of what a family's kernels are written in, without comments, docstrings and spaces.
+
+    What a device said of kernels counts for those of the same digest.
+    """
+    digest = hashlib.sha256()
+    for source in SOURCES[family]:
+        tree = ast.parse((QJAX / source).read_text())
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                body[:] = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
 
 
 def cases(family: str) -> list[Any]:

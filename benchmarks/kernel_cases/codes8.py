@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.kernel_cases.weights16 import described
 from qjax.formats import Float8, Int
 from qjax.kernels.dot.codes8 import codes8
-from qjax.kernels.dot.hopper import Schedule
-from qjax.kernels.dot.mosaic import STAGES
+from qjax.kernels.dot.hopper import STEP, Schedule
+from qjax.kernels.dot.mosaic import CODES8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,14 @@ class Case:
         one = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype)  # noqa: E731
         ours, theirs = (one(dtype, rows, self.k) for rows in (self.n, tokens))
         arguments = (ours, one(np.float32, self.n), theirs, one(np.float32, tokens))
-        return functools.partial(codes8, out_dtype=jnp.dtype(jnp.bfloat16), schedule=self.schedule), arguments
+        schedule = CODES8.filled(self.schedule, self.k // STEP // self.schedule.splits, 2)
+        return functools.partial(codes8, out_dtype=jnp.dtype(jnp.bfloat16), schedule=schedule), arguments
 
 
 def cases() -> list[Case]:
     """Both dtypes of codes, every width of tile, whole and cut."""
     return [
-        Case(fmt, Schedule(t, STAGES[t], splits))
+        Case(fmt, Schedule(t, 0, splits))
         for fmt in (Int(8), Float8())
         for t, splits in ((8, 1), (16, 4), (64, 1), (128, 1))
     ]

@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernel_cases.lookup import shapes
-from benchmarks.kernel_cases.weights16 import described
+from benchmarks.kernel_cases.weights16 import described, shapes
 from qjax import ops
 from qjax.formats import Layout, MixedBits, MixedTiles, QArray
-from qjax.kernels.dot.hopper import TOKENS, Schedule
-from qjax.kernels.dot.mixed16 import STAGES, mixed16
+from qjax.kernels.dot.hopper import STEP, TOKENS, Schedule
+from qjax.kernels.dot.mixed16 import FOOTPRINT, mixed16
 
 FORMATS = (
     MixedBits(),
@@ -52,7 +51,8 @@ class Case:
         w = shapes(self.fmt, self.n, self.k)
         aux = {name: jax.ShapeDtypeStruct((1, a.size), a.dtype) for name, a in w.aux.items()}
         x = jax.ShapeDtypeStruct((1, self.schedule.tokens, self.k), self.dtype)
-        how = {"n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
+        schedule = FOOTPRINT.filled(self.schedule, self.k // (STEP * self.schedule.splits * self.schedule.deep), 2)
+        how = {"n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": schedule}
         return functools.partial(mixed16, fmt=MixedTiles(self.fmt, self.k), **how), (aux, x)
 
 
@@ -73,9 +73,11 @@ def programs() -> dict[str, tuple[Any, Any, int]]:
 
 
 def cases() -> list[Case]:
-    """Every tile of tokens, both dtypes, whole and cut."""
+    """Every tile of tokens, both dtypes, whole and cut, tall."""
     one = FORMATS[0]
-    out = [Case(one, "bfloat16", Schedule(t, STAGES[t])) for t in TOKENS]
-    out += [Case(one, "float16", Schedule(t, STAGES[t])) for t in (16, 128)]
-    out += [Case(fmt, "bfloat16", Schedule(t, STAGES[t])) for t in (16, 128) for fmt in ALONE]
-    return [*out, Case(one, "bfloat16", Schedule(8, STAGES[8], 4))]
+    out = [Case(one, "bfloat16", Schedule(t, 0, deep=2)) for t in TOKENS]
+    out += [Case(one, "bfloat16", Schedule(t, 0, tall=2, deep=2)) for t in (16, 64)]
+    out += [Case(one, "float16", Schedule(t, 0, deep=2)) for t in (16, 128)]
+    out += [Case(fmt, "bfloat16", Schedule(t, 0, deep=2)) for t in (16, 128) for fmt in ALONE]
+    out += [Case(fmt, "bfloat16", Schedule(16, 0, tall=2, deep=2)) for fmt in ALONE]
+    return [*out, Case(one, "bfloat16", Schedule(8, 0, 4, deep=2))]

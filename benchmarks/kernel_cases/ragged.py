@@ -9,20 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernel_cases.weights16 import G128, described
+from benchmarks.kernel_cases.weights16 import G128, described, filled, shapes
 from qjax import ops
-from qjax.formats import Int, IntTiles, Layout, QArray
-from qjax.formats.tiles import rounded_up
+from qjax.formats import MXFP4, Format, Int, Layout, QArray, TritPlanes
 from qjax.kernels.dot.hopper import Schedule
-from qjax.kernels.dot.mosaic import STAGES
-from qjax.kernels.ragged_dot.tiles16 import ragged_tiles16
+from qjax.kernels.ragged_dot.experts import experts16
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One compiled kernel: what is fixed when it is compiled, on experts large enough to fill its ring."""
 
-    fmt: Int
+    fmt: Format
     dtype: str
     schedule: Schedule
     groups: int = 8
@@ -37,29 +35,22 @@ class Case:
 
     def function(self) -> Any:
         """The kernel, and the shapes of its arguments: twice as many tokens as the groups' tiles hold."""
-        fmt, shape = IntTiles(self.fmt, self.k), jax.ShapeDtypeStruct
-        codes = jnp.uint8 if self.fmt.bits == 4 else jnp.int8
-        numbers = (self.groups, fmt.blocks * rounded_up(self.n))
-        arguments = (
-            shape((self.groups, rounded_up(self.n) * fmt.padded_length * self.fmt.bits // 8), codes),
-            shape(numbers, jnp.float32),
-            None if self.fmt.symmetric else shape(numbers, jnp.bfloat16),
-            shape((self.schedule.tokens * (2 * self.groups if self.schedule.tokens > 8 else 1), self.k), self.dtype),
+        w, shape = shapes(self.fmt, self.n, self.k, (self.groups,)), jax.ShapeDtypeStruct
+        rows = self.schedule.tokens * (2 * self.groups if self.schedule.tokens > 8 else 1)
+        aux = {name: shape((self.groups, a.size // self.groups), a.dtype) for name, a in w.aux.items()}
+        schedule = filled(w.fmt, self.schedule, self.k)
+        how = {"fmt": w.fmt, "n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": schedule}
+        return functools.partial(experts16, **how), (
+            aux,
+            shape((rows, self.k), self.dtype),
             shape((self.groups,), jnp.int32),
         )
-        how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
-        return functools.partial(ragged_tiles16, **how), arguments
 
 
 def experts(n: int, k: int, stack: tuple[int, ...]) -> QArray:
     """The shapes of packed experts, [*stack, N, K]."""
-    fmt, shape = IntTiles(G128, k), jax.ShapeDtypeStruct
-    aux = {
-        "tiles": shape((*stack, 1, n * k // 2), jnp.uint8),
-        "scale": shape((*stack, 1, fmt.blocks * n), jnp.float32),
-    }
     order = (*(("s", i) for i in range(len(stack))), ("o", 0), ("i", 0))
-    return QArray(shape((*stack, n, 0), jnp.int8), aux, fmt, Layout(order), jnp.dtype(jnp.bfloat16))
+    return dataclasses.replace(shapes(G128, n, k, stack), layout=Layout(order))
 
 
 def programs() -> dict[str, tuple[Any, Any, int]]:
@@ -81,15 +72,16 @@ def programs() -> dict[str, tuple[Any, Any, int]]:
 
 def cases() -> list[Case]:
     """Tiles for few and for many tokens of a group, whole and cut; kinds of scale and zero point, both dtypes."""
-    out = [Case(G128, "bfloat16", Schedule(t, STAGES[t])) for t in (8, 16, 32, 64, 128)]
-    out += [Case(G128, "bfloat16", Schedule(t, STAGES[t], 4)) for t in (8, 16)]
-    return out + [
-        Case(fmt, dtype, Schedule(t, STAGES[t]))
-        for t in (16, 128)
-        for fmt, dtype in (
-            (Int(4, group=64, symmetric=False), "float16"),
-            (Int(4, group=32), "bfloat16"),
-            (Int(4), "bfloat16"),
-            (Int(8), "bfloat16"),
-        )
-    ]
+    few, many = Schedule(16, 0, tall=2, deep=2), Schedule(128, 0, tall=2, rolling=True)
+    out = [Case(G128, "bfloat16", Schedule(t, 0)) for t in (8, 16, 32, 64, 128)]
+    out += [Case(G128, "bfloat16", Schedule(t, 0, 4)) for t in (8, 16)]
+    kinds = (
+        (G128, "bfloat16"),
+        (Int(4, group=64, symmetric=False), "float16"),
+        (Int(4, group=32), "bfloat16"),
+        (Int(4), "bfloat16"),
+        (MXFP4(), "bfloat16"),
+        (TritPlanes(), "bfloat16"),
+    )
+    out += [Case(fmt, dtype, few) for fmt, dtype in kinds] + [Case(fmt, dtype, many) for fmt, dtype in kinds[:-1]]
+    return out + [Case(Int(8), "bfloat16", Schedule(t, 0)) for t in (16, 128)]

@@ -14,8 +14,8 @@ from benchmarks.kernel_cases.weights16 import described
 from qjax.formats import CodeTiles, DualGrained, Format, Int, Progressive
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.codes4x8 import codes4x8
-from qjax.kernels.dot.hopper import Schedule
-from qjax.kernels.dot.w4a8 import STAGES
+from qjax.kernels.dot.hopper import STEP, TOKENS, Schedule
+from qjax.kernels.dot.w4a8 import footprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +44,20 @@ class Case:
             one(np.int8, tokens, self.k),
             one(np.float32, tokens),
         )
-        how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(jnp.bfloat16), "schedule": self.schedule}
+        steps = self.k // (STEP * self.schedule.splits * self.schedule.deep)
+        schedule = footprint(fmt).filled(self.schedule, steps, 2)
+        how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(jnp.bfloat16), "schedule": schedule}
         return functools.partial(codes4x8, **how), arguments
 
 
 def cases() -> list[Case]:
     """Every tile of tokens, every kind of number, whole and cut."""
     g128 = DualGrained(group=128)
-    out = [Case(g128, Schedule(t, STAGES[t])) for t in STAGES]
-    out += [Case(g128, Schedule(t, STAGES[t], 4)) for t in (16, 128)]
-    return out + [
-        Case(fmt, Schedule(t, STAGES[t]))
-        for t in (16, 128)
-        for fmt in (
-            Progressive(group=128),
-            Progressive(group=32, zeros="post"),
-            Int(4),
-            Int(4, symmetric=False),
-            Int(4, group=128),
-            Int(4, group=64),
-            Int(4, group=128, symmetric=False),
-        )
-    ]
+    few = Schedule(16, 0, tall=2, deep=2)
+    out = [Case(g128, Schedule(t, 0)) for t in TOKENS]
+    out += [Case(g128, Schedule(t, 0, 4)) for t in (16, 128)]
+    out += [Case(g128, few), Case(g128, Schedule(64, 0, tall=2)), Case(g128, Schedule(128, 0, tall=2))]
+    one_sum = (Progressive(group=128), Progressive(group=32, zeros="post"), Int(4), Int(4, symmetric=False))
+    out += [Case(fmt, schedule) for fmt in one_sum for schedule in (few, Schedule(128, 0, tall=2))]
+    in_blocks = (Int(4, group=128), Int(4, group=64), Int(4, group=128, symmetric=False))
+    return out + [Case(fmt, schedule) for fmt in in_blocks for schedule in (few, Schedule(128, 0))]

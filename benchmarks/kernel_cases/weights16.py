@@ -1,4 +1,4 @@
-"""16-bit activations and integer weights in tiles, and whole programs around that kernel."""
+"""Weights in tiles and in words times 16-bit activations, and whole programs around the kernel."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 import qjax
 from qjax import ops
-from qjax.formats import Int, IntTiles, Layout, QArray
-from qjax.formats.tiles import rounded_up
-from qjax.kernels.dot.hopper import TOKENS, Schedule
-from qjax.kernels.dot.mosaic import STAGES
+from qjax.formats import Format, Int, Layout, QArray, quantize_array
+from qjax.formats.word_tiles import Planes
+from qjax.kernels.dot import mosaic, words
+from qjax.kernels.dot.hopper import STEP, TOKENS, Schedule
 from qjax.kernels.dot.tiles16 import tiles16
+from qjax.kernels.dot.words16 import words16
 from qjax.models import LanguageModel, LlamaConfig
 
 G128 = Int(4, group=128)
@@ -25,7 +26,7 @@ G128 = Int(4, group=128)
 class Case:
     """One compiled kernel: what is fixed when it is compiled, on a matrix large enough to fill its ring."""
 
-    fmt: Int
+    fmt: Format
     dtype: str
     schedule: Schedule
     n: int = 1024
@@ -39,39 +40,42 @@ class Case:
 
     def function(self) -> Any:
         """The kernel, and the shapes of its arguments."""
-        fmt = IntTiles(self.fmt, self.k)
-        codes = jnp.uint8 if self.fmt.bits == 4 else jnp.int8
-        numbers = fmt.blocks * rounded_up(self.n)
-        shape = jax.ShapeDtypeStruct
-        zero = None if self.fmt.symmetric else shape((1, numbers), jnp.bfloat16)
-        arguments = (
-            shape((1, rounded_up(self.n) * fmt.padded_length * self.fmt.bits // 8), codes),
-            shape((1, numbers), jnp.float32),
-            zero,
-            shape((1, self.schedule.tokens, self.k), self.dtype),
-        )
-        how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": self.schedule}
-        return functools.partial(tiles16, **how), arguments
+        w = shapes(self.fmt, self.n, self.k)
+        aux = {name: jax.ShapeDtypeStruct((1, a.size), a.dtype) for name, a in w.aux.items()}
+        x = jax.ShapeDtypeStruct((1, self.schedule.tokens, self.k), self.dtype)
+        how = {"n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": filled(w.fmt, self.schedule, self.k)}
+        if isinstance(w.fmt, Planes):
+            return functools.partial(words16, planes=w.fmt.planes, **how), (aux, x)
+        run = functools.partial(tiles16, fmt=w.fmt, **how)
+        return lambda aux, x: run(aux["tiles"], aux["scale"], aux.get("zero"), x), (aux, x)
+
+
+def shapes(fmt: Format, n: int, k: int, stack: tuple[int, ...] = ()) -> QArray:
+    """A packed weight [*stack, N, K], abstractly."""
+    axes = {"in_axes": len(stack) + 1, "stack_axes": tuple(range(len(stack)))}
+    return jax.eval_shape(lambda: ops.pack(quantize_array(jnp.zeros((*stack, n, k), jnp.bfloat16), fmt, **axes)))
+
+
+def filled(fmt: Any, schedule: Schedule, k: int) -> Schedule:
+    """A schedule with as many stages as there is room for, for results of 16 bits."""
+    footprint = words.footprint(fmt) if isinstance(fmt, Planes) else mosaic.footprint(fmt)
+    return footprint.filled(schedule, k // (STEP * schedule.splits * schedule.deep), 2)
 
 
 def described(schedule: Schedule) -> str:
     """A schedule in words."""
-    return f"{schedule.tokens} tokens" + (f" in {schedule.splits} parts" if schedule.splits > 1 else "")
+    parts = [f"in {schedule.splits} parts"] if schedule.splits > 1 else []
+    parts += [f"tall {schedule.tall}"] if schedule.tall > 1 else []
+    parts += [f"deep {schedule.deep}"] if schedule.deep > 1 else []
+    return " ".join([f"{schedule.tokens} tokens", *parts, *(["rolling"] if schedule.rolling else [])])
 
 
 def programs() -> dict[str, tuple[Any, Any, int]]:
     """Whole programs around the kernel: function, shapes of its arguments, bytes of one layer's codes."""
     n = k = 1024
-    fmt = IntTiles(G128, k)
 
     def stack(layers: int) -> QArray:
-        shape = jax.ShapeDtypeStruct
-        aux = {
-            "tiles": shape((layers, 1, n * k // 2), jnp.uint8),
-            "scale": shape((layers, 1, fmt.blocks * n), jnp.float32),
-        }
-        order = (("s", 0), ("o", 0), ("i", 0))
-        return QArray(shape((layers, n, 0), jnp.int8), aux, fmt, Layout(order), jnp.dtype(jnp.bfloat16))
+        return dataclasses.replace(shapes(G128, n, k, (layers,)), layout=Layout((("s", 0), ("o", 0), ("i", 0))))
 
     def scanned(x: Any, w: QArray) -> Any:
         return jax.lax.scan(lambda x, w: (ops.q_dot(x, w, streamed=True), None), x, w)[0]
@@ -100,13 +104,15 @@ def decode_step() -> tuple[Any, Any, int]:
 
 
 def cases() -> list[Case]:
-    """Every tile of tokens, every kind of scale and zero point, both dtypes, whole and cut."""
-    out = [Case(G128, "bfloat16", Schedule(t, STAGES[t])) for t in TOKENS]
-    out += [Case(G128, "bfloat16", Schedule(t, STAGES[t], 4)) for t in (8, 128)]
+    """Every tile of tokens, every kind of scale and zero point, both dtypes, whole and cut, tall and deep."""
+    few, many = Schedule(16, 0, tall=2, deep=2), Schedule(128, 0, tall=2, rolling=True)
+    out = [Case(G128, "bfloat16", Schedule(t, 0)) for t in TOKENS]
+    out += [Case(G128, "bfloat16", Schedule(t, 0, 4)) for t in (8, 128)]
+    out += [Case(G128, "bfloat16", dataclasses.replace(few, tokens=t, deep=d)) for t, d in ((8, 2), (32, 1), (64, 1))]
     out += [
-        Case(fmt, dtype, Schedule(t, STAGES[t]))
-        for t in (16, 128)
+        Case(fmt, dtype, schedule)
         for fmt, dtype in (
+            (G128, "bfloat16"),
             (G128, "float16"),
             (Int(4, group=32), "bfloat16"),
             (Int(4, group=64), "bfloat16"),
@@ -114,10 +120,16 @@ def cases() -> list[Case]:
             (Int(4, group=128, symmetric=False), "bfloat16"),
             (Int(4, group=32, symmetric=False), "float16"),
             (Int(4, symmetric=False), "float16"),
+        )
+        for schedule in (few, many)
+    ]
+    return out + [
+        Case(fmt, dtype, Schedule(t, 0))
+        for fmt, dtype in (
             (Int(8), "bfloat16"),
             (Int(8), "float16"),
             (Int(8, group=128), "bfloat16"),
             (Int(8, group=64, symmetric=False), "float16"),
         )
+        for t in (16, 128)
     ]
-    return out

@@ -1,24 +1,17 @@
-"""Integers of 4 and 8 bits in the order in which a GPU's tensor cores read them.
+"""What orders for kernels share, and integers of 8 bits in the order in which a GPU's tensor cores read them.
 
 What is on disk is neutral: rows of bits. A kernel on the GPU reads the weight in tiles, and an order that is made once,
 when a model is put on its device, costs nothing per call. `IntTiles` is that order; `qjax.ops.pack` makes it and
 `qjax.ops.neutral` undoes it. With N and K the sizes of one matrix,
 
     N' = N rounded up to 128, K' = K rounded up to 128, B = 64 columns, or 32 where groups are no multiple of 64
-    tiles  uint8    [*stack, 1, N' K'/2] as [N'/64, K'/B, 64, B/2]: tiles of 64 rows and B columns, tile after tile, two
-                                         4-bit codes to a byte, the first in the low bits
-           int8     [*stack, 1, N' K']   as [N'/64, K'/B, 64, B]: likewise, 8-bit codes
-    scale  float32  [*stack, 1, G N']    as [G, N']: one number per block and row; rows of padding have 0
-    zero   bfloat16 [*stack, 1, G N']    likewise, for codes with a zero point
-
-Within a row of a tile, each 32 columns of 4-bit codes are stored so that the four threads which share the row find
-their own codes in one word each, in pairs that one mask takes out: place 8c + 4v + t holds column 8t + 2c + v, for
-thread c, element v of a pair, and pair t. That is the order in which registers hold the left operand of `wgmma`.
+    tiles  int8     [*stack, 1, N' K']  as [N'/64, K'/B, 64, B]: tiles of 64 rows and B columns, tile after tile
+    scale  float32  [*stack, 1, G N']   as [G, N']: one number per block and row; rows of padding have 0
+    zero   bfloat16 [*stack, 1, G N']   likewise, for codes with a zero point
 
 A block is 32, 64 or 128 columns, the largest that divides the group (longer groups repeat their number), or all of K
-where a row has one scale. Codes with a zero point are stored less 8 (128), as signed ones, and so is the zero point:
-signed integers are what is widened without converting number by number. Padding is code 0. Bytes, and not jax's int4:
-XLA reads a layer out of a stack of bytes where it lies, and copies it out of a stack of int4.
+where a row has one scale. Codes with a zero point are stored less 128, as signed ones, and so is the zero point: signed
+integers are what is widened without converting number by number. Padding is code 0.
 """
 
 from __future__ import annotations
@@ -35,7 +28,6 @@ from qjax.errors import FormatError
 from qjax.formats.base import Aux, Format
 from qjax.formats.integer import Int
 from qjax.formats.numerics import AnyArray
-from qjax.formats.packing import pack_bits, unpack_bits
 from qjax.formats.registry import register_format
 
 ROWS = 64
@@ -43,6 +35,9 @@ ROWS = 64
 
 MULTIPLE = 128
 """N and K are padded to a multiple of this."""
+
+OFFSET = 128
+"""What is taken from unsigned codes of `IntTiles` to make them signed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +191,7 @@ class Blocked(Tiled):
 @register_format("int_tiles")
 @dataclasses.dataclass(frozen=True)
 class IntTiles(Blocked):
-    """``Int(4, ...)`` or ``Int(8, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
+    """``Int(8, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
 
     Made by `qjax.ops.pack`, not by rounding. Sliced along stack axes only.
 
@@ -216,8 +211,8 @@ class IntTiles(Blocked):
 
     @classmethod
     def cannot(cls, fmt: Format, length: int) -> str | None:
-        if not isinstance(fmt, Int) or fmt.bits not in (4, 8):
-            return f"codes of {fmt.name} weights are no integers of 4 or 8 bits"
+        if not isinstance(fmt, Int) or fmt.bits != 8:
+            return f"codes of {fmt.name} weights are no integers of 8 bits"
         if fmt.zero == "float":
             return f"zero points of {fmt.name} lie between codes, where bfloat16 would round them"
         if length < 1:
@@ -226,54 +221,34 @@ class IntTiles(Blocked):
             return f"groups of {fmt.group} columns are no multiple of 32"
         return None
 
-    @property
-    def offset(self) -> int:
-        """What is taken from unsigned codes to make them signed: 8 or 128."""
-        return 1 << (self.like.bits - 1)
-
     def tiled(self, codes: AnyArray, aux: Aux) -> Aux:
         """Return aux of this format from codes [*stack, N, K] and aux of ``like``."""
         *stack, n, k = codes.shape
         padding = [(0, 0)] * len(stack) + [(0, rounded_up(n) - n), (0, self.padded_length - k)]
         codes = jnp.asarray(codes)
-        codes = codes if self.symmetric else codes.astype(jnp.int32) - self.offset
+        codes = codes if self.symmetric else codes.astype(jnp.int32) - OFFSET
         codes = jnp.pad(codes.astype(jnp.int8), padding)
         codes = codes.reshape(*stack, rounded_up(n) // ROWS, ROWS, self.padded_length // self.columns, self.columns)
-        tiles = jnp.swapaxes(codes, -3, -2)
-        tiles = pack_bits(for_threads(tiles), 4) if self.code_bits == 4 else tiles
-        out: Aux = {"tiles": tiles.reshape(*stack, 1, -1), "scale": self.by_block(aux["scale"], n).astype(jnp.float32)}
+        out: Aux = {
+            "tiles": jnp.swapaxes(codes, -3, -2).reshape(*stack, 1, -1),
+            "scale": self.by_block(aux["scale"], n).astype(jnp.float32),
+        }
         if not self.symmetric:
-            zero = self.by_block(aux["zero"].astype(jnp.float32) - self.offset, n)
+            zero = self.by_block(aux["zero"].astype(jnp.float32) - OFFSET, n)
             out["zero"] = zero.astype(jnp.bfloat16)  # 8 bits, exactly
         return out
 
     def untiled(self, aux: Aux, n: int) -> tuple[Array, Aux]:
         """Return codes [*stack, N, K] and aux as ``like`` has them; undoes `tiled`."""
         stack = aux["tiles"].shape[:-2]
-        width = self.columns * self.code_bits // 8
-        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, width)
-        codes = jnp.swapaxes(tiles, -3, -2)
-        if self.code_bits == 4:
-            codes = from_threads(unpack_bits(codes, 4, self.columns, signed=True))
-        codes = codes.reshape(*stack, rounded_up(n), self.padded_length)
+        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, self.columns)
+        codes = jnp.swapaxes(tiles, -3, -2).reshape(*stack, rounded_up(n), self.padded_length)
         codes = codes[..., :n, : self.length]
         out: Aux = {"scale": self.by_row(aux["scale"], n)}
         if not self.symmetric:
-            codes = (codes.astype(jnp.int32) + self.offset).astype(jnp.uint8)
-            out["zero"] = (self.by_row(aux["zero"].astype(jnp.float32), n) + self.offset).astype(jnp.uint8)
+            codes = (codes.astype(jnp.int32) + OFFSET).astype(jnp.uint8)
+            out["zero"] = (self.by_row(aux["zero"].astype(jnp.float32), n) + OFFSET).astype(jnp.uint8)
         return codes, {k: a[..., :1, :] for k, a in out.items()} if self.per == "tensor" else out
-
-
-def for_threads(tiles: AnyArray) -> Array:
-    """Return rows of tiles [..., B], B a multiple of 32, in the order of threads."""
-    parts = jnp.asarray(tiles).reshape(*tiles.shape[:-1], tiles.shape[-1] // 32, 4, 4, 2)
-    return jnp.moveaxis(parts, -3, -1).reshape(tiles.shape)
-
-
-def from_threads(tiles: AnyArray) -> Array:
-    """Return rows of tiles [..., B] in the order of columns; undoes `for_threads`."""
-    parts = jnp.asarray(tiles).reshape(*tiles.shape[:-1], tiles.shape[-1] // 32, 4, 2, 4)
-    return jnp.moveaxis(parts, -1, -3).reshape(tiles.shape)
 
 
 def rounded_up(size: int) -> int:

@@ -40,10 +40,12 @@ class Decoder:
     Attributes:
         bits: of a code.
         stretch: by dtype, how many times the values that codes stand for the numbers are.
+        base: by dtype, what the numbers are larger than the codes, for zero points to take away.
     """
 
     bits: int
     stretch: dict[Any, float] = dict.fromkeys(WIDE, 1.0)
+    base: dict[Any, float] = dict.fromkeys(WIDE, 0.0)
 
     @property
     def codes(self) -> int:
@@ -85,6 +87,7 @@ class Moved(Decoder):
         ored: by dtype, bits of every number besides.
         factor: by dtype, for each pair, what numbers are multiplied by; all products are exact.
         added: likewise, what is added to the product.
+        base: as in `Decoder`.
     """
 
     bits: int
@@ -93,6 +96,7 @@ class Moved(Decoder):
     ored: dict[Any, int] = dataclasses.field(hash=False)
     factor: dict[Any, tuple[float, ...]] = dataclasses.field(hash=False)
     added: dict[Any, tuple[float, ...]] = dataclasses.field(hash=False)
+    base: dict[Any, float] = dataclasses.field(hash=False, default_factory=lambda: dict.fromkeys(WIDE, 0.0))
 
     def stored(self, codes: Any) -> Any:
         codes = jnp.asarray(codes).astype(jnp.uint32)
@@ -120,12 +124,9 @@ class Moved(Decoder):
             for place, target in zip(places, to, strict=True):
                 masks[place - target] = masks.get(place - target, 0) | (1 << target) * 0x10001
             around = max(places) > 15
-            pair = None
+            pair: Any = self.ored[dtype] * 0x10001
             for far, mask in masks.items():
-                part = _moved(word, far, around) & np.uint32(mask)
-                pair = part if pair is None else pair | part
-            if self.ored[dtype]:
-                pair = pair | np.uint32(self.ored[dtype] * 0x10001)  # pyright: ignore[reportOptionalOperand]
+                pair = masked(_moved(word, far, around), mask, pair)
             out.append(fma(pair, self.factor[dtype][t], self.added[dtype][t], dtype))
         return out
 
@@ -180,6 +181,14 @@ class Looked(Decoder):
 
 
 # Instructions that are no operators.
+
+
+def masked(word: Any, mask: int, rest: Any) -> Any:
+    """Return ``word & mask | rest``, which is one instruction; ``rest`` a word, or an integer."""
+    if machine := getattr(word, "masked", None):
+        return machine(mask, rest)
+    part = word & np.uint32(mask)
+    return part if isinstance(rest, int) and not rest else part | (np.uint32(rest) if isinstance(rest, int) else rest)
 
 
 def permuted(low: Any, high: Any, selector: Any) -> Any:
@@ -281,12 +290,14 @@ def two_bits(offset: int) -> Moved:
 
 
 @functools.cache
-def four_bits(offset: int) -> Moved:
-    """Codes 0 to 15, less an offset."""
+def four_bits(offset: int | None) -> Moved:
+    """Codes 0 to 15, less an offset; without one, last bits of 128 (bfloat16) or 1024 (float16) as they are."""
     places = tuple(tuple(range(4 * t, 4 * t + 4)) for t in range(4))
     to, one = ((0, 1, 2, 3),) * 4, (1.0,) * 4
-    added = _both((-128.0 - offset,) * 4, (-1024.0 - offset,) * 4)
-    return Moved(4, places, _both(to, to), _both(0x4300, 0x6400), _both(one, one), added)
+    base = _both(128.0, 1024.0)
+    added = {dtype: (0.0 if offset is None else -least - offset,) * 4 for dtype, least in base.items()}
+    kept = base if offset is None else dict.fromkeys(WIDE, 0.0)
+    return Moved(4, places, _both(to, to), _both(0x4300, 0x6400), _both(one, one), added, kept)
 
 
 def looked(values: np.ndarray, bfloat16: float, float16: float) -> Looked:

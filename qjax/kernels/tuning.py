@@ -28,11 +28,9 @@ import jax
 
 from qjax.errors import DeviceError, QjaxError
 from qjax.formats import Format
-from qjax.formats.tiles import rounded_up
 from qjax.kernels import tuned
 from qjax.kernels.devices import device_kind
-from qjax.kernels.dot import hopper
-from qjax.kernels.dot.mosaic import PROCESSORS, STAGES
+from qjax.kernels.dot import hopper, schedules
 from qjax.kernels.registry import select
 from qjax.kernels.samples import Product, arguments, format_named, function_of, problem_of, weights
 from qjax.kernels.timing import device_seconds
@@ -59,23 +57,20 @@ FORMATS = ("int4 g128",)
 Candidates = Callable[[Key, Any], list[Any]]
 
 
+STEPS = {"words16": ((1, 1), (2, 1), (2, 2)), "codes4x8": ((1, 1), (2, 1), (2, 2)), "mixed16": ((1, 2), (2, 2))}
+"""How tall and deep steps may be, by kernel; of others they are neither."""
+
+
 def hopper_candidates(key: Key, heuristic: Any) -> list[Any]:
     """Return schedules that might be good on Hopper, that of the rule of thumb first.
 
-    Tiles of as many tokens as there are, or the next size; stages around the rule of thumb's; K cut in up to 16 parts,
-    as long as there are at most two blocks of threads for a processor. All other fields are the rule of thumb's.
+    Tiles of as many tokens as there are, or the next size; K cut in up to 16 parts, as long as there are at most two
+    blocks of threads for a processor; with kernels that take them, tall and deep steps, and sums that roll where
+    registers hold no others. As many bytes under way as the rule of thumb has, and fewer, and more.
     """
-    steps = rounded_up(key.k) // hopper.STEP
-    made = [heuristic]
-    for tile in [t for t in hopper.TOKENS if t >= key.tokens][:2] or list(hopper.TOKENS[-2:]):
-        blocks = rounded_up(key.n) // hopper.WIDE * -(-key.tokens // tile) * key.matrices
-        for part in (1, 2, 3, 4, 6, 8, 12, 16):
-            if steps % part or (part > 1 and part * blocks > 2 * PROCESSORS):
-                continue
-            for change in (-2, 0, 2):
-                stages = max(2, heuristic.stages + change)
-                made.append(dataclasses.replace(heuristic, tokens=tile, stages=stages, splits=part))
-    return made
+    tiles = [t for t in hopper.TOKENS if t >= key.tokens][:2] or list(hopper.TOKENS[-2:])
+    blocks = {tile: -(-key.tokens // tile) * key.matrices for tile in tiles}
+    return _cut(key, heuristic, key.kernel, blocks, (1, 2, 3, 4, 6, 8, 12, 16))
 
 
 def ragged_candidates(key: Key, heuristic: Any) -> list[Any]:
@@ -85,20 +80,32 @@ def ragged_candidates(key: Key, heuristic: Any) -> list[Any]:
     thumb's are tried. K is cut in up to 8 parts, as long as there are at most two blocks of threads for a processor
     where as many experts as can be have tokens.
     """
-    steps, made = rounded_up(key.k) // hopper.STEP, [heuristic]
-    filled, sizes = max(1, min(key.matrices, key.tokens)), hopper.TOKENS
-    at = sizes.index(heuristic.tokens)
-    for tile in sizes[max(0, at - 1) : at + 2]:
-        blocks = rounded_up(key.n) // hopper.WIDE * max(filled, key.tokens // tile)
-        for part in (1, 2, 4, 8):
-            if steps % part or (part > 1 and part * blocks > 2 * PROCESSORS):
+    filled, at = max(1, min(key.matrices, key.tokens)), hopper.TOKENS.index(heuristic.tokens)
+    blocks = {tile: max(filled, key.tokens // tile) for tile in hopper.TOKENS[max(0, at - 1) : at + 2]}
+    return _cut(key, heuristic, key.kernel.removeprefix("ragged_"), blocks, (1, 2, 4, 8))
+
+
+def _cut(key: Key, heuristic: Any, kernel: str, blocks: dict[int, int], parts: Sequence[int]) -> list[Any]:
+    """Schedules of tiles of so many tokens, of which there are so many."""
+    steps = key.k // hopper.STEP
+    held = heuristic.stages * heuristic.tall * heuristic.deep
+    made = [heuristic]
+    for tile, count in blocks.items():
+        few = tile <= schedules.FEW
+        for tall, deep in STEPS.get(kernel, ((1, 1),)):
+            if key.n % (tall * hopper.WIDE) or (deep > heuristic.deep and not few):
                 continue
-            for change in (-2, 0, 2):
-                made.append(dataclasses.replace(heuristic, tokens=tile, stages=STAGES[tile] + change, splits=part))
-    return [schedule for schedule in made if schedule.stages > 1]
+            every = key.n // (tall * hopper.WIDE) * count
+            for part in parts:
+                if steps % (part * deep) or (part > 1 and part * every > 2 * schedules.PROCESSORS):
+                    continue
+                for stages in dict.fromkeys(max(2, held // (tall * deep) + change) for change in (-2, 0, 2)):
+                    rolling = kernel == "words16" and tall > 1 and not few
+                    made.append(hopper.Schedule(tile, stages, part, tall, deep, rolling))
+    return made
 
 
-CANDIDATES: dict[str, Candidates] = {"ragged_tiles16": ragged_candidates}
+CANDIDATES: dict[str, Candidates] = dict.fromkeys(("ragged_tiles16", "ragged_words16"), ragged_candidates)
 """By kernel, where it has candidates of its own; others have those of `hopper_candidates`."""
 
 

@@ -116,9 +116,7 @@ def test_factors_are_kept_beside_the_weight():
     assert SMOOTH not in model.params["layers"]["up"].aux
     x = rows(20, 9)
     want = scanned(p, x)
-    assert float(jnp.abs(model(model.params, x) - want).max()) < 2 * float(
-        jnp.abs(plain(plain.params, x) - want).max()
-    )
+    assert float(jnp.abs(model(model.params, x) - want).max()) < 2 * float(jnp.abs(plain(plain.params, x) - want).max())
     np.testing.assert_allclose(scanned(floats(model), x), model(model.params, x), rtol=1e-4, atol=1e-4)
 
 

@@ -158,12 +158,12 @@ def test_corrections_are_a_sparse_product(tokens):
 )
 def test_against_numpy(fmt, count, k, tokens, dtype):
     """Once K is cut, once there are two matrices, and strips of a width stand apart."""
-    n, dtype = 70, np.dtype(dtype)
+    n, dtype = 130, np.dtype(dtype)
     many = [weight(fmt, n, k, seed) for seed in range(count)]
     packed = ops.pack(stack(many))
     aux = {name: a.reshape(count, -1) for name, a in packed.aux.items()}
     x = jnp.asarray(np.random.default_rng(1).normal(size=(count, tokens, k)), dtype)
-    how = {"fmt": packed.fmt, "n": n, "out_dtype": jnp.float32, "schedule": Schedule(8, 2, 2)}
+    how = {"fmt": packed.fmt, "n": n, "out_dtype": jnp.float32, "schedule": Schedule(8, 2, 2, count, 2)}
     with mosaic.interpreter() as interpret:
         y, races = np.asarray(mixed16(aux, x, **how, interpret=interpret), np.float64), mosaic.races_found()
     for got, w, inputs in zip(y, many, np.asarray(x, np.float64), strict=True):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import itertools
 from types import SimpleNamespace
 
 import jax
@@ -18,12 +16,16 @@ from hypothesis import strategies as st
 import qjax
 from qjax import ops
 from qjax.errors import FormatError, LayoutError, LoweringError, QjaxWarning
-from qjax.formats import MXFP8, NF4, Float8, Int, IntTiles, quantize_array
-from qjax.formats.tiles import for_threads, from_threads
+from qjax.formats import MXFP8, NF4, Float8, Int, IntTiles, WordTiles, quantize_array
+from qjax.formats.tiles import rounded_up
 from qjax.kernels import Problem, registry
 from qjax.kernels.devices import cuda_capability, platform_here
-from qjax.kernels.dot.hopper import STEP, TOKENS
-from qjax.kernels.dot.mosaic import schedule_for
+from qjax.kernels.dot.hopper import STEP, TOKENS, Schedule
+from qjax.kernels.dot.mixed16 import FOOTPRINT as MIXED
+from qjax.kernels.dot.mosaic import CODES8
+from qjax.kernels.dot.mosaic import footprint as tiles_footprint
+from qjax.kernels.dot.schedules import schedule_for
+from qjax.kernels.dot.words import footprint as words_footprint
 from qjax.models import LanguageModel
 from qjax.models.llama import LlamaConfig
 
@@ -63,43 +65,15 @@ def test_packing_changes_no_number_and_is_undone(fmt, n, k, stack):
 
 def test_order_of_tiles():
     """Element by element, as `qjax.formats.tiles` says it."""
-    w, _ = mosaic.weight(Int(4, group=32), 130, 100)
+    w, _ = mosaic.weight(Int(8, group=32), 130, 100)
     p = ops.pack(w)
-    half = np.asarray(p.aux["tiles"]).reshape(256 // 64, 128 // 32, 64, 16).astype(np.int32)
-    tiles = (np.stack([half & 15, half >> 4], axis=-1).reshape(4, 4, 64, 32) ^ 8) - 8
+    tiles = np.asarray(p.aux["tiles"]).reshape(256 // 64, 128 // 32, 64, 32)
     scale = np.asarray(p.aux["scale"]).reshape(4, 256)
     codes = np.asarray(w.unpacked())
-    place = np.empty(32, int)  # of a column among 32
-    for c, v, t in itertools.product(range(4), range(2), range(4)):
-        place[8 * t + 2 * c + v] = 8 * c + 4 * v + t
-    tiles = tiles[..., place]
     for n, k in [(0, 0), (1, 33), (63, 99), (64, 0), (129, 98)]:
         assert tiles[n // 64, k // 32, n % 64, k % 32] == codes[n, k]
         assert scale[k // 32, n] == np.asarray(w.aux["scale"])[n, k // 32]
     assert not tiles[2, :, 2:].any() and not tiles[:, 3, :, 4:].any() and not scale[:, 130:].any()
-
-
-@pytest.mark.parametrize("columns", [32, 64])
-def test_codes_of_a_word_are_those_of_the_threads_operand(columns):
-    """What the inlined code does with registers, which the interpreter does not run, on layouts as jax defines them."""
-    mgpu = importlib.import_module("jax.experimental.mosaic.gpu")
-    codes = np.arange(64 * columns).reshape(64, columns)
-    words = mosaic.in_threads(mgpu.WGMMA_LAYOUT_UPCAST_4X, np.asarray(for_threads(codes)))
-    words = words.reshape(4, 32, columns // 32, 2, 8)  # block of columns, half of 16 rows, nibble
-    pairs = np.stack([words[..., :4], words[..., 4:]], axis=-1)  # pair t: nibbles t and t + 4
-    operand = mosaic.in_threads(mgpu.WGMMA_LAYOUT, codes).reshape(4, 32, columns // 8, 2, 2)
-    np.testing.assert_array_equal(np.moveaxis(pairs, -2, -3).reshape(operand.shape), operand)
-    assert mgpu.WGMMA_LAYOUT.registers_shape((64, columns)) == (1, columns // 8, 1, 1, 2, 1, 1, 1, 1)
-    assert mgpu.WGMMA_LAYOUT_UPCAST_4X.registers_shape((64, columns)) == (1, columns // 32, 1, 1, 2, 1, 1, 1, 1)
-    np.testing.assert_array_equal(from_threads(for_threads(codes)), codes)
-
-
-@pytest.mark.parametrize(("magic", "dtype", "base"), [(0x4308, jnp.bfloat16, 136), (0x6408, np.float16, 1032)])
-def test_masks_that_widen(magic, dtype, base):
-    """One mask and one exclusive or, for all 4-bit codes: (nibble xor 8) written into the last bits of a number."""
-    codes = np.arange(-8, 8)
-    bits = ((codes & 0xF) ^ magic).astype(np.uint16)
-    np.testing.assert_array_equal(bits.view(dtype).astype(np.float32) - base, codes)
 
 
 def test_views_of_a_packed_weight():
@@ -117,7 +91,7 @@ def test_what_cannot_be_packed_is_refused_with_the_reason():
     ones = jnp.ones((64, 96))
     cases = [
         (quantize_array(ones, MXFP8(), in_axes=1), "mxfp8.* weights have none, there is one for Int"),
-        (quantize_array(ones, Int(3), in_axes=1), "no integers of 4 or 8 bits"),
+        (quantize_array(ones, Int(3), in_axes=1), "no integers of 8 bits; .*no integers of 2, 4 or 8 bits"),
         (quantize_array(ones, Int(4, group=24), in_axes=1), "no multiple of 32"),
         (quantize_array(ones, Int(4, symmetric=False, zero="float"), in_axes=1), "lie between codes"),
     ]
@@ -126,8 +100,8 @@ def test_what_cannot_be_packed_is_refused_with_the_reason():
             ops.pack(w)
     with pytest.raises(LayoutError, match="did you mean 'mosaic'"):
         ops.pack(cases[0][0], "mosiac")
-    with pytest.raises(FormatError, match="no integers of 4 or 8 bits"):
-        IntTiles(Int(5), 64)
+    with pytest.raises(FormatError, match="no integers of 8 bits"):
+        IntTiles(Int(4), 64)
 
 
 def test_a_packed_model_gives_the_same_numbers_elsewhere():
@@ -140,7 +114,7 @@ def test_a_packed_model_gives_the_same_numbers_elsewhere():
     x = jnp.ones((3, 64))
     model = qjax.quantize(fn, params, x, recipe=qjax.Recipe([qjax.Rule("**", weights=Int(4, group=32))]))
     packed = ops.pack_tree(model.params)
-    assert all(isinstance(packed[name].fmt, IntTiles) for name in packed)
+    assert all(isinstance(packed[name].fmt, WordTiles) for name in packed)
     np.testing.assert_allclose(model(packed, x), model(model.params, x), rtol=1e-5)
     np.testing.assert_allclose(jax.grad(lambda x: model(packed, x).sum())(x).shape, x.shape)
 
@@ -221,7 +195,7 @@ def test_it_is_chosen_on_hopper_and_nowhere_else():
         ({"capability": (8, 6)}, "this device has 8.6"),
         ({"capability": (10, 0)}, "wgmma exists on compute capability 9.0"),
         ({"weight": Int(4, group=128)}, r"neutral order; qjax.ops.pack\(w, 'mosaic'\)"),
-        ({"weight": Int(3)}, "no integers of 4 or 8 bits"),
+        ({"weight": Int(3)}, "no integers of 2, 4 or 8 bits"),
         ({"weight": NF4(), "act": None}, "neutral order; qjax.ops.pack"),
         ({"weight": Float8()}, "neutral order; qjax.ops.pack"),
         ({"weight": Int(8), "act": Int(8, per="token", symmetric=False)}, "neither int8 x int8, both symmetric"),
@@ -270,10 +244,37 @@ def test_the_device_is_the_one_that_is_described():
             assert cuda_capability() == capability
 
 
-@given(st.integers(1, 40000), st.integers(1, 40000), st.integers(1, 9000))
-def test_schedules_are_whole(n, k, rows):
-    s = schedule_for(n, k, rows)
-    assert s.tokens in TOKENS and -(-k // STEP) % s.splits == 0 and s.stages >= 2
+FOOTPRINTS = [
+    CODES8,
+    tiles_footprint(ops.pack(mosaic.blank(Int(8, group=64, symmetric=False), 8, 64)).fmt),
+    words_footprint(ops.pack(mosaic.blank(Int(4, group=32, symmetric=False), 8, 64)).fmt),
+    MIXED,
+    words_footprint(ops.pack(mosaic.blank(Int(4), 8, 64)).fmt),
+    words_footprint(ops.pack(mosaic.blank(Int(4, group=128), 8, 256)).fmt),
+]
+
+
+@given(
+    st.integers(1, 40000),
+    st.integers(1, 40000),
+    st.integers(1, 9000),
+    st.sampled_from(FOOTPRINTS),
+    st.sampled_from([2, 4]),
+)
+def test_schedules_are_whole(n, k, rows, footprint, out_bytes):
+    s = schedule_for(n, k, rows, footprint=footprint, out_bytes=out_bytes)
+    assert s.tokens in TOKENS and s.fits(rounded_up(n), footprint.padded(k))
+    assert s.stages >= 2 or s.stages == footprint.padded(k) // STEP // s.splits // s.deep
+    assert footprint.refuses(s, out_bytes) is None
+
+
+def test_large_layers_are_cut_tall_and_small_ones_in_parts():
+    cut = lambda *size: dataclasses.replace(schedule_for(*size, footprint=FOOTPRINTS[-1]), stages=0)  # noqa: E731
+    assert cut(57344, 8192, 1) == Schedule(8, 0, tall=2, deep=2)
+    assert cut(28672, 4096, 64) == Schedule(64, 0, tall=2)
+    assert cut(28672, 4096, 4096) == Schedule(128, 0, tall=2, rolling=True)
+    assert cut(4096, 4096, 16) == Schedule(16, 0, 4, deep=2)
+    assert schedule_for(57344, 8192, 16, footprint=CODES8).tall == 1
 
 
 # Tier 0.
@@ -304,9 +305,9 @@ def test_it_lowers_for_cuda_here(fmt, n, k, tokens, dtype):
     text = lowered(fmt, n, k, tokens, dtype)
     assert text.count("custom_call @mosaic_gpu") == 1
     # The weight is read where it lies: it is nowhere converted, transposed or copied.
-    on_codes = [line.strip() for line in text.splitlines() if "xi4>" in line and line.strip().startswith("%")]
-    wanted = {"stablehlo.bitcast_convert", "stablehlo.reshape", "stablehlo.custom_call"}
-    assert {line.split()[2] for line in on_codes} == (wanted if fmt.bits == 4 else set())
+    codes = "xi32>" if fmt.bits == 4 else "xi8>"
+    on_codes = [line.strip() for line in text.splitlines() if codes in line and line.strip().startswith("%")]
+    assert {line.split()[2] for line in on_codes} <= {"stablehlo.reshape", "stablehlo.custom_call"}
     assert "stablehlo.transpose" not in text
 
 
@@ -399,4 +400,4 @@ def test_no_rows_and_no_columns():
 def test_all_tiles_of_tokens_fit_in_shared_memory():
     """Lowering raises where a kernel takes more than a block may have, so it is enough to lower the largest."""
     for tokens in TOKENS:
-        lowered(Int(4, group=128, symmetric=False), 16384, 1024, tokens, jnp.bfloat16)
+        lowered(Int(4, group=128, symmetric=False), 65536, 1024, tokens, jnp.bfloat16)

@@ -35,6 +35,22 @@ def test_what_is_a_fault():
     assert aot.compared({**good, "registers": 1}, good) and not aot.compared(good, good) and aot.compared(good, None)
 
 
+def test_what_a_device_said_counts_for_the_same_kernels(monkeypatch, tmp_path):
+    family = kernel_cases.FAMILIES[0]
+    now = kernel_cases.written_in(family)
+    row = {"kernel": "K", "right": True}
+    part = {"checks": [row], "written_in": now}
+    record = {"environment": {"device": "G", "date": "D"}, "parts": {family: part}}
+    assert kernel_states.on_device("K, 8 tokens", family, [record]) == "1 of 1 right (G, D)"
+    for path in kernel_cases.SOURCES[family]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("# said\n" + (kernel_cases.QJAX / path).read_text())
+    monkeypatch.setattr(kernel_cases, "QJAX", tmp_path)
+    assert kernel_cases.written_in(family) == now
+    (tmp_path / path).write_text("x = 1")
+    assert kernel_states.on_device("K, 8 tokens", family, [record]).startswith("unmeasured; an earlier form: 1 of 1")
+
+
 def test_the_page_is_up_to_date():
     page = kernel_states.PAGE.read_text()
     assert kernel_states.renewed(page) == page, "run python -m benchmarks.kernel_states"

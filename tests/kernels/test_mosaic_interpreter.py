@@ -6,6 +6,8 @@ and registers are not modelled.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import mosaic
@@ -14,10 +16,11 @@ import pytest
 
 from qjax import ops
 from qjax._compat import JAX_VERSION
-from qjax.formats import Int
+from qjax.formats import Int, WordTiles
 from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import Schedule
 from qjax.kernels.dot.tiles16 import tiles16
+from qjax.kernels.dot.words16 import words16
 
 pytestmark = pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
 
@@ -28,19 +31,18 @@ def run(w, x, schedule, out_dtype=jnp.float32, **how):
     p = ops.pack(w)
     count = p.aux["tiles"].shape[0] if p.aux["tiles"].ndim == 3 else 1
     flat = {name: a.reshape(count, -1) for name, a in p.aux.items()}
+    how_cut = {"n": w.codes.shape[-2], "out_dtype": out_dtype, "schedule": schedule}
     with mosaic.interpreter(**how) as interpret:
-        y = tiles16(
-            flat["tiles"],
-            flat["scale"],
-            flat.get("zero"),
-            x,
-            fmt=p.fmt,
-            n=w.codes.shape[-2],
-            out_dtype=out_dtype,
-            schedule=schedule,
-            interpret=interpret,
-        )
+        if isinstance(p.fmt, WordTiles):
+            y = words16(flat, x, planes=p.fmt.planes, interpret=interpret, **how_cut)
+        else:
+            given = (flat["tiles"], flat["scale"], flat.get("zero"), x)
+            y = tiles16(*given, fmt=p.fmt, interpret=interpret, **how_cut)
         return np.asarray(y, np.float64), mosaic.races_found()
+
+
+def several(tokens, stages, splits=1, **how):
+    return Schedule(tokens, stages, splits, tall=2, **how)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,10 @@ def run(w, x, schedule, out_dtype=jnp.float32, **how):
         pytest.param(Int(8, group=64, symmetric=False), 64, 128, 9, Schedule(16, 2), jnp.float16, id="uint8, groups"),
         pytest.param(Int(4, per="tensor"), 128, 128, 2, Schedule(8, 2), jnp.bfloat16, id="a scale per tensor"),
         pytest.param(Int(4, group=64), 256, 256, 24, Schedule(16, 2, 2), jnp.bfloat16, id="four tiles, K in 2 parts"),
+        pytest.param(Int(4, group=128), 512, 512, 3, several(8, 2, deep=2), jnp.bfloat16, id="tall and deep"),
+        pytest.param(Int(4, group=32), 256, 512, 9, several(16, 2, 2, deep=2), jnp.float16, id="tall, deep, in parts"),
+        pytest.param(UNSIGNED, 200, 256, 5, several(8, 2, rolling=True), jnp.float16, id="tall, rolling"),
+        pytest.param(Int(4), 256, 256, 5, several(8, 2, deep=2, rolling=True), jnp.bfloat16, id="one sum of each row"),
     ],
 )
 def test_against_numpy(fmt, n, k, tokens, schedule, dtype):
@@ -67,6 +73,22 @@ def test_against_numpy(fmt, n, k, tokens, schedule, dtype):
     assert y.shape == (1, tokens, n)
     assert np.max(np.abs(y[0] - want) / terms) < 1e-6
     assert not races
+
+
+def test_a_sum_that_rolls_over_quiet_groups():
+    """Scales of 0 and far below others, rows of zeros: what the sum is divided by is bounded, and nothing is lost."""
+    fmt = Int(4, group=128)
+    w, _ = mosaic.weight(fmt, 256, 512)
+    scale = np.array(w.aux["scale"])
+    scale[0], scale[1, 1:3], scale[2, 0], scale[3, 2], scale[4] = 0, 0, 1e-30, 1e-9, 1e-30
+    w = dataclasses.replace(w, aux={"scale": jnp.asarray(scale)})
+    numbers = np.asarray(w.unpacked(), np.float64) * np.repeat(scale.astype(np.float64), 128, axis=1)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 512)), jnp.bfloat16)
+    y, races = run(w, x, several(8, 2, rolling=True))
+    exact = np.asarray(x, np.float64)[0]
+    terms = np.abs(exact) @ np.abs(numbers).T
+    assert np.max(np.abs(y[0] - exact @ numbers.T) / np.maximum(terms, 1e-38)) < 1e-6 and not races
+    assert not y[0, :, 0].any() and y[0, :, 4].any()
 
 
 def test_stack_of_matrices_and_16_bit_results():

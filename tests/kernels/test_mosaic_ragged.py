@@ -14,16 +14,19 @@ import qjax
 from qjax import ops
 from qjax._compat import JAX_VERSION
 from qjax.errors import LoweringError, QjaxWarning
-from qjax.formats import Int
+from qjax.formats import MXFP4, Int
+from qjax.formats.tiles import rounded_up
 from qjax.kernels import Problem, registry
-from qjax.kernels.dot.hopper import STEP, TOKENS, Schedule
-from qjax.kernels.ragged_dot.mosaic import ragged_schedule_for
+from qjax.kernels.dot.hopper import TOKENS, Schedule
+from qjax.kernels.dot.schedules import ragged_schedule_for
+from qjax.kernels.dot.words import footprint
+from qjax.kernels.ragged_dot.experts import experts16
 from qjax.kernels.ragged_dot.placing import NO_MATRIX, most_tiles, placed
-from qjax.kernels.ragged_dot.tiles16 import ragged_tiles16
 from qjax.models import LanguageModel
 from qjax.models.moe import MoeConfig
 
 G128 = Int(4, group=128)
+FOOTPRINT = footprint(ops.pack(mosaic.blank(G128, 8, 256)).fmt)
 interpreted = pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
 
 
@@ -70,8 +73,8 @@ def test_sizes_beyond_the_rows_are_cut_off():
 
 @given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 9000), st.integers(1, 128))
 def test_schedules_are_whole(n, k, rows, groups):
-    s = ragged_schedule_for(n, k, rows, groups)
-    assert s.tokens in TOKENS and -(-k // STEP) % s.splits == 0 and s.stages >= 2
+    s = ragged_schedule_for(n, k, rows, groups, footprint=FOOTPRINT)
+    assert s.tokens in TOKENS and s.fits(rounded_up(n), rounded_up(k)) and FOOTPRINT.refuses(s, 2) is None
 
 
 # Choosing.
@@ -95,7 +98,7 @@ def test_it_is_chosen_on_hopper_and_nowhere_else():
     ("change", "why"),
     [
         ({"capability": (10, 0)}, "wgmma exists on compute capability 9.0"),
-        ({"weight": G128}, "it reads IntTiles weights"),
+        ({"weight": G128}, "it reads IntTiles or WordTiles"),
         ({"x_dtype": np.dtype(np.float32)}, "activations are float32; cast them"),
         ({"act": Int(8, per="token")}, "a weight in tiles takes 16-bit floats"),
         ({"devices": 8}, "8 devices; call it inside jax.shard_map"),
@@ -122,6 +125,7 @@ def lowered(fmt, groups, n, k, rows, dtype):
         (G128, 8, 1024, 1024, 2, jnp.bfloat16),
         (Int(4, group=64, symmetric=False), 4, 200, 200, 37, jnp.float16),
         (Int(8), 3, 256, 256, 512, jnp.bfloat16),
+        (MXFP4(), 4, 65536, 256, 4096, jnp.bfloat16),
     ],
 )
 def test_it_lowers_for_cuda_here(fmt, groups, n, k, rows, dtype):
@@ -174,6 +178,9 @@ def test_a_mixtral_is_on_the_kernel(scan):
         pytest.param(G128, 128, 512, [1, 0, 1], 3, Schedule(8, 2, 2), jnp.bfloat16, id="one of no group, K in parts"),
         pytest.param(Int(4, group=64, symmetric=False), 200, 200, [3, 0, 21, 4], 37, Schedule(16, 2), jnp.float16),
         pytest.param(Int(8), 128, 128, [0, 20, 0], 20, Schedule(16, 2), jnp.bfloat16, id="one has all"),
+        pytest.param(
+            G128, 256, 256, [3, 0, 9], 13, Schedule(8, 2, tall=2, rolling=True), jnp.bfloat16, id="tall, rolling"
+        ),
         pytest.param(Int(4), 64, 40, [2, 5, 0], 9, Schedule(8, 2), jnp.float16, id="a border within 8 rows"),
     ],
 )
@@ -185,8 +192,7 @@ def test_against_numpy(fmt, n, k, sizes, rows, schedule, dtype):
     x = jnp.asarray(x, dtype)
     how = {"fmt": ops.pack(w).fmt, "n": n, "out_dtype": jnp.float32, "schedule": schedule}
     with mosaic.interpreter() as interpret:
-        given = (aux["tiles"], aux["scale"], aux.get("zero"), x, jnp.asarray(sizes))
-        y = np.asarray(ragged_tiles16(*given, **how, interpret=interpret), np.float64)
+        y = np.asarray(experts16(aux, x, jnp.asarray(sizes), **how, interpret=interpret), np.float64)
         assert not mosaic.races_found()
     exact, groups = np.asarray(x, np.float64), np.repeat(np.arange(len(sizes)), sizes)
     want = np.einsum("mk,mnk->mn", exact[: len(groups)], numbers[groups])

@@ -8,17 +8,18 @@ import pytest
 from mosaic import described_gpu
 
 from qjax.errors import DeviceError, LoweringError
-from qjax.formats import Float8, Int, MixedBits
+from qjax.formats import Float8, Int, MixedBits, WordTiles
 from qjax.kernels import tuned, tuning
 from qjax.kernels.dot import hopper
 from qjax.kernels.dot.hopper import Schedule
-from qjax.kernels.dot.mosaic import REVISIONS
-from qjax.kernels.ragged_dot.mosaic import ragged_schedule, ragged_schedule_for
+from qjax.kernels.dot.schedules import REVISIONS, chosen_ragged, ragged_schedule_for
+from qjax.kernels.dot.words import footprint
 from qjax.kernels.samples import Product, arguments, format_named, problem_of, weights
 from qjax.kernels.tuned import Key
 
 G128 = Int(4, group=128)
 PRODUCT = Product(G128, 1024, 2048, 16)
+FOOTPRINT = footprint(WordTiles(G128, 1024))
 
 
 @pytest.fixture
@@ -50,10 +51,10 @@ def test_the_fastest_is_written_and_found_again(gpu, tmp_path, monkeypatch):
     (found,), said = run(path)
     assert said == [] and found.product == PRODUCT
     times = {s: t for s, t in found.tried if isinstance(t, float)}
-    assert found.tried[0][0] == Schedule(16, 6, 4)  # the rule of thumb's goes first
+    assert found.tried[0][0] == Schedule(16, 4, 4)  # the rule of thumb's goes first
     assert all("out of memory" in t for s, t in found.tried if s.splits == 8)
     assert found.row.us == min(times.values()) == microseconds(Schedule(**found.row.schedule))
-    assert found.row.heuristic_us == microseconds(Schedule(16, 6, 4))
+    assert found.row.heuristic_us == microseconds(Schedule(16, 4, 4))
     monkeypatch.setenv(tuned.FILE, str(path))
     look = tuned.look_up(found.row.key, Schedule(16, 6, 4))
     assert look == tuned.Found(Schedule(**found.row.schedule), "your file")
@@ -97,22 +98,24 @@ def test_ties_go_to_the_rule_of_thumb_then_to_the_simpler_schedule():
     assert tuning.choose({split: 1.0, plain: 1.02, rule: 1.02}, rule) == split
 
 
+@pytest.mark.parametrize("kernel", ["tiles16", "words16"])
 @pytest.mark.parametrize("tokens", [8, 64, 256])
-def test_candidates_fit(tokens):
-    key = Key("tiles16", 1, "int4 g128 tiles", "bfloat16", 4096, 14336, tokens)
+def test_candidates_fit(tokens, kernel):
+    key = Key(kernel, 1, "int4 g128 tiles", "bfloat16", 4096, 14336, tokens)
     rule = Schedule(min(tokens, 128), 6)
     made = tuning.hopper_candidates(key, rule)
-    assert made[0] == rule and 4 <= len(set(made)) <= 60
-    assert all(14336 // hopper.STEP % s.splits == 0 and s.tokens in hopper.TOKENS and s.stages > 1 for s in made)
+    assert made[0] == rule and 4 <= len(set(made)) <= 80
+    assert all(s.fits(4096, 14336) and s.tokens in hopper.TOKENS and s.stages > 1 for s in made)
+    assert any(s.tall > 1 for s in made) == (kernel == "words16")
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 4096])
 def test_candidates_of_experts_fit(tokens):
-    key = Key("ragged_tiles16", 1, "int4 g128 tiles", "bfloat16", 4096, 14336, tuned.bucket(tokens), 8)
-    rule = ragged_schedule_for(4096, 14336, tokens, 8)
+    key = Key("ragged_words16", 1, "int4 g128 tiles", "bfloat16", 4096, 14336, tuned.bucket(tokens), 8)
+    rule = ragged_schedule_for(4096, 14336, tokens, 8, footprint=FOOTPRINT)
     made = tuning.ragged_candidates(key, rule)
-    assert made[0] == rule and 4 <= len(set(made)) <= 40 and len({s.tokens for s in made}) >= 2
-    assert all(14336 // hopper.STEP % s.splits == 0 and s.tokens in hopper.TOKENS and s.stages > 1 for s in made)
+    assert made[0] == rule and 4 <= len(set(made)) <= 60 and len({s.tokens for s in made}) >= 2
+    assert all(s.fits(4096, 14336) and s.tokens in hopper.TOKENS and s.stages > 1 for s in made)
 
 
 def test_experts_are_tuned_and_their_kernel_takes_what_was_found(gpu, tmp_path, monkeypatch):
@@ -120,15 +123,18 @@ def test_experts_are_tuned_and_their_kernel_takes_what_was_found(gpu, tmp_path, 
     assert str(product) == "int4 g128 bfloat16 [512, 1024] x 4 experts, 40 tokens"
     (found,), said = run(path, [product])
     assert said == [] and found.row.key == Key(
-        "ragged_tiles16", REVISIONS["tiles16"], "int4 g128 tiles", "bfloat16", 512, 1024, 64, 4
+        "ragged_words16", REVISIONS["words16"], "int4 g128 tiles", "bfloat16", 512, 1024, 64, 4
     )
     best = Schedule(**found.row.schedule)
-    assert best != ragged_schedule_for(512, 1024, 40, 4)
+    assert best != ragged_schedule_for(512, 1024, 40, 4, footprint=FOOTPRINT)
     (_, _, _, sizes), (_, _, _, others) = arguments(product, weights(G128, 512, 1024, True, 2, None, 4))
     assert sizes.sum() == others.sum() == 40 and (sizes != others).any()
     monkeypatch.setenv(tuned.FILE, str(path))
     problem = problem_of(product, weights(G128, 512, 1024, True, 2, None, 4)[0])
-    assert ragged_schedule(problem, 40) == ragged_schedule(dataclasses.replace(problem, n=500), 33) == best
+    chosen = [
+        chosen_ragged("words16", p, t, FOOTPRINT) for p, t in ((problem, 40), (dataclasses.replace(problem, n=500), 33))
+    ]
+    assert chosen == [best, best]
 
 
 def test_formats_by_their_short_names():

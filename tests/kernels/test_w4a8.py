@@ -17,7 +17,7 @@ import qjax
 from qjax import ops
 from qjax._compat import JAX_VERSION
 from qjax.errors import FormatError, LayoutError, LoweringError
-from qjax.formats import CodeTiles, DualGrained, Int, IntTiles, Progressive, QArray, assemble
+from qjax.formats import CodeTiles, DualGrained, Int, Progressive, QArray, WordTiles, assemble
 from qjax.formats.code_tiles import from_words, to_words
 from qjax.kernels import Problem, registry
 from qjax.kernels.dot import codes4x8 as kernel
@@ -147,7 +147,7 @@ def test_registers_are_those_of_the_operand():
 def test_targets():
     w, _ = weight(Int(4, group=64), 128, 128)
     floats = ops.pack(w)
-    assert isinstance(floats.fmt, IntTiles) and isinstance(packed(floats).fmt, CodeTiles)
+    assert isinstance(floats.fmt, WordTiles) and isinstance(packed(floats).fmt, CodeTiles)
     np.testing.assert_array_equal(ops.pack(packed(w)).aux["tiles"], floats.aux["tiles"])
     dual, _ = weight(DualGrained(group=64), 128, 128)
     assert ops.pack(dual).fmt == packed(dual).fmt and ops.pack_tree({"w": dual}, "mosaic_int8")["w"].fmt.for_codes
@@ -202,7 +202,7 @@ def test_it_is_chosen_on_hopper():
         ({"weight": DualGrained()}, r"neutral order; qjax.ops.pack\(w, 'mosaic'\)"),
         ({"weight": Progressive(bits=3)}, "no integers of 4 bits"),
         ({"weight": Int(4, group=64)}, r"qjax.ops.pack\(w, 'mosaic_int8'\)"),
-        ({"weight": IntTiles(Int(4, group=64), 512)}, r"16-bit floats; qjax.ops.pack\(w, 'mosaic_int8'\)"),
+        ({"weight": WordTiles(Int(4, group=64), 512)}, r"16-bit floats; qjax.ops.pack\(w, 'mosaic_int8'\)"),
         ({"act": None}, "takes int8 ones"),
         ({"act": Int(8, per="token", symmetric=False)}, "no symmetric int8"),
         ({"act": Int(8, group=64)}, "a scale per group"),
@@ -265,6 +265,7 @@ def run(w, x, x_scale, schedule, out_dtype):
         pytest.param(Progressive(group=64), 128, 512, 9, Schedule(16, 2, 2), id="progressive, K in 2 parts"),
         pytest.param(POST, 64, 40, 3, Schedule(8, 2), id="zeros after steps, short K"),
         pytest.param(Int(4, symmetric=False), 128, 256, 3, Schedule(8, 2), id="a zero point per row"),
+        pytest.param(DualGrained(group=64), 512, 512, 3, Schedule(8, 2, tall=2, deep=2), id="tall and deep"),
     ],
 )
 def test_sums_of_whole_rows_are_exact(fmt, n, k, tokens, schedule):
@@ -289,6 +290,7 @@ def test_sums_of_whole_rows_are_exact(fmt, n, k, tokens, schedule):
         pytest.param(Int(4, group=64), 128, 256, 7, Schedule(8, 2), id="groups of 64, 7 tokens"),
         pytest.param(Int(4, group=128, symmetric=False), 128, 512, 17, Schedule(16, 2, 2), id="zeros, K in 2 parts"),
         pytest.param(Int(4, group=256), 64, 300, 2, Schedule(8, 2), id="long groups, the last cut"),
+        pytest.param(Int(4, group=64), 256, 512, 9, Schedule(16, 2, 2, tall=2, deep=2), id="tall, deep, in parts"),
     ],
 )
 def test_float_scales_against_numpy(fmt, n, k, tokens, schedule):

@@ -17,7 +17,7 @@ from partitions import SUM, compiled
 
 from qjax import ops
 from qjax.errors import LayoutError
-from qjax.formats import Int, IntTiles
+from qjax.formats import Int, WordTiles
 from qjax.formats.parts import TiledParts
 from qjax.kernels import registry
 from qjax.kernels.dot import parts as dot_parts
@@ -36,7 +36,7 @@ def seen(monkeypatch):
     def alone(problem):
         return problem.devices == 1 or "it runs on one device"
 
-    @registry.register_lowering("dot", (IntTiles, Int), "cpu", when=alone, name="mosaic", priority=90)
+    @registry.register_lowering("dot", (WordTiles, Int), "cpu", when=alone, name="mosaic", priority=90)
     def stand_in(problem, x, w, act):
         found.append((problem.n, problem.k, problem.rows))
         return dot_reference(problem, x, w, act)

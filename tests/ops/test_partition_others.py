@@ -12,7 +12,7 @@ from mosaic import described_gpu, weight
 from partitions import SUM, compiled
 
 from qjax import ops
-from qjax.formats import Int, IntTiles, quantize_array
+from qjax.formats import Int, WordTiles, quantize_array
 from qjax.formats.parts import TiledParts
 from qjax.kernels import registry
 from qjax.kernels.conv.reference import conv_reference
@@ -39,7 +39,7 @@ def seen(monkeypatch):
     def alone(problem):
         return problem.devices == 1 or "it runs on one device"
 
-    @registry.register_lowering("ragged_dot", (IntTiles, Int), "cpu", when=alone, name="mosaic", priority=90)
+    @registry.register_lowering("ragged_dot", (WordTiles, Int), "cpu", when=alone, name="mosaic", priority=90)
     def ragged(problem, x, w, act, sizes):
         found.append((*problem.stack, problem.n, problem.k, problem.rows))
         return ragged_dot_reference(problem, x, w, act, sizes)

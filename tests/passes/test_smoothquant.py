@@ -40,8 +40,6 @@ def tokens(seed: int) -> jax.Array:
 BATCHES = [(tokens(1),), (tokens(2),)]
 
 
-
-
 @pytest.mark.parametrize("strength", [0.0, 0.5, 0.8, 1.0])
 def test_equation_4(strength):
     r = np.random.default_rng(0)

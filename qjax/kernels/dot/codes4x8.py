@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,10 +43,10 @@ from qjax.kernels.dot.hopper import (
     Place,
     Schedule,
     Work,
+    accumulated,
     hopper_kernel,
     in_cells,
     load,
-    own_rows,
     pallas,
     tiling,
     turned,
@@ -53,6 +54,9 @@ from qjax.kernels.dot.hopper import (
 
 MAGIC = 0x4B400000
 """The bits of 1.5 * 2^23, to which integers below 2^22 in magnitude are added bit by bit."""
+
+SUMS = 128
+"""Tokens of the sums of blocks that are under way at once: 64 registers of a thread, besides those of the totals."""
 
 TURNED = 16
 """What symmetric codes are multiplied with."""
@@ -127,12 +131,12 @@ def _kernel(
     interpret: Any,
 ) -> Any:
     pl, plgpu = pallas()
-    layouts, tile = plgpu.Layout, schedule.tokens
-    steps = fmt.padded_length // STEP // schedule.splits
-    block = fmt.block or STEP
-    blocks = STEP // block  # of levels or scales in a step
+    layouts, tile, tall = plgpu.Layout, schedule.tokens, schedule.tall
+    wide, span = tall * WIDE, schedule.deep * STEP  # of a step
+    steps = fmt.padded_length // span // schedule.splits
     in_blocks = not fmt.whole_rows
-    columns = block if in_blocks else STEP  # of one product
+    columns = fmt.block or STEP if in_blocks else STEP  # of one product
+    of_sum = columns if in_blocks else span  # columns of a sum
     words_of = columns // 32
 
     def over_rows(numbers: Array, shape: tuple[int, ...]) -> Array:
@@ -142,83 +146,72 @@ def _kernel(
         levels, rest = (rest[:1], rest[1:]) if leveled else ((), rest)
         scale: Any = rest[0] if rest else None
         of_tokens: Any = rest[-1] if rest else None
-        own = pl.ds(place.group * ROWS, ROWS)
 
-        def step(_: Any, w_s: Any, x_s: Any, *rest: Any) -> Array:
-            *ringed, total = rest
+        def step(_: Any, w_s: Any, x_s: Any, *rest: Any) -> tuple[Array, ...]:
+            *ringed, totals = rest
+            totals = list(totals)
             levels_s: Any = ringed[0] if leveled else None
-            words = load(w_s.at[place.group, 0], layouts.WG_STRIDED((8, 128), vec_size=4))
 
-            def affine(b: int) -> tuple[Array, Array]:
+            def loaded(t: int, tile_of_columns: int) -> Array:
+                ref = w_s.at[place.group * tall + t, tile_of_columns]
+                return load(ref, layouts.WG_STRIDED((8, 128), vec_size=4))
+
+            def affine(t: int, b: int) -> tuple[Array, Array]:
                 """What is multiplied with and added to the words of a block, int32 [64] each."""
-                both = load(levels_s.at[b, own], layouts.WGMMA.reduce(1)).astype(jnp.int32)
+                both = load(levels_s.at[b, place.own(t)], layouts.WGMMA.reduce(1)).astype(jnp.int32)
                 by, zero = both & 0xFF, both >> 8 & 0xFF
                 offset = zero if fmt.post else zero * by
                 return by, jnp.int32(-0x7F7F7F80) - offset * jnp.int32(0x01010101)
 
-            terms = [affine(b) for b in range(blocks if fmt.block else 1)] if leveled else []
+            def products(which: Sequence[tuple[int, int]], accs: Sequence[Any]) -> None:
+                """Of rows and blocks, each added to its own sum."""
+                words, terms = functools.cache(loaded), functools.cache(affine)
+                for (t, b), acc in zip(which, accs, strict=True):
+                    for at in range(b * of_sum // columns, (b + 1) * of_sum // columns):
+                        first = at * words_of
+                        blocks = [(first + i) * 32 // fmt.block if fmt.block else 0 for i in range(words_of) if leveled]
+                        per = [terms(t, block) for block in blocks]
+                        a = expanded(plgpu, words(t, first // 4), per, first % 4, words_of, bool(interpret))
+                        plgpu.wgmma(acc, a, turned(x_s.at[:, pl.ds(at * columns, columns)]))
+                if which[-1] == every[-1]:  # The slot was read by ordinary loads and is refilled by TMA: two proxies,
+                    plgpu.commit_smem()  # which a fence orders, while tensor cores are at work.
+                plgpu.wgmma_wait(0)
 
-            def numbers(first: int) -> Array:
-                """int8 [64, columns], from the column after ``first`` words of 32."""
-                per = [terms[(first + i) * 32 // block if fmt.block else 0] for i in range(words_of)] if terms else []
-                return expanded(plgpu, words, per, first, words_of, bool(interpret))
-
-            def product(b: int, start: Array) -> Array:
-                """What is there, and the product of the columns of block b."""
-                a, last = numbers(b * words_of), b == STEP // columns - 1
-
-                def add(acc: Any) -> None:
-                    plgpu.wgmma(acc, a, turned(x_s.at[:, pl.ds(b * columns, columns)]))
-                    if last:  # The slot was read by ordinary loads and is refilled by TMA: two proxies, which a fence
-                        plgpu.commit_smem()  # orders, while tensor cores are at work.
-                    plgpu.wgmma_wait(0)
-
-                return accumulated(pl, plgpu, add, start, bool(interpret))
-
+            every = [(t, b) for b in range(span // of_sum) for t in range(tall)]
             if not in_blocks:
-                total = product(0, total)
-            else:
-                for b in range(blocks):
-                    start = plgpu.layout_cast(jnp.full((ROWS, tile), MAGIC, jnp.int32), layouts.WGMMA)
-                    by = load(ringed[-1].at[b, own], layouts.WGMMA.reduce(1))
-                    part = product(b, start)
+                return tuple(accumulated(functools.partial(products, every), totals, bool(interpret)))
+            most = max(1, SUMS // tile)
+            for which in (every[i : i + most] for i in range(0, len(every), most)):
+                start = plgpu.layout_cast(jnp.full((ROWS, tile), MAGIC, jnp.int32), layouts.WGMMA)
+                scales = [load(ringed[-1].at[b, place.own(t)], layouts.WGMMA.reduce(1)) for t, b in which]
+                parts = accumulated(functools.partial(products, which), [start] * len(which), bool(interpret))
+                for (t, _), by, part in zip(which, scales, parts, strict=True):
                     part = lax.bitcast_convert_type(part, jnp.float32) - jnp.float32(12582912)
-                    total = total + part * over_rows(by, part.shape)
-            return total
+                    totals[t] = totals[t] + part * over_rows(by, part.shape)
+            return tuple(totals)
 
-        def finish(total: Array) -> Array:
+        def finish(totals: tuple[Array, ...], t: int) -> Array:
             if not scaled:
-                return total
-            total = total.astype(jnp.float32)
+                return totals[t]
+            total = totals[t].astype(jnp.float32)
             if not in_blocks:
-                of_rows = load(scale.at[place.matrix, 0, own_rows(place)], layouts.WGMMA.reduce(1))
+                of_rows = load(scale.at[place.matrix, 0, place.own_of_matrix(t)], layouts.WGMMA.reduce(1))
                 total = total * over_rows(of_rows, total.shape)
             mine = load(of_tokens.at[place.matrix, pl.ds(place.tokens * tile, tile)], layouts.WGMMA.reduce(0))
             return total * lax.broadcast_in_dim(mine, total.shape, (1,))
 
         e, first = place.matrix, place.part * steps
-        above = e * (rows // WIDE)
-        held = blocks if fmt.block else 1
-        of_w = plgpu.BlockSpec((WARPGROUPS, 1, 8, 128), lambda k: (above + place.rows, first + k, 0, 0))
-        of_x = plgpu.BlockSpec((tile, STEP), lambda k: (place.tokens, first + k), transforms=tiling(columns, 8))
-        of_rows = plgpu.BlockSpec((held, WIDE), lambda k: ((first + k if fmt.block else 0 * k), place.rows))
+        above = e * (rows // wide)
+        held = span // fmt.block if fmt.block else 1
+        shape = (WARPGROUPS * tall, schedule.deep, 8, 128)
+        of_w = plgpu.BlockSpec(shape, lambda k: (above + place.rows, first + k, 0, 0))
+        of_x = plgpu.BlockSpec((tile, span), lambda k: (place.tokens, first + k), transforms=tiling(columns, 8))
+        of_rows = plgpu.BlockSpec((held, wide), lambda k: ((first + k if fmt.block else 0 * k), place.rows))
         ring = [(cells, of_w), (x.at[e], of_x), *((a.at[e], of_rows) for a in levels)]
         return Work(step, finish, ring + ([(scale.at[e], of_rows)] if in_blocks else []))
 
     sums = jnp.float32 if in_blocks else jnp.int32
     return hopper_kernel(work, out, rows=rows, steps=steps, sums=sums, schedule=schedule, interpret=interpret)
-
-
-def accumulated(pl: Any, plgpu: Any, add: Any, start: Array, interpret: bool) -> Array:
-    """What tensor cores make of an accumulator that holds ``start``; jax's interpreter knows those of zeros alone."""
-    if not interpret:
-        return pl.run_state(add)(plgpu.ACC.init(start))
-
-    def product(acc: Any) -> Array:
-        add(acc)
-        return acc[...]
-
-    return start + pl.run_scoped(product, plgpu.ACC(start.shape, start.dtype))
 
 
 def expanded(

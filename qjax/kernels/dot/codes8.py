@@ -28,7 +28,6 @@ from qjax.kernels.dot.hopper import (
     hopper_kernel,
     in_cells,
     load,
-    own_rows,
     pallas,
     tiling,
     turned,
@@ -83,19 +82,19 @@ def _kernel(out: jax.ShapeDtypeStruct, dtype: Any, k: int, schedule: Schedule, i
     cells = tiling(STEP, 8)
 
     def work(at: Place, w: Any, x: Any, *scales: Any) -> Work:
-        def step(_: Any, w_s: Any, x_s: Any, total: Array) -> Array:
+        def step(_: Any, w_s: Any, x_s: Any, totals: tuple[Array]) -> tuple[Array]:
             def product(acc: Any) -> Array:
-                plgpu.wgmma(acc, w_s.at[pl.ds(at.group * ROWS, ROWS)], turned(x_s))
+                plgpu.wgmma(acc, w_s.at[at.own()], turned(x_s))
                 plgpu.wgmma_wait(0)
                 return acc[...]
 
-            return total + pl.run_scoped(product, plgpu.ACC((ROWS, tile), sums))
+            return (totals[0] + pl.run_scoped(product, plgpu.ACC((ROWS, tile), sums)),)
 
-        def finish(total: Array) -> Array:
-            total = total.astype(jnp.float32)
+        def finish(totals: tuple[Array, ...], _: int) -> Array:
+            total = totals[0].astype(jnp.float32)
             if not scales:
                 return total
-            of_rows = load(scales[0].at[at.matrix, own_rows(at)], layouts.WGMMA.reduce(1))
+            of_rows = load(scales[0].at[at.matrix, at.own_of_matrix()], layouts.WGMMA.reduce(1))
             of_tokens = load(scales[1].at[at.matrix, pl.ds(at.tokens * tile, tile)], layouts.WGMMA.reduce(0))
             total = total * lax.broadcast_in_dim(of_rows, total.shape, (0,))
             return total * lax.broadcast_in_dim(of_tokens, total.shape, (1,))

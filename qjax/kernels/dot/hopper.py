@@ -3,10 +3,11 @@
 A product is formed transposed, y[m, n] from total[n, m], because the left operand of `wgmma` may come from registers:
 tokens are the narrow side (8 to 128 a tile), rows of the weight the side of 64 that a warpgroup multiplies at once.
 
-A block of threads is two warpgroups that multiply, 64 rows each, and one that fetches: operands of the next steps of
-128 columns come through TMA in a ring of ``stages``. Where there are few tiles, K is cut in ``splits`` and their sums
-are added afterwards. TMA moves activations in cells of 8 tokens, so more than 8 tokens are padded to a multiple of 8;
-up to 8 need no padding, because TMA reads zeros behind the last token and writes none there.
+A block of threads is two warpgroups that multiply, 64 rows each or ``tall`` times as many, and one that fetches:
+operands of the next steps of 128 columns, or ``deep`` times as many, come through TMA in a ring of ``stages``. Where
+there are few tiles, K is cut in ``splits`` and their sums are added afterwards. TMA moves activations in cells of 8
+tokens, so more than 8 tokens are padded to a multiple of 8; up to 8 need no padding, because TMA reads zeros behind the
+last token and writes none there.
 
 Written for one source on jax 0.10 and newer.
 """
@@ -32,7 +33,7 @@ WARPGROUPS = 2
 """Warpgroups that multiply."""
 
 WIDE = WARPGROUPS * ROWS
-"""Rows of the weight that a block of threads multiplies."""
+"""Rows of the weight that a block of threads multiplies, or ``tall`` times as many."""
 
 CELL = 8
 """Tokens that TMA moves at once where they are swizzled: a tile begins at a multiple of them."""
@@ -49,11 +50,22 @@ class Schedule:
         tokens: tokens of a tile, one of `TOKENS`.
         stages: steps of the ring that are under way at once.
         splits: parts of K that are summed apart; it divides the number of steps.
+        tall: times `ROWS` rows that a warpgroup multiplies with the same activations; it divides N' / `WIDE`.
+        deep: times `STEP` columns in a step of the ring; it divides the number of steps of a part.
+        rolling: whether tensor cores add to one sum, which is kept in units of the scale at hand, so that registers
+            have room for more of them; of kernels that say so.
     """
 
     tokens: int
     stages: int
     splits: int = 1
+    tall: int = 1
+    deep: int = 1
+    rolling: bool = False
+
+    def fits(self, n: int, k: int) -> bool:
+        """Whether the padded rows and columns of a weight are cut into whole parts."""
+        return not n % (self.tall * WIDE) and not k % (self.splits * self.deep * STEP)
 
 
 class Place(NamedTuple):
@@ -63,24 +75,36 @@ class Place(NamedTuple):
     """Of the warpgroup in its block."""
     matrix: Any
     rows: Any
-    """Tile of `WIDE` rows."""
+    """Tile of `WIDE` rows, or tall times as many."""
     tokens: Any
     """Tile of tokens."""
     part: Any
     """Of K."""
     first: Any = None
     """First token of a tile that a table places (`hopper_kernel`); a multiple of `CELL`."""
+    tall: int = 1
+    """As in `Schedule`."""
+
+    def own(self, t: int = 0) -> Any:
+        """The rows of a tile of `WIDE` times tall that a warpgroup multiplies: the t-th `ROWS` of them."""
+        return pallas()[0].ds((self.group * self.tall + t) * ROWS, ROWS)
+
+    def own_of_matrix(self, t: int = 0) -> Any:
+        """Likewise, the rows of a matrix."""
+        return pallas()[0].ds(((self.rows * WARPGROUPS + self.group) * self.tall + t) * ROWS, ROWS)
 
 
 class Work(NamedTuple):
     """What one kernel does at a place."""
 
-    step: Callable[..., Array]
-    """``step(indices, *operands in shared memory, total) -> total``, for 128 columns; [64, tokens]."""
-    finish: Callable[[Array], Array]
-    """From the sum over all steps to float32 [64, tokens]."""
+    step: Callable[..., tuple[Array, ...]]
+    """``step(indices, *operands in shared memory, totals) -> totals``, for one step; ``tall`` times [64, tokens]."""
+    finish: Callable[[tuple[Array, ...], int], Array]
+    """From the totals over all steps to float32 [64, tokens], of the t-th `ROWS` rows."""
     ring: Sequence[tuple[Any, Any]]
     """Operands in global memory with the `BlockSpec` of a step."""
+    kept: int = 0
+    """Numbers of rows, float32 [64], that a step hands on behind the totals; zeros at first."""
 
 
 def pallas() -> tuple[Any, Any]:
@@ -138,9 +162,24 @@ def added(y: Array, schedule: Schedule) -> Array:
     return y if parts == 1 else jnp.sum(y.reshape(parts, y.shape[0] // parts, *y.shape[1:]), axis=0)
 
 
-def own_rows(place: Place) -> Any:
-    """The rows of a matrix that a warpgroup multiplies."""
-    return pallas()[0].ds(place.rows * WIDE + place.group * ROWS, ROWS)
+def accumulated(add: Callable[[Sequence[Any]], None], starts: Sequence[Array], interpret: bool) -> list[Array]:
+    """Return what tensor cores make of accumulators that hold ``starts``.
+
+    Args:
+        add: called with the accumulators; what it adds has to be there when it returns.
+        starts: [64, tokens] each.
+        interpret: whether jax's interpreter runs it, which knows accumulators of zeros alone.
+    """
+    pl, plgpu = pallas()
+    if not interpret:
+        return list(pl.run_state(add)(tuple(plgpu.ACC.init(start) for start in starts)))
+
+    def products(*accs: Any) -> list[Array]:
+        add(accs)
+        return [acc[...] for acc in accs]
+
+    found = pl.run_scoped(products, *(plgpu.ACC(start.shape, start.dtype) for start in starts))
+    return [start + one for start, one in zip(starts, found, strict=True)]
 
 
 def hopper_kernel(
@@ -165,43 +204,53 @@ def hopper_kernel(
         work: called with a `Place` and the operands in global memory.
         out: [splits E, M, N] and its dtype.
         rows: N, padded to whole tiles.
-        steps: of 128 columns in a part of K.
+        steps: of the ring in a part of K.
         sums: dtype of the sum over steps.
         schedule: how the work is cut.
         tiles: rows of the table, or 0 where tile follows tile in every matrix.
         interpret: settings of the interpreter, for tests.
     """
     pl, plgpu = pallas()
-    layouts, tile = plgpu.Layout, schedule.tokens
+    layouts, tile, tall = plgpu.Layout, schedule.tokens, schedule.tall
     count, tokens = out.shape[0] // schedule.splits, out.shape[1]
     bits = out.dtype.itemsize * 8
 
-    def store(total: Array, place: Place, y: Any, y_tile: Any, begin: Any = None, end: Any = None) -> None:
-        total = total.astype(out.dtype)
-        if bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
-            total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
-        if tiles and JAX_VERSION >= (0, 12):  # which wants to be told that rows without a swizzle may take longer
-            plgpu.store(turned(y_tile.at[place.group]), total, optimized=False)
-        else:
-            turned(y_tile.at[place.group])[...] = total
+    def store(totals: Sequence[Array], place: Place, y: Any, y_tile: Any, begin: Any = None, end: Any = None) -> None:
+        for t, total in enumerate(totals):
+            total = total.astype(out.dtype)
+            if bits == 32 or JAX_VERSION < (0, 11):  # others are turned as they are stored
+                total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED)
+            here = turned(y_tile.at[place.group * tall + t])
+            if tiles and JAX_VERSION >= (0, 12):  # which wants to be told that rows without a swizzle may take longer
+                plgpu.store(here, total, optimized=False)
+            else:
+                here[...] = total
         plgpu.commit_smem()
-        if not tiles:
-            there = y.at[place.part * count + place.matrix, pl.ds(place.tokens * tile, tile), own_rows(place)]
-            plgpu.copy_smem_to_gmem(y_tile.at[place.group], there)
-        else:  # a copy has a fixed size, and the number of tokens is known when the kernel runs
+        for t in range(tall):
+            here = y_tile.at[place.group * tall + t]
+            if not tiles:
+                there = y.at[place.part * count + place.matrix, pl.ds(place.tokens * tile, tile)]
+                plgpu.copy_smem_to_gmem(here, there.at[:, place.own_of_matrix(t)])
+                continue
+            # A copy has a fixed size, and the number of tokens is known when the kernel runs.
             cells = (end - begin) // CELL
 
-            def copy(size: int, start: Any) -> None:
-                here = y_tile.at[place.group, pl.ds(start - place.first, size)]
-                plgpu.copy_smem_to_gmem(here, y.at[place.part, pl.ds(start, size), own_rows(place)])
+            def copy(size: int, start: Any, here: Any = here, t: int = t) -> None:
+                there = y.at[place.part, pl.ds(start, size), place.own_of_matrix(t)]
+                plgpu.copy_smem_to_gmem(here.at[pl.ds(start - place.first, size)], there)
 
             lax.fori_loop(0, cells, lambda i, _: copy(CELL, begin + i * CELL), None)
             lax.fori_loop(begin + cells * CELL, end, lambda i, _: copy(1, i), None)
         plgpu.wait_smem_to_gmem(0)
 
+    def zeros(kept: int = 0) -> tuple[Array, ...]:
+        totals = tuple(plgpu.layout_cast(jnp.zeros((ROWS, tile), sums), layouts.WGMMA) for _ in range(tall))
+        of_rows = layouts.WGMMA.reduce(1)
+        return totals + tuple(plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), of_rows) for _ in range(kept))
+
     def body(*refs: Any) -> None:
         *operands, y, y_tile = refs
-        place = Place(*(lax.axis_index(name) for name in ("warpgroup", "matrix", "rows", "tokens", "part")))
+        place = Place(*(lax.axis_index(name) for name in ("warpgroup", "matrix", "rows", "tokens", "part")), tall=tall)
         if not tiles:
             return product(place, operands, y, y_tile)
         table, *operands = operands
@@ -211,14 +260,14 @@ def hopper_kernel(
 
         @pl.when((begin < end) & (matrix < 0) & (place.group < WARPGROUPS))
         def _() -> None:
-            store(plgpu.layout_cast(jnp.zeros((ROWS, tile), sums), layouts.WGMMA), place, y, y_tile, begin, end)
+            store(zeros(), place, y, y_tile, begin, end)
 
     def product(place: Place, operands: Sequence[Any], *there: Any) -> None:
-        step, finish, ring = work(place, *operands)
+        step, finish, ring, kept = work(place, *operands)
 
         def around(pipeline: Any) -> None:
-            total = pipeline(plgpu.layout_cast(jnp.zeros((ROWS, tile), sums), layouts.WGMMA))
-            store(finish(total), place, *there)
+            totals = pipeline(zeros(kept))
+            store([finish(totals, t) for t in range(tall)], place, *there)
 
         plgpu.emit_pipeline_warp_specialized(
             step,
@@ -232,7 +281,12 @@ def hopper_kernel(
         )(*(ref for ref, _ in ring))
 
     # The last axis of a grid runs fastest. Where a table places tiles, few tokens meet the whole of a large matrix.
-    grid = {"rows": rows // WIDE, "tokens": tiles or -(-tokens // tile), "part": schedule.splits, "matrix": count}
+    grid = {
+        "rows": rows // (tall * WIDE),
+        "tokens": tiles or -(-tokens // tile),
+        "part": schedule.splits,
+        "matrix": count,
+    }
     names = ("matrix", "tokens", "rows", "part") if tiles else tuple(grid)
     # Tokens are copied one by one where a tile may end anywhere: they lie in rows, not in swizzled cells. jax 0.10
     # wants that said as tiles of one row, and newer ones take no such tiles.
@@ -245,7 +299,7 @@ def hopper_kernel(
         grid_names=names,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((WARPGROUPS, tile, ROWS), out.dtype, transforms=transforms)],
+        scratch_types=[plgpu.SMEM((WARPGROUPS * tall, tile, ROWS), out.dtype, transforms=transforms)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats import MixedBits, MixedTiles, QArray
-from qjax.kernels.dot.mixed16 import STAGES, mixed16
-from qjax.kernels.dot.mosaic import chosen, on_hopper
+from qjax.kernels.dot.mixed16 import FOOTPRINT, mixed16
+from qjax.kernels.dot.mosaic import on_hopper
 from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.dot.schedules import chosen
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 MOST = 64
@@ -62,7 +63,7 @@ def mixed(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         fmt=fmt,
         n=problem.n,
         out_dtype=jnp.float32 if sparse else problem.out_dtype,
-        schedule=chosen("mixed16", problem, tokens, STAGES),
+        schedule=chosen("mixed16", problem, tokens, FOOTPRINT),
     )
     if sparse:
         y = (y + corrections(aux, x, problem.n)).astype(problem.out_dtype)

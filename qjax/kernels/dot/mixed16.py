@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,20 +33,21 @@ from qjax.kernels.dot.hopper import (
     Place,
     Schedule,
     Work,
+    accumulated,
     added,
     hopper_kernel,
     in_cells,
     load,
-    own_rows,
     pallas,
     tiling,
     turned,
     written,
 )
+from qjax.kernels.dot.schedules import Footprint
 from qjax.kernels.dot.widen import Register
 
-STAGES = {8: 6, 16: 6, 32: 6, 64: 4, 128: 2}
-"""Steps of 256 columns under way by tokens of a tile. Untuned."""
+FOOTPRINT = Footprint(WIDE // ROWS * 24 * 64 * 4 // 2, tall=True, one_sum=True, deep=2)
+"""What a step holds: tiles of up to 256 columns, 24 x 64 words each. No scales are applied to sums."""
 
 
 def mixed16(
@@ -69,7 +70,7 @@ def mixed16(
         fmt: of the weights.
         n: N, rows of a matrix.
         out_dtype: dtype of the result.
-        schedule: how the work is cut; into fewer parts of K where these would not be whole tiles.
+        schedule: how the work is cut; into fewer parts of K where these would not be whole tiles. A step is one tile.
         interpret: settings of the interpreter, for tests.
 
     Returns:
@@ -99,31 +100,30 @@ def _kernel(
     interpret: Any,
 ) -> Any:
     pl, plgpu = pallas()
-    of_rows, tile = plgpu.Layout.WGMMA.reduce(1), schedule.tokens
+    of_rows, tile, tall = plgpu.Layout.WGMMA.reduce(1), schedule.tokens, schedule.tall
 
     def work(place: Place, tiles: Any, unit: Any, x: Any) -> Work:
-        group, e, i, j, part, *_ = place
-        above = e * (rows // WIDE)
-        w_spec = plgpu.BlockSpec((WARPGROUPS, 1, *kind.words), lambda k: (above + i, part * steps + k, 0, 0))
+        _, e, i, j, part, *_ = place
+        above = e * (rows // (tall * WIDE))
+        w_spec = plgpu.BlockSpec((WARPGROUPS * tall, 1, *kind.words), lambda k: (above + i, part * steps + k, 0, 0))
         x_spec = plgpu.BlockSpec((tile, kind.columns), lambda k: (j, part * steps + k), transforms=tiling(PART, 16))
 
-        def step(_: Any, w_s: Any, x_s: Any, total: Array) -> Array:
-            parts = _numbers(plgpu, w_s.at[group, 0], kind, bits, dtype, bool(interpret))
-
-            def sums(acc: Any) -> Array:
-                for g, numbers in enumerate(parts):
-                    plgpu.wgmma(acc, numbers, turned(x_s.at[:, pl.ds(g * PART, PART)]))
+        def step(_: Any, w_s: Any, x_s: Any, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            def products(accs: Sequence[Any]) -> None:
+                for t, acc in enumerate(accs):
+                    parts = _numbers(plgpu, w_s.at[place.group * tall + t, 0], kind, bits, dtype, bool(interpret))
+                    for g, numbers in enumerate(parts):
+                        plgpu.wgmma(acc, numbers, turned(x_s.at[:, pl.ds(g * PART, PART)]))
                 plgpu.wgmma_wait(0)
-                return acc[...]
 
-            total = total + pl.run_scoped(sums, plgpu.ACC((ROWS, tile), jnp.float32))
+            found = accumulated(products, totals, bool(interpret))
             # The slot was read by ordinary loads and is refilled by TMA: two proxies, which a fence orders.
             plgpu.commit_smem()
-            return total
+            return tuple(found)
 
-        def finish(total: Array) -> Array:
-            factor = load(unit.at[e, 0, own_rows(place)], of_rows)
-            return total * lax.broadcast_in_dim(factor, total.shape, (0,))
+        def finish(totals: tuple[Array, ...], t: int) -> Array:
+            factor = load(unit.at[e, 0, place.own_of_matrix(t)], of_rows)
+            return totals[t] * lax.broadcast_in_dim(factor, totals[t].shape, (0,))
 
         return Work(step, finish, [(tiles, w_spec), (x.at[e], x_spec)])
 

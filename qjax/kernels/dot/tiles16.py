@@ -1,4 +1,4 @@
-"""W4A16 and W8A16 on the tensor cores of NVIDIA's Hopper: 4-bit and 8-bit weights in tiles, 16-bit activations.
+"""W8A16 on the tensor cores of NVIDIA's Hopper: 8-bit integers in tiles, 16-bit activations.
 
 The quantized operand is the left one of `wgmma`, which may come from registers, so the product is formed transposed,
 
@@ -7,29 +7,22 @@ The quantized operand is the left one of `wgmma`, which may come from registers,
     y[m, n]     = total[n, m]
 
 with whole numbers on the left side: a code less its zero point is exact in bfloat16 and float16, and scales stay in
-float32, so the weight is never rounded. Tokens are the narrow side (8 to 128 a tile), rows of the weight the side of
-64 that a warpgroup multiplies at once. Blocks of threads, ring and cut of K are those of `hopper`.
+float32, so the weight is never rounded. Blocks of threads, ring and cut of K are those of `hopper`. Weights of 2 and 4
+bits have a kernel of their own (`words16`).
 
-4-bit codes lie so that widening moves nothing between threads: one word of shared memory is eight codes of one thread,
-and a shift and a mask make two numbers of the left operand at once (`widened`, inlined below the level of Pallas; the
-interpreter gets the same numbers by reshaping, and a test compares registers with the layouts as jax defines them).
-
-Structure after the public descriptions of Marlin (arXiv:2408.11743) and Machete; written for one source on jax 0.10
-and 0.11.
+Structure after the public descriptions of Marlin (arXiv:2408.11743) and Machete.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from qjax.formats.tiles import ROWS, IntTiles, from_threads, rounded_up
+from qjax.formats.tiles import OFFSET, ROWS, IntTiles, rounded_up
 from qjax.kernels.dot.hopper import (
     STEP,
     WARPGROUPS,
@@ -41,7 +34,6 @@ from qjax.kernels.dot.hopper import (
     hopper_kernel,
     in_cells,
     load,
-    own_rows,
     pallas,
     tiling,
     turned,
@@ -64,7 +56,7 @@ def tiles16(
     """Multiply a stack of activations by a stack of weights in tiles.
 
     Args:
-        tiles: uint8 [E, N' K'/2] or int8 [E, N' K'], as `IntTiles` orders them; E matrices.
+        tiles: int8 [E, N' K'], as `IntTiles` orders them; E matrices.
         scale: float32 [E, G N'].
         zero: bfloat16 [E, G N'], or None.
         x: bfloat16 or float16 [E, M, K], M at least 1.
@@ -89,9 +81,7 @@ def tiles16(
 def in_tiles(tiles: Array, scale: Array, zero: Array | None, fmt: IntTiles, rows: int) -> list[Array]:
     """Return the arrays of a stack of weights as the kernel takes them, with ``rows`` padded to whole tiles."""
     count, columns = tiles.shape[0], fmt.columns
-    # XLA sees that this moves nothing, and that a slice of a stack in front of it need not either.
-    cells = lax.bitcast_convert_type(tiles, jnp.int4) if fmt.code_bits == 4 else tiles
-    cells = cells.reshape(count * rows // ROWS, fmt.padded_length // columns, ROWS, columns)
+    cells = tiles.reshape(count * rows // ROWS, fmt.padded_length // columns, ROWS, columns)
     numbers = [a.reshape(count, fmt.blocks, rows) for a in (scale, zero) if a is not None]
     return [cells, *numbers]
 
@@ -132,32 +122,28 @@ def tiles16_kernel(
 
     def work(place: Place, cells: Any, scale: Any, *rest: Any) -> Work:
         *zero, x = rest
-        group, e, i, j, part, first = place
-        own = pl.ds(group * ROWS, ROWS)
+        group, e, i, j, part, first, _ = place
+        own = place.own()
 
         def weights(w_s: Any, z_s: Any, at: int) -> Array:
             """Cells as 16-bit numbers in the registers of the left operand, [64, columns]."""
-            ref = w_s.at[group, at]
-            if fmt.code_bits == 4:
-                numbers = widened(plgpu, load(ref, layouts.WGMMA_UPCAST_4X), dtype, bool(interpret))
-                base = (128 if dtype == jnp.bfloat16 else 1024) + fmt.offset
-            else:  # the relayout comes before the cast, while codes move two to a register
-                codes = plgpu.layout_cast(load(ref, layouts.WGMMA_UPCAST_2X), layouts.WGMMA)
-                numbers, base = codes, 0
-                if dtype == jnp.bfloat16:
-                    numbers = codes.astype(dtype)
-                else:  # jax converts each code to float16 by itself; as last bits of 1024 they go two at once
-                    bits = (codes ^ jnp.int8(-128)).astype(jnp.int16) & jnp.int16(0xFF) | jnp.int16(0x6400)
-                    numbers, base = lax.bitcast_convert_type(bits, dtype), 1024 + fmt.offset
+            # The relayout comes before the cast, while codes move two to a register.
+            codes = plgpu.layout_cast(load(w_s.at[group, at], layouts.WGMMA_UPCAST_2X), layouts.WGMMA)
+            numbers, base = codes, 0
+            if dtype == jnp.bfloat16:
+                numbers = codes.astype(dtype)
+            else:  # jax converts each code to float16 by itself; as last bits of 1024 they go two at once
+                bits = (codes ^ jnp.int8(-128)).astype(jnp.int16) & jnp.int16(0xFF) | jnp.int16(0x6400)
+                numbers, base = lax.bitcast_convert_type(bits, dtype), 1024 + OFFSET
             if z_s is None:
                 return numbers - jnp.asarray(base, dtype) if base else numbers
             z = load(z_s.at[0 if per_row else at * columns // block, own], layouts.WGMMA.reduce(1))
             z = (z.astype(jnp.float32) + base).astype(dtype)
             return numbers - over_rows(z, numbers.shape)
 
-        def step(_: Any, w_s: Any, *rest: Any) -> Array:
+        def step(_: Any, w_s: Any, *rest: Any) -> tuple[Array]:
             numbers: list[Any]
-            *numbers, x_s, total = rest
+            *numbers, x_s, (total,) = rest
             z_s = numbers[-1] if zeros else None
 
             def product(first: int, acc: Any) -> Array:
@@ -175,11 +161,14 @@ def tiles16_kernel(
                 total = total + sums
             # The slot was read by ordinary loads and is refilled by TMA: two proxies, which a fence orders.
             plgpu.commit_smem()
-            return total
+            return (total,)
 
-        def finish(total: Array) -> Array:
+        def finish(totals: tuple[Array, ...], _: int) -> Array:
+            total = totals[0]
             if per_row:
-                total = total * over_rows(load(scale.at[e, 0, own_rows(place)], layouts.WGMMA.reduce(1)), total.shape)
+                total = total * over_rows(
+                    load(scale.at[e, 0, place.own_of_matrix()], layouts.WGMMA.reduce(1)), total.shape
+                )
             return total
 
         above = e * (rows // WIDE)
@@ -195,61 +184,3 @@ def tiles16_kernel(
 
     how = {"schedule": schedule, "tiles": tiles, "interpret": interpret}
     return hopper_kernel(work, out, rows=rows, steps=steps, sums=jnp.float32, **how)
-
-
-def widened(plgpu: Any, codes: Array, dtype: Any, interpret: bool) -> Array:
-    """Write 4-bit codes in the order of threads into the last bits of 128 (bfloat16) or 1024 (float16).
-
-    Args:
-        plgpu: the module.
-        codes: int4 [64, B], in registers as ``WGMMA_UPCAST_4X``: eight codes of a row to a word.
-        dtype: bfloat16 or float16.
-        interpret: whether the interpreter runs it, which knows no registers.
-
-    Returns:
-        128 + 8 + code, or 1024 + 8 + code, [64, B] in the order of columns, as ``WGMMA``.
-    """
-    if interpret:
-        return (from_threads(codes).astype(jnp.float32) + (136 if dtype == jnp.bfloat16 else 1032)).astype(dtype)
-    layouts = plgpu.Layout
-
-    @plgpu.inline_mgpu(
-        arg_types=(layouts.WGMMA_UPCAST_4X,),
-        return_type=plgpu.ShapeDtypeStruct(codes.shape, dtype, layout=layouts.WGMMA),
-    )
-    def inline(_: Any, words: Any) -> Any:
-        return _widened_registers(words, dtype)
-
-    return inline(codes)
-
-
-def _widened_registers(words: Any, dtype: Any) -> Any:
-    """The registers of `widened`: pair t of a word is its nibbles t and t + 4, two numbers of columns 8t and on."""
-    ir: Any = importlib.import_module("jaxlib.mlir.ir")
-    llvm: Any = importlib.import_module("jaxlib.mlir.dialects.llvm")
-    mgpu: Any = importlib.import_module("jax.experimental.mosaic.gpu")
-    utils: Any = importlib.import_module("jax.experimental.mosaic.gpu.utils")
-    word = ir.IntegerType.get_signless(32)
-    magic, kind = ("0x43084308", ir.BF16Type) if dtype == jnp.bfloat16 else ("0x64086408", ir.F16Type)
-    pair = ir.VectorType.get((2,), kind.get())
-    blocks = words.shape[1] // 32
-    # [tile of rows, tile of columns, warp, 1, half of 16 rows, 1, lanes, vector]: what is spread over threads counts 1.
-    out = np.empty((1, 4 * blocks, 1, 1, 2, 1, 1, 1, 1), dtype=object)
-    for block in range(blocks):
-        for half in range(2):
-            codes = utils.bitcast(words.registers[0, block, 0, 0, half, 0, 0, 0, 0], word)
-            for t in range(4):
-                bits = llvm.inline_asm(
-                    word,
-                    [codes],
-                    f"""
-                    {{
-                    .reg .b32 shifted;
-                    shr.u32 shifted, $1, {4 * t};
-                    lop3.b32 $0, shifted, 0x000F000F, {magic}, (0xf0 & 0xcc) ^ 0xaa;
-                    }}
-                    """,
-                    "=r,r",
-                )
-                out[0, 4 * block + t, 0, 0, half, 0, 0, 0, 0] = utils.bitcast(bits, pair)
-    return mgpu.FragmentedArray(_registers=out, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)

@@ -8,13 +8,19 @@ from jax import Array
 
 from qjax.formats import CodeTiles, DualGrained, Int, Progressive, QArray
 from qjax.kernels.dot.codes4x8 import codes4x8
+from qjax.kernels.dot.hopper import STEP, WIDE
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.mosaic import chosen, coded, on_hopper
+from qjax.kernels.dot.mosaic import coded, on_hopper
 from qjax.kernels.dot.reference import dot_reference
+from qjax.kernels.dot.schedules import Footprint, chosen
 from qjax.kernels.registry import Act, Problem, register_lowering
 
-STAGES = {8: 8, 16: 8, 32: 8, 64: 6, 128: 5}
-"""Steps under way by tokens of a tile, of 8 KiB of codes and 128 bytes a token each. Untuned."""
+
+def footprint(fmt: CodeTiles) -> Footprint:
+    """Return what the kernel holds of a step: codes, and levels or float32 scales."""
+    numbers = (2 if fmt.leveled else 0) + (0 if fmt.whole_rows else 4)
+    per_row = numbers * (STEP // fmt.block if fmt.block else 1)
+    return Footprint(WIDE * (STEP // 2 + per_row), act=1, tall=True, one_sum=fmt.whole_rows)
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -61,6 +67,6 @@ def w4a8(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         fmt=problem.weight,
         n=problem.n,
         out_dtype=problem.out_dtype,
-        schedule=chosen("codes4x8", problem, tokens, STAGES),
+        schedule=chosen("codes4x8", problem, tokens, footprint(problem.weight)),
     )
     return y.reshape(*problem.stack, *rows, problem.n)

@@ -14,44 +14,39 @@ import numpy as np
 from jax import Array, lax
 
 from qjax.formats.tiles import ROWS
-from qjax.formats.word_tiles import COLUMNS, WORDS_OF_A_ROW, matrix_of
+from qjax.formats.word_tiles import WORDS_OF_A_ROW, matrix_of
 from qjax.formats.words import BFLOAT16, Decoder
 
 
-def widened(plgpu: Any, words: Array, decoder: Decoder, dtype: Any, columns: int, interpret: bool) -> tuple[Array, ...]:
-    """Return the numbers of a tile, columns apart.
+def widened(plgpu: Any, words: Array, decoder: Decoder, dtype: Any, columns: int, at: int, interpret: bool) -> Array:
+    """Return the numbers of some columns of a tile, [64, columns] in the order of columns, as ``WGMMA``.
 
     Args:
         plgpu: the module.
         words: int32 [bits, 256] of a tile, in registers as ``WG_STRIDED`` with vectors of 4.
         decoder: of its codes.
         dtype: bfloat16 or float16.
-        columns: of a part, 16, 32 or 64.
+        columns: how many, 16, 32 or 64.
+        at: which: those from ``at * columns`` on.
         interpret: whether the interpreter runs it, which knows no registers.
-
-    Returns:
-        Arrays [64, columns] in the order of columns, as ``WGMMA``.
     """
-    parts = COLUMNS // columns
     if interpret:
         pairs = decoder.numbers(lax.bitcast_convert_type(words, jnp.uint32), dtype)
         halves = jnp.stack([jnp.stack([p, p >> np.uint32(16)], axis=-1) for p in pairs], axis=-2)
         numbers = lax.bitcast_convert_type(halves.astype(jnp.uint16), dtype)
         whole = matrix_of(numbers.reshape(-1, *numbers.shape[-2:]))
-        return tuple(whole[:, i * columns : (i + 1) * columns] for i in range(parts))
+        return whole[:, at * columns : (at + 1) * columns]
     layouts = plgpu.Layout
     out = plgpu.ShapeDtypeStruct((ROWS, columns), dtype, layout=layouts.WGMMA)
 
-    @plgpu.inline_mgpu(
-        arg_types=(layouts.WG_STRIDED((decoder.bits, WORDS_OF_A_ROW), vec_size=4),), return_type=(out,) * parts
-    )
+    @plgpu.inline_mgpu(arg_types=(layouts.WG_STRIDED((decoder.bits, WORDS_OF_A_ROW), vec_size=4),), return_type=out)
     def inline(_: Any, registers: Any) -> Any:
-        return _operands(registers, decoder, dtype, columns)
+        return _operand(registers, decoder, dtype, columns, at)
 
     return inline(words)
 
 
-def _operands(words: Any, decoder: Decoder, dtype: Any, columns: int) -> tuple[Any, ...]:
+def _operand(words: Any, decoder: Decoder, dtype: Any, columns: int, at: int) -> Any:
     """The registers of `widened`."""
     ir: Any = importlib.import_module("jaxlib.mlir.ir")
     vector: Any = importlib.import_module("jaxlib.mlir.dialects.vector")
@@ -61,15 +56,17 @@ def _operands(words: Any, decoder: Decoder, dtype: Any, columns: int) -> tuple[A
     pair = ir.VectorType.get((2,), kind.get())
     tiles = columns // 8
     # [tile of rows, tile of columns, warp, 1, half of 16 rows, 1, lanes, vector]: what is spread over threads counts 1.
-    outs = [np.empty((1, tiles, 1, 1, 2, 1, 1, 1, 1), dtype=object) for _ in range(COLUMNS // columns)]
+    out = np.empty((1, tiles, 1, 1, 2, 1, 1, 1, 1), dtype=object)
     for i in range(2 * decoder.bits):  # word of the thread: cell of columns, then half of 16 rows
+        first = i // 2 * decoder.pairs - at * tiles  # tile of 8 columns where the word begins
+        if not -decoder.pairs < first < tiles:
+            continue
         loaded = words.registers[i // 4]
         word = Register(vector.extract(loaded, dynamic_position=[], static_position=[i % 4]))
-        for t, number in enumerate(decoder.numbers(word, dtype)):
-            part, tile = divmod(i // 2 * decoder.pairs + t, tiles)
-            outs[part][0, tile, 0, 0, i % 2, 0, 0, 0, 0] = utils.bitcast(number.value, pair)
-    layout = mgpu.WGMMA_LAYOUT
-    return tuple(mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None) for out in outs)
+        for t, number in enumerate(decoder.numbers(word, dtype), first):
+            if 0 <= t < tiles:
+                out[0, t, 0, 0, i % 2, 0, 0, 0, 0] = utils.bitcast(number.value, pair)
+    return mgpu.FragmentedArray(_registers=out, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
 
 class Register:
@@ -114,6 +111,12 @@ class Register:
     def permuted(low: Any, high: Any, selector: Any) -> Register:
         """As `qjax.formats.words.permuted`."""
         return Register.assembled("prmt.b32 $0, $1, $2, $3;", low, high, selector)
+
+    def masked(self, mask: int, rest: Any) -> Register:
+        """As `qjax.formats.words.masked`."""
+        if isinstance(rest, int) and not rest:
+            return self & mask
+        return Register.assembled("lop3.b32 $0, $1, $2, $3, (0xf0 & 0xcc) | 0xaa;", self, mask, rest)
 
     def fma(self, factor: float, added: float, dtype: Any) -> Register:
         """As `qjax.formats.words.fma`."""
