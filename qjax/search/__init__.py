@@ -7,6 +7,7 @@ model = qjax.quantize(fn, params, *args, recipe=best.recipe())
 
 from qjax.search.assigning import Assignment, Budget, Point, assign, check_budget, group_costs, save_front
 from qjax.search.evolution import evolve_front
+from qjax.search.genetic import Genetic, Windows, average_bits, evolve_best
 from qjax.search.knapsack import Solution, solve, sweep
 from qjax.search.measuring import kl_score, sensitivities
 from qjax.search.nsga2 import NSGA2, Population, front, hypervolume
@@ -20,13 +21,17 @@ __all__ = [
     "NSGA2",
     "Assignment",
     "Budget",
+    "Genetic",
     "Point",
     "Population",
     "Sensitivities",
     "Solution",
     "WholeLosses",
+    "Windows",
     "assign",
+    "average_bits",
     "check_budget",
+    "evolve_best",
     "evolve_front",
     "front",
     "group_costs",

@@ -109,7 +109,11 @@ def check_mask(allowed: np.ndarray) -> np.ndarray:
 
 def draw(key: jax.Array, allowed: jax.Array, size: int) -> jax.Array:
     """Genomes int32 [size, genes] with every choice that a gene has equally likely."""
-    u = jax.random.uniform(key, (size, allowed.shape[0]))
+    return drawn(jax.random.uniform(key, (size, allowed.shape[0])), allowed)
+
+
+def drawn(u: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Genomes from uniform numbers [..., genes]."""
     return nth_choice(allowed, jnp.floor(u * allowed.sum(axis=1)).astype(jnp.int32))
 
 
@@ -134,25 +138,23 @@ def mutate(
         probability: for each gene.
         near: share of the changes that go one choice up or down instead; at an end they go inwards.
     """
-    which, other, close, way = jax.random.split(key, 4)
+    which, other, close, way = jax.random.uniform(key, (4, *genomes.shape))  # one draw compiles sooner than four
     count = allowed.sum(axis=1)
     place = jnp.cumsum(allowed, axis=1) - 1  # of each choice among those of its gene
     now = jnp.take_along_axis(jnp.broadcast_to(place, (*genomes.shape, place.shape[1])), genomes[..., None], axis=-1)[
         ..., 0
     ]
-    step = 1 + jnp.floor(jax.random.uniform(other, genomes.shape) * (count - 1)).astype(jnp.int32)
+    step = 1 + jnp.floor(other * (count - 1)).astype(jnp.int32)
     fresh = nth_choice(allowed, (now + jnp.minimum(step, jnp.maximum(count - 1, 1))) % count)
-    up = jax.random.bernoulli(way, 0.5, genomes.shape)
-    up = jnp.where(now == 0, True, jnp.where(now == count - 1, False, up))
+    up = jnp.where(now == 0, True, jnp.where(now == count - 1, False, way < 0.5))
     beside = nth_choice(allowed, now + jnp.where(up, 1, -1))
-    fresh = jnp.where(jax.random.bernoulli(close, near, genomes.shape), beside, fresh)
-    hit = jax.random.bernoulli(which, probability, genomes.shape) & (count > 1)
+    fresh = jnp.where(close < near, beside, fresh)
+    hit = (which < probability) & (count > 1)
     return jnp.where(hit, fresh, genomes)
 
 
-def cross(key: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two children of each pair: genes of the first are either parent's, evenly, the second has the rest."""
-    swap = jax.random.bernoulli(key, 0.5, first.shape)
+def cross(swap: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two children of each pair: genes of the first are the second parent's where ``swap``, the other has the rest."""
     return jnp.where(swap, second, first), jnp.where(swap, first, second)
 
 
@@ -248,11 +250,12 @@ def children(
         crossover, mutation, near: as in `NSGA2`.
     """
     size, genes = genomes.shape
-    drawn, crossed, which, mutated = jax.random.split(key, 4)
-    parents = jax.random.randint(drawn, (2, size), 0, size).min(axis=0)  # a tournament among the sorted
-    first, second = genomes[parents[: size // 2]], genomes[parents[size // 2 :]]
-    one, other = cross(crossed, first, second)
-    pair = jax.random.bernoulli(which, crossover, (size // 2, 1))
+    drawn, mutated = jax.random.split(key)
+    u = jax.random.uniform(drawn, (size // 2, genes + 5))
+    parents = jnp.floor(u[:, :4] * size).astype(jnp.int32).reshape(-1, 2, 2).min(axis=2)  # tournaments of the sorted
+    first, second = genomes[parents[:, 0]], genomes[parents[:, 1]]
+    one, other = cross(u[:, 5:] < 0.5, first, second)
+    pair = u[:, 4:5] < crossover
     made = jnp.concatenate([jnp.where(pair, one, first), jnp.where(pair, other, second)])
     return mutate(mutated, made, allowed, 1 / genes if mutation is None else mutation, near)
 

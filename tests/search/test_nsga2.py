@@ -90,7 +90,7 @@ def test_operators_keep_to_the_choices_that_there_are(seed):
         assert ALLOWED[np.arange(GENES), np.asarray(some)].all()
     several = ALLOWED.sum(1) > 1
     assert ((np.asarray(genomes) != np.asarray(changed)) == several).all(), "another choice wherever there is one"
-    one, two = cross(key, genomes, changed)
+    one, two = cross(jax.random.bernoulli(key, 0.5, genomes.shape), genomes, changed)
     np.testing.assert_array_equal(np.sort([one, two], axis=0), np.sort([genomes, changed], axis=0))
 
 
