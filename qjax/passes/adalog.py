@@ -82,9 +82,13 @@ class AdaLog:
         softmax: quantizer of probabilities: "adalog", "log2", "log_sqrt2", "twin" or "uniform".
         gelu: quantizer of what a GELU gives, likewise.
         uniform: how scales and zero points of all others are found: "fpcs", "minmax" or "percentile".
-        rows: how many rows (tokens) the search for inputs looks at, drawn at random; None: all.
+        rows: how many rows (tokens) the search for inputs by the error of outputs looks at, drawn at random; None: all.
+            Ranges, channels and weights are searched with all rows whatever this says.
         images: how many examples the search for operands of attentions looks at; None: all.
         seed: of the draws.
+        reconstruct: steps of the training of each block that follows the search (`qjax.settling.reconstruct`); 0: none.
+            The authors take 20,000, with 1,024 images.
+        batch: examples in a step of it.
     """
 
     rounds: int = 3
@@ -99,6 +103,8 @@ class AdaLog:
     rows: int | None = None
     images: int | None = None
     seed: int = 0
+    reconstruct: int = 0
+    batch: int = 32
 
     needs_batches: ClassVar[bool] = True
 
@@ -109,6 +115,10 @@ class AdaLog:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise RecipeError(f"AdaLog: {name}={value!r}; a whole number, 1 or more, or None for all")
+        for name, least in (("reconstruct", 0), ("batch", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(f"AdaLog: {name}={value!r}; a whole number, {least} or more")
         if self.zero not in ZERO_POLICIES:
             raise RecipeError(
                 f"AdaLog: zero={self.zero!r}{near(str(self.zero), ZERO_POLICIES)}; one of {', '.join(ZERO_POLICIES)}"
@@ -225,7 +235,7 @@ class AdaLog:
 
     def _uniform_inputs(self, drawn: np.ndarray, x: np.ndarray, bits: int) -> tuple[Pairs, Any, Any]:
         """The first pair, by the error of the inputs; what it makes of all; and the search by the error of outputs."""
-        grid = fpcs.uniform_grid(drawn.reshape(1, -1), bits, True, self.search)
+        grid = fpcs.uniform_grid(x.reshape(1, -1), bits, True, self.search)
         flat = jnp.asarray(drawn.reshape(1, -1))
 
         def search(evaluate: Any) -> Pairs:
@@ -245,7 +255,7 @@ class AdaLog:
 
     def _log_inputs(self, drawn: np.ndarray, x: np.ndarray, bits: int, shift: float) -> tuple[Pairs, Any, Any]:
         """`_uniform_inputs` behind a GELU. The first pair is base 2 with the scale that the search starts from."""
-        ends = fpcs.positive_ends(drawn, self.search.quantile)
+        ends = fpcs.positive_ends(x, self.search.quantile)
         start = fpcs.log_start(ends, shift, self.search)
         pairs = [Pairs(np.full(1, start, np.float32), np.full(1, 37, np.float32), np.full(1, np.inf), 0)]
         added = np.float32(shift)
@@ -273,10 +283,9 @@ class AdaLog:
         channels = np.ascontiguousarray(x.T)
         if self.uniform != "fpcs":
             return moves(channels, ranged(channels, bits, self.uniform))
-        drawn = np.ascontiguousarray(self._drawn(x, self.rows).T)
         grid = fpcs.uniform_grid(channels, bits, True, self.search)
         found = fpcs.search_uniform(
-            lambda s, z: np.asarray(fpcs_losses.own_uniform(drawn, s, z, bits=bits)),
+            lambda s, z: np.asarray(fpcs_losses.own_uniform(channels, s, z, bits=bits)),
             *grid,
             self.search,
             fpcs.SMALLEST_INPUT_SCALE,

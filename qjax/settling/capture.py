@@ -6,7 +6,7 @@ can be had by evaluating as far as it and returning it. Everything else is dropp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from qjax.composites.attention import Operand
 from qjax.passes.units import AttentionUnit, LinearUnit
 from qjax.program import Program
 from qjax.rewriting.activations import Rows
+from qjax.settling.cuts import products_of
 
 
 class UnseparableError(Exception):
@@ -35,19 +36,27 @@ def capture(
         program: the trace. level: its flat view. units: found in that view.
         arrays: the array leaves of a call.
     """
+    last = max((node.index for unit in units for node in products_of(unit)), default=-1)
+    read = _evaluated(program, level, arrays, last + 1)
+    return [_data(program, unit, read) for unit in units]
+
+
+def values_of(program: Program, level: Level, values: Sequence[Value], arrays: Sequence[Any]) -> list[Any]:
+    """Evaluate a program as far as needed and return some of its values; traced under jit."""
+    last = max((v.node.index for v in values if v.node is not None), default=-1)
+    read = _evaluated(program, level, arrays, last + 1)
+    return [read(v) for v in values]
+
+
+def _evaluated(program: Program, level: Level, arrays: Sequence[Any], count: int) -> Callable[[Value], Any]:
     env: dict[Value, Any] = dict(zip(level.inputs, [*consts_of(program.jaxpr), *arrays], strict=True))
 
     def read(value: Value) -> Any:
         return env[value] if value in env else value.const
 
-    last = max((node.index for unit in units for node in _nodes(unit)), default=-1)
-    for node in level.nodes[: last + 1]:
+    for node in level.nodes[:count]:
         env.update(zip(node.outputs, bind(node.eqn, [read(v) for v in node.inputs]), strict=True))
-    return [_data(program, unit, read) for unit in units]
-
-
-def _nodes(unit: LinearUnit | AttentionUnit) -> tuple[Any, ...]:
-    return unit.nodes if isinstance(unit, LinearUnit) else (unit.found.scores, unit.found.values)
+    return read
 
 
 def _data(program: Program, unit: LinearUnit | AttentionUnit, read: Any) -> tuple[Array, ...]:

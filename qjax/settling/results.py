@@ -31,43 +31,46 @@ class Outcome:
         edits: (number of the leaf, slice, value).
         scales: site -> aux of its weight, [N, 1] each.
         constants: site -> aux of its inputs, [1, 1] each.
-        notes: for the report.
     """
 
     rules: tuple[Rule, ...]
     edits: tuple[tuple[int, Any, Any], ...] = ()
     scales: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     constants: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+
+
+def moved_channels(program: Program, leaves: Leaves, unit: LinearUnit, found: Found) -> str:
+    """Move scales and zero points of channels into a LayerNorm and the products behind it: ``leaves`` are changed.
+
+    Returns:
+        What to say of it; "" where nothing is moved.
+    """
+    if "rho" not in found:
+        return ""
+    assert unit.norm is not None
+    scale, bias = (leaves.number[name] for name in unit.norm)
+    rho, beta = found["rho"], found["beta"]
+    leaves.put(scale, (), _like(leaves.at(scale), np.asarray(leaves.at(scale), np.float32) / rho))
+    leaves.put(bias, (), _like(leaves.at(bias), np.asarray(leaves.at(bias), np.float32) / rho - beta))
+    for name in unit.sites:
+        site, behind = program.by_name[name], unit.biases[name]
+        assert isinstance(behind, Bias)
+        value = _columns(site, leaves.slice(site.leaf, site.slice), rho)  # type: ignore[arg-type]
+        leaves.put(leaves.number[site.leaf], site.slice, value)  # type: ignore[index]
+        leaves.put(*_key(leaves, behind), _shifted(site, leaves, behind, value, beta))
+    reach = f"{rho.min():.3g} to {rho.max():.3g}"
+    return f"{', '.join(unit.sites)}: scales of channels, {reach} of their mean, are moved into {unit.norm[0]}"
 
 
 def settle_linear(program: Program, leaves: Leaves, unit: LinearUnit, found: Found, zero: str) -> Outcome:
-    """The outcome of a linear unit; ``leaves`` are read and not changed."""
+    """The outcome of a linear unit, once scales of channels are moved; ``leaves`` are read and not changed."""
     edits: dict[tuple[int, Any], Any] = {}
-    rules, scales, constants, notes = [], {}, {}, []
-    if "rho" in found:
-        assert unit.norm is not None
-        scale, bias = (leaves.number[name] for name in unit.norm)
-        rho, beta = found["rho"], found["beta"]
-        edits[scale, ()] = _like(leaves.at(scale), np.asarray(leaves.at(scale), np.float32) / rho)
-        edits[bias, ()] = _like(leaves.at(bias), np.asarray(leaves.at(bias), np.float32) / rho - beta)
-        reach = f"{rho.min():.3g} to {rho.max():.3g}"
-        notes.append(
-            f"{', '.join(unit.sites)}: scales of channels, {reach} of their mean, are moved into {unit.norm[0]}"
-        )
+    rules, scales, constants = [], {}, {}
     row = 0
     for name, decision in zip(unit.sites, unit.decisions, strict=True):
         site, bits = program.by_name[name], bits_of(decision.weights, name)
         matrix = np.asarray(weight_matrix(program, leaves, name), np.float32)
-        weight = (leaves.number[site.leaf], site.slice)  # type: ignore[index]
         bias = unit.biases.get(name)
-        moved = matrix
-        if "rho" in found:
-            assert isinstance(bias, Bias)
-            value = _columns(site, leaves.slice(site.leaf, site.slice), found["rho"])  # type: ignore[arg-type]
-            edits[weight] = value
-            moved = matrix * found["rho"]
-            edits[_key(leaves, bias)] = _shifted(site, leaves, bias, value, found["beta"])
         end = row + len(matrix)
         pair = Pairs(found["scale"][row:end], found["zero"][row:end], np.zeros(end - row), 0)
         row = end
@@ -78,9 +81,9 @@ def settle_linear(program: Program, leaves: Leaves, unit: LinearUnit, found: Fou
             inputs = dataclasses.replace(log, folded=isinstance(bias, Bias))
             constants[name] = {"scale": found["input_scale"].reshape(1, 1)}
             if isinstance(bias, Bias):
-                near = dequantized(moved, pair, bits)
+                near = dequantized(matrix, pair, bits)
                 edits[_key(leaves, bias)] = _shifted(
-                    site, leaves, bias, _placed(site, near, leaves), np.full(near.shape[1], -unit.shift, np.float32)
+                    site, leaves, bias, placed(site, near, leaves), np.full(near.shape[1], -unit.shift, np.float32)
                 )
         elif "twin" in found:
             inputs = TwinUniform(bits_of(decision.inputs.fmt, name), int(found["twin"][0]), negative=True)
@@ -94,7 +97,7 @@ def settle_linear(program: Program, leaves: Leaves, unit: LinearUnit, found: Fou
         source = None if inputs is None else Static(inputs)
         rules.append(Rule(_exactly(name), op=site.op, weights=Int(bits, symmetric=False), inputs=source))
     put = tuple((number, key, value) for (number, key), value in edits.items())
-    return Outcome(tuple(rules), put, scales, constants, tuple(notes))
+    return Outcome(tuple(rules), put, scales, constants)
 
 
 def settle_attention(unit: AttentionUnit, found: Found) -> Outcome:
@@ -136,7 +139,7 @@ def _columns(site: Any, value: Any, rho: np.ndarray) -> Any:
     return _like(value, np.asarray(value, np.float32) * factors)
 
 
-def _placed(site: Any, matrix: np.ndarray, leaves: Leaves) -> np.ndarray:
+def placed(site: Any, matrix: np.ndarray, leaves: Leaves) -> np.ndarray:
     """A matrix [N, K] in the axes of the slice of its leaf."""
     shape = leaves.slice(site.leaf, site.slice).shape
     ins = _below(site, site.in_axes)

@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from qjax._compat import consts_of
 from qjax.applying.storage import check_decisions
 from qjax.checkpoint.folded import update_digest, update_with_sample
 from qjax.checkpoint.parts import load_part, open_job, save_part
 from qjax.errors import DataError, RecipeError
 from qjax.lazy import Lazy
+from qjax.passes.adalog import Found
 from qjax.passes.folding import weight_matrix
 from qjax.passes.leaves import Leaves
 from qjax.passes.units import AttentionUnit, LinearUnit, find_units
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
-from qjax.settling.capture import capture, separable
-from qjax.settling.results import Outcome, settle_attention, settle_linear
+from qjax.settling.capture import capture, separable, values_of
+from qjax.settling.cuts import Block, blocks_of_units
+from qjax.settling.reconstruct import reconstructed
+from qjax.settling.results import Outcome, moved_channels, settle_attention, settle_linear
 
 FEWEST = 8
 """Examples below which nothing is searched."""
@@ -92,8 +97,12 @@ def settle(
         raise RecipeError(f"{type(recipe.settle).__name__} runs the whole model: read the parameters into memory first")
     kept = None if resume is None else _opened(resume, recipe, first.leaves, given)
 
-    outcomes: list[Outcome] = []
-    total = len(first.units)
+    every: list[Found] = []
+    blocks = []
+    if getattr(recipe.settle, "reconstruct", 0):
+        parameters = len(consts_of(first.program.jaxpr)) + len(first.program.leaf_names)
+        blocks = blocks_of_units(first.level, first.units, parameters)
+    total = len(first.units) + len(blocks)
     for members in first.groups(MEMORY // max(count // max(first.examples, 1), 1)):
         found = {n: _kept(kept, n, first.units[n].name) for n in members}
         missing = [n for n in members if found[n] is None]
@@ -108,10 +117,19 @@ def settle(
                 found[n] = recipe.settle.settled(unit, data.pop(n), weights)
                 if kept is not None:
                     save_part(kept / "blocks" / f"{n:04d}", dict(found[n] or {}), {"unit": unit.name})
-            outcomes.append(_outcome(first.program, leaves, unit, recipe, found[n] or {}))
+            every.append(found[n] or {})
             if progress is not None:
                 progress(n + 1, total, unit.name)
-    for outcome in outcomes:  # no unit has seen the edits of another
+    notes = [
+        moved_channels(first.program, leaves, unit, found)
+        for unit, found in zip(first.units, every, strict=True)
+        if isinstance(unit, LinearUnit)
+    ]
+    notes += _reconstruct(first, view_of, given, leaves, every, blocks, recipe.settle, kept, progress, total)
+    outcomes = [
+        _outcome(first.program, leaves, unit, recipe, found) for unit, found in zip(first.units, every, strict=True)
+    ]
+    for outcome in outcomes:
         for number, key, value in outcome.edits:
             leaves.put(number, key, value)
     skips = [rule for rule in recipe.rules if rule.skip]
@@ -122,8 +140,62 @@ def settle(
         Recipe([*rules, *skips], name=recipe.name),
         {site: aux for outcome in outcomes for site, aux in outcome.scales.items()},
         {site: aux for outcome in outcomes for site, aux in outcome.constants.items()},
-        tuple(note for outcome in outcomes for note in outcome.notes) + first.notes,
+        tuple(filter(None, notes)) + first.notes,
     )
+
+
+def _reconstruct(
+    first: _View,
+    views: dict[Any, _View],
+    batches: Sequence[tuple[Any, ...]],
+    leaves: Leaves,
+    found: list[Found],
+    blocks: Sequence[Block],
+    settings: Any,
+    kept: Path | None,
+    progress: Callable[[int, int, str], None] | None,
+    total: int,
+) -> list[str]:
+    """Train the blocks one after the other: ``leaves`` and ``found`` are changed."""
+    if not blocks:
+        return []
+    if len(views) > 1:
+        raise DataError("reconstruction mixes examples of all batches: give batches of one shape")
+    notes = []
+    arrays = [Signature.of((), args, {})[1] for args in batches]
+    values = list(first.leaves)  # the float model, as it was
+    for n, block in enumerate(blocks):
+        at = len(first.units) + n
+        done = None if kept is None else load_part(kept / "blocks" / f"{at:04d}")
+        if done is None or done[1]["unit"] != block.name:
+            flow = jax.jit(
+                lambda *a, block=block: values_of(first.program, first.level, [*block.inputs, *block.outputs], a)
+            )
+            parts = [flow(*values, *a) for a in arrays]
+            whole = [jnp.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
+            data = whole[: len(block.inputs)], whole[len(block.inputs) :]
+            mine = [first.units[u] for u in block.units]
+            weights, new, losses = reconstructed(
+                first.program, first.level, block, mine, [found[u] for u in block.units], leaves, data, settings
+            )
+            held = {f"leaf|{name}": value for name, value in weights.items()}
+            held |= {f"{u}|{key}": a for u, f in zip(block.units, new, strict=True) for key, a in f.items()}
+            said = {"unit": block.name, "losses": [float(x) for x in losses]}
+            if kept is not None:
+                save_part(kept / "blocks" / f"{at:04d}", held, said)
+            done = held, said
+        for label, value in done[0].items():
+            where, _, key = label.partition("|")
+            if where == "leaf":
+                number = leaves.number[key]
+                leaves.put(number, (), jnp.asarray(np.asarray(value), leaves.values[number].dtype))
+            else:
+                found[int(where)][key] = np.asarray(value)
+        before, after = done[1]["losses"]
+        notes.append(f"{block.name}: reconstructed, error of its output {before:.3g} before, {after:.3g} after")
+        if progress is not None:
+            progress(at + 1, total, block.name)
+    return notes
 
 
 class _View:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from qjax.formats import Int, Log
 from qjax.passes import AdaLog
 from qjax.passes.units import LinearUnit, find_units
 from qjax.settling import settle
-from qjax.settling.results import settle_linear
+from qjax.settling.cuts import blocks_of_units, evaluated, prefix
+from qjax.settling.results import moved_channels
 
 F = np.float32
 D, HEADS, TOKENS, HIDDEN = 8, 2, 5, 8
@@ -118,9 +120,7 @@ def test_a_layer_norm_takes_up_the_scales_of_channels_and_the_function_stays(set
         weights = np.concatenate([PARAMS[name.split("/")[0]]["kernel"].T for name in unit.sites])
         found = QUICK.settled(unit, (rows,), weights)
         assert found["rho"][3] == 1 and found["beta"][3] == 0 and np.ptp(np.log2(found["rho"])) > 1
-        outcome = settle_linear(program, leaves, unit, found, "mask")
-        for number, key, value in outcome.edits:
-            leaves.put(number, key, value)
+        assert "moved into norm" in moved_channels(program, leaves, unit, found)
     moved = jax.tree.unflatten(jax.tree.structure(PARAMS), [leaves[name] for name in leaves])
     want = net(PARAMS, X)
     assert np.abs(net(moved, X) - want).max() <= 2e-5 * np.abs(want).max()
@@ -295,3 +295,47 @@ def test_a_method_that_needs_a_search_says_so():
         AdaLog(softmax="log3")
     with pytest.raises(RecipeError, match="gelu='adalog' is searched"):
         settle(net, PARAMS, [(X,)], recipe=recipe(settle=dataclasses.replace(QUICK, uniform="minmax")))
+
+
+def test_blocks_are_cut_where_little_passes():
+    program = qjax.trace(net, PARAMS, X)
+    level, units = find_units(program, recipe().decide(program.sites))
+    blocks = blocks_of_units(level, units, len(program.leaf_names))
+    assert [b.name for b in blocks] == [u.name for u in units]  # no numbers in these names: each by itself
+    assert [len(b.inputs) for b in blocks] == [1, 4, 2, 1, 2, 1]  # q, k, v and the residual stream; and so on
+    env = dict(zip(level.inputs, [*jax.tree.leaves(PARAMS), X], strict=True))
+    for block in blocks:
+        env |= dict(zip(block.outputs, evaluated(level, block, env, {}), strict=True))
+    np.testing.assert_allclose(env[level.outputs[0]], net(PARAMS, X), rtol=1e-4, atol=1e-5)
+    names = ("a/0/w", "a/0/mlp/w", "a/b/w", "layers/12/attn/q")
+    assert [prefix(name) for name in names] == ["a/0", "a/0", "a/b/w", "layers/12"]
+
+
+def perceptron(params, x):
+    return dense(params["down"], jax.nn.gelu(dense(params["up"], x)))
+
+
+@pytest.mark.parametrize("fn", [perceptron, pytest.param(net, marks=pytest.mark.slow)])
+def test_blocks_are_trained_to_keep_their_outputs(fn, tmp_path):
+    params = {name: PARAMS[name] for name in ("up", "down")} if fn is perceptron else PARAMS
+    rules = recipe().rules[1 if fn is perceptron else 0 :]
+    trained = qjax.Recipe(rules, settle=dataclasses.replace(QUICK, reconstruct=1500))
+    kept = settle(fn, params, [(X,)], recipe=trained, resume=tmp_path)
+    said = [re.findall(r"^(.*): reconstructed, .* output ([^ ]+) before, ([^ ]+) after", note) for note in kept.notes]
+    gains = {found[0][0]: tuple(map(float, found[0][1:])) for found in said if found}
+    assert all(after <= before for before, after in gains.values())
+    better = [site for site, (before, after) in gains.items() if after < 0.999 * before]
+    assert len(better) >= (1 if fn is perceptron else 3)
+    program = qjax.trace(fn, params, X)
+    weights = dict(zip(program.leaf_names, kept.leaves, strict=True))
+    for site in better:
+        if site in kept.scales:  # codes, and nothing between them; not those of rounding to nearest
+            w = np.asarray(weights[site]).T
+            np.testing.assert_allclose(uniform(w, kept.scales[site]), w, atol=1e-5)
+    model = qjax.quantize(fn, params, recipe=trained, batches=[(X,)], resume=tmp_path)  # all is there
+    assert [rule.match for rule in model.recipe.rules] == [rule.match for rule in kept.recipe.rules]
+    plain = dataclasses.replace(trained.settle, reconstruct=0)
+    other = qjax.quantize(fn, params, recipe=qjax.Recipe(rules, settle=plain), batches=[(X,)])
+    want = np.asarray(fn(params, X))
+    error = [float(np.mean((np.asarray(m(m.params, X)) - want) ** 2)) for m in (model, other)]
+    assert error[0] < error[1]

@@ -1,0 +1,291 @@
+"""Block reconstruction: weights rounded up or down, and scales of activations, trained to keep what a block puts out.
+
+The second stage of AdaLog (the columns "Retrain" of its tables), after AdaRound (Nagel et al. 2020, arXiv:2004.10568)
+and BRECQ (Li et al. 2021, arXiv:2102.05426). A weight becomes
+
+    W^ = (clip(floor(W / s) + h(v) + z, 0, n - 1) - z) s,    h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1),
+
+and v starts where h is the fraction that floor takes off, so that W^ is W. For every block by itself, with float inputs
+and float outputs as the target,
+
+    mean of (sum over axis 1 of squared errors) / 10  +  0.01 sum (1 - |2 h - 1|^beta)
+
+is minimised by Adam, at 1e-3 for v and at 4e-5, falling to 0 by a cosine, for the scales of activations; the logits of
+the last block are compared by KL divergence. The second term pushes every h to 0 or 1; it is off for the first fifth,
+and then beta falls from 20 to 2. Logarithmic quantizers use the power itself here, and not its fraction: rounding has
+the derivative 1, and the scale learns through both. Bases, zero points and shifts stay.
+
+What is learned is written back as the weight that its codes stand for, so rounding to nearest gives these codes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from qjax._compat import consts_of
+from qjax.composites import Level, Node
+from qjax.errors import RecipeError
+from qjax.formats import Log
+from qjax.passes.adalog import Found, bits_of
+from qjax.passes.leaves import Leaves
+from qjax.passes.units import AttentionUnit, LinearUnit
+from qjax.program import Program
+from qjax.rewriting.operands import heads_of
+from qjax.settling.cuts import Block, Unit, evaluated
+from qjax.settling.results import placed
+
+STRETCH = (-0.1, 1.1)
+RATE_WEIGHTS, RATE_SCALES = 1e-3, 4e-5
+PUSH, WARM_UP, BETA = 0.01, 0.2, (20.0, 2.0)
+STEPS_A_CALL = 50
+
+
+def reconstructed(
+    program: Program,
+    level: Level,
+    block: Block,
+    units: Sequence[Unit],
+    found: Sequence[Found],
+    leaves: Leaves,
+    data: tuple[Sequence[Array], Sequence[Array]],
+    settings: Any,
+) -> tuple[dict[str, np.ndarray], list[Found], tuple[float, float]]:
+    """Train one block.
+
+    Args:
+        program, level: the trace and its flat view.
+        block: which part of it.
+        units, found: of the block, and what the search has found for them.
+        leaves: parameters, scales of channels moved already.
+        data: what enters the block, and what leaves it, of all examples [n, ..].
+        settings: `qjax.passes.AdaLog`: ``reconstruct`` steps, ``batch``, ``seed``, ``zero``.
+
+    Returns:
+        New weights by leaf, what was found with new scales, and the loss of outputs before and after.
+    """
+    weights = {name: _start(program, leaves, unit, name, f) for unit, f in zip(units, found, strict=True)
+               if isinstance(unit, LinearUnit) for name in unit.sites}  # fmt: skip
+    trained = {
+        "rounding": {name: fixed.pop("v") for name, fixed in weights.items()},
+        "scales": [_scales(unit, f) for unit, f in zip(units, found, strict=True)],
+    }
+    constants = [{k: jnp.asarray(v) for k, v in f.items()} for f in found]
+    values = [jnp.asarray(leaves.at(n)) for n in range(len(program.leaf_names))]
+    consts = consts_of(program.jaxpr)
+    numbers = {name: leaves.number[program.by_name[name].leaf] for name in weights}  # type: ignore[index]
+    last = block.stop == len(level.nodes)
+
+    def outputs(trained: Any, fixed: tuple[Any, Any, Any], inputs: Sequence[Array], hard: bool) -> Any:
+        weights, constants, values = fixed
+        arrays = list(values)
+        for name, weight in weights.items():
+            arrays[numbers[name]] = rounded_weight(weight, trained["rounding"][name], hard).astype(
+                arrays[numbers[name]].dtype
+            )
+        env = dict(zip(level.inputs, [*consts, *arrays], strict=False)) | dict(zip(block.inputs, inputs, strict=True))
+        products = _products(units, trained["scales"], constants, settings)
+        return evaluated(level, block, env, products)
+
+    def loss_of(trained: Any, fixed: Any, inputs: Any, targets: Any, hard: bool = False) -> Array:
+        got = outputs(trained, fixed, inputs, hard)
+        return sum((_distance(a, b, last) for a, b in zip(got, targets, strict=True)), jnp.float32(0))
+
+    total = settings.reconstruct
+    rates = {
+        "rounding": optax.adam(RATE_WEIGHTS),
+        "scales": optax.adam(optax.cosine_decay_schedule(RATE_SCALES, max(total, 1))),
+    }
+    size = min(settings.batch, len(data[0][0]))
+
+    def step(carry: Any, at: Array, fixed: Any, inputs: Any, targets: Any, key: Array) -> Any:
+        trained, states = carry
+        rows = jax.random.choice(jax.random.fold_in(key, at), len(data[0][0]), (size,), replace=False)
+
+        def whole(trained: Any) -> Array:
+            loss = loss_of(trained, fixed, [x[rows] for x in inputs], [y[rows] for y in targets])
+            part = jnp.clip((at / total - WARM_UP) / (1 - WARM_UP), 0, 1)
+            beta = BETA[0] + (BETA[1] - BETA[0]) * part
+            push = sum((jnp.sum(1 - jnp.abs(2 * _h(v) - 1) ** beta) for v in trained["rounding"].values()), 0.0)
+            return loss + jnp.where(at >= WARM_UP * total, PUSH, 0.0) * push
+
+        slopes = jax.grad(whole)(trained)
+        new, now = {}, {}
+        for name, rate in rates.items():
+            moves, now[name] = rate.update(slopes[name], states[name])
+            new[name] = optax.apply_updates(trained[name], moves)
+        return (new, now), None
+
+    @functools.partial(jax.jit, static_argnames="steps")
+    def run(carry: Any, first: Array, fixed: Any, inputs: Any, targets: Any, key: Array, steps: int) -> Any:
+        body = lambda carry, at: step(carry, at, fixed, inputs, targets, key)  # noqa: E731
+        return lax.scan(body, carry, first + jnp.arange(steps))[0]
+
+    fixed = (weights, constants, values)
+    key = jax.random.key(settings.seed)
+    nearest = {name: jnp.where(_h(v) >= 0.5, 10.0, -10.0) for name, v in trained["rounding"].items()}
+    measured = jax.jit(loss_of, static_argnames="hard")
+    before = float(measured(trained | {"rounding": nearest}, fixed, *data, hard=True))
+    carry = (trained, {name: rate.init(trained[name]) for name, rate in rates.items()})
+    for first in range(0, total, STEPS_A_CALL):
+        steps = min(STEPS_A_CALL, total - first)
+        carry = run(carry, jnp.int32(first), fixed, *data, key, steps=steps)
+    trained = carry[0]
+    after = float(measured(trained, fixed, *data, hard=True))
+    if not after < before:  # few steps may end worse than they began: then nothing is taken
+        return {}, list(found), (before, before)
+    new = {
+        program.by_name[name].leaf or "": np.asarray(rounded_weight(w, trained["rounding"][name], True))
+        for name, w in weights.items()
+    }
+    out = [dict(f) for f in found]
+    for f, scales in zip(out, trained["scales"], strict=True):
+        f.update({key: np.asarray(np.maximum(value, 1e-8), np.float32) for key, value in scales.items()})
+    return new, out, (before, after)
+
+
+def _start(program: Program, leaves: Leaves, unit: LinearUnit, name: str, found: Found) -> dict[str, Any]:
+    """What of a weight is constant, in the axes of its leaf, and where its rounding starts."""
+    site = program.by_name[name]
+    if site.slice:
+        raise RecipeError(f"{name}: its weight is one of a stack; reconstruction trains whole leaves: unstack it")
+    value = np.asarray(leaves.at(leaves.number[site.leaf]), np.float32)  # type: ignore[index]
+    rows = _rows_before(program, unit, name)
+    count = _outputs(program, name)
+    length = value.size // count
+    wide = lambda a: placed(site, np.repeat(a[rows : rows + count, None], length, 1), leaves)  # noqa: E731
+    scale, zero = wide(found["scale"]), wide(found["zero"])
+    steps = value / scale
+    low, high = STRETCH
+    part = np.clip(steps - np.floor(steps), 1e-3, 1 - 1e-3)
+    decision = unit.decisions[unit.sites.index(name)]
+    return {
+        "scale": jnp.asarray(scale),
+        "zero": jnp.asarray(zero),
+        "floor": jnp.asarray(np.floor(steps)),
+        "top": jnp.float32(2 ** bits_of(decision.weights, name) - 1),
+        "v": jnp.asarray(-np.log((high - low) / (part - low) - 1), jnp.float32),
+    }
+
+
+def _outputs(program: Program, name: str) -> int:
+    site = program.by_name[name]
+    shape = program.leaf_avals[program.leaf_names.index(site.leaf)].shape  # type: ignore[arg-type]
+    return int(np.prod([n for axis, n in enumerate(shape) if axis not in site.in_axes]))
+
+
+def _rows_before(program: Program, unit: LinearUnit, name: str) -> int:
+    return sum(_outputs(program, other) for other in unit.sites[: unit.sites.index(name)])
+
+
+def _h(v: Array) -> Array:
+    low, high = STRETCH
+    return jnp.clip(jax.nn.sigmoid(v) * (high - low) + low, 0, 1)
+
+
+def rounded_weight(fixed: Mapping[str, Array], v: Array, hard: bool) -> Array:
+    """W^ of the equation at the top; with ``hard``, every h is 0 or 1."""
+    h = (_h(v) >= 0.5).astype(jnp.float32) if hard else _h(v)
+    codes = jnp.clip(fixed["floor"] + h + fixed["zero"], 0, fixed["top"])
+    return (codes - fixed["zero"]) * fixed["scale"]
+
+
+def _scales(unit: Unit, found: Found) -> dict[str, Array]:
+    """The scales of activations of a unit."""
+    keys = ["input_scale"] if isinstance(unit, LinearUnit) else [f"{n}.scale" for n in ("q", "k", "p", "v")]
+    return {key: jnp.asarray(found[key]) for key in keys if key in found}
+
+
+def _products(
+    units: Sequence[Unit], scales: Sequence[Mapping[str, Array]], found: Sequence[Mapping[str, Array]], settings: Any
+) -> dict[Node, Callable[[Sequence[Any]], Sequence[Any]]]:
+    """How operands are changed at the products of a block."""
+    out: dict[Node, Callable[[Sequence[Any]], Sequence[Any]]] = {}
+    for unit, s, f in zip(units, scales, found, strict=True):
+        if isinstance(unit, LinearUnit):
+            if "input_scale" not in s:
+                continue
+            bits = bits_of(unit.decisions[0].inputs.fmt, unit.name)
+            if "q" in f:
+                how = functools.partial(
+                    soft_log, scale=s["input_scale"], q=f["q"], bits=bits, shift=unit.shift, zero=settings.zero
+                )
+            elif "input_zero" in f:
+                how = functools.partial(soft_uniform, scale=s["input_scale"], zero=f["input_zero"], bits=bits)
+            else:
+                raise RecipeError(f"{unit.name}: reconstruction trains uniform and logarithmic quantizers only")
+            for node, side in zip(unit.nodes, unit.sides, strict=True):
+                out[node] = _changing({side: how})
+            continue
+        out |= _attention(unit, s, f)
+    return out
+
+
+def _attention(unit: AttentionUnit, s: Mapping[str, Array], f: Mapping[str, Array]) -> dict[Node, Any]:
+    found, out = unit.found, {}
+    assert found.probabilities is not None
+    for node, pair in (
+        (found.scores, (("q", found.q), ("k", found.k))),
+        (found.values, (("p", found.probabilities), ("v", found.v))),
+    ):
+        how: dict[int, Any] = {}
+        for name, operand in pair:
+            if f"{name}.scale" not in s:
+                continue
+            fmt = unit.decision.operands[name].fmt
+            scale = s[f"{name}.scale"]
+            side = 0 if node.inputs[0] is operand.value else 1
+            if isinstance(fmt, Log) and f"{name}.q" in f:
+                how[side] = functools.partial(
+                    soft_log, scale=scale, q=f[f"{name}.q"], bits=fmt.bits, shift=0.0, zero=fmt.zero
+                )
+                continue
+            shape = [1] * operand.value.ndim
+            if scale.size > 1:
+                for d in heads_of(found, operand):
+                    shape[d] = operand.value.shape[d]
+            zero = f[f"{name}.zero"].reshape(shape)
+            bits = bits_of(fmt, unit.name)
+            how[side] = functools.partial(soft_uniform, scale=scale.reshape(shape), zero=zero, bits=bits)
+        if how:
+            out[node] = _changing(how)
+    return out
+
+
+def _changing(how: Mapping[int, Callable[[Any], Any]]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    return lambda operands: [how[n](x) if n in how else x for n, x in enumerate(operands)]
+
+
+def _round(x: Array) -> Array:
+    return x + lax.stop_gradient(jnp.round(x) - x)
+
+
+def soft_uniform(x: Array, *, scale: Array, zero: Array, bits: int) -> Array:
+    """Uniform quantization whose rounding has the derivative 1."""
+    codes = jnp.clip(_round(x.astype(jnp.float32) / scale) + zero, 0, 2**bits - 1)
+    return ((codes - zero) * scale).astype(x.dtype)
+
+
+def soft_log(x: Array, *, scale: Array, q: Array, bits: int, shift: float, zero: str) -> Array:
+    """Logarithmic quantization whose rounding has the derivative 1, by the power of the base itself."""
+    u = jnp.clip((x.astype(jnp.float32) + shift) / scale, 1e-15, 1)
+    code = _round(-jnp.log2(u) * (37 / q))
+    last = 2**bits - 1 - (zero == "reserve")
+    value = scale * jnp.exp2(-jnp.minimum(code, last) * (q / 37))
+    kept = value if zero == "clamp" else jnp.where(code > last, 0, value)
+    return (kept - shift).astype(x.dtype)
+
+
+def _distance(got: Array, want: Array, last: bool) -> Array:
+    if last and got.ndim == 2:
+        p = jax.nn.log_softmax(want.astype(jnp.float32))
+        return jnp.mean(jnp.sum(jnp.exp(p) * (p - jax.nn.log_softmax(got.astype(jnp.float32))), axis=-1))
+    squares = (got.astype(jnp.float32) - want.astype(jnp.float32)) ** 2
+    return jnp.mean(jnp.sum(squares, axis=1)) / 10 if got.ndim > 1 else jnp.mean(squares) / 10
