@@ -6,6 +6,8 @@ model = qjax.quantize(fn, params, *args, recipe=best.recipe())
 """
 
 from qjax.search.assigning import Assignment, Budget, Point, assign, check_budget, group_costs, save_front
+from qjax.search.choices import Found, Genes, draw_choices, search_choice
+from qjax.search.collecting import Subnets, collect_subnets
 from qjax.search.evolution import evolve_front
 from qjax.search.genetic import Genetic, Windows, average_bits, evolve_best
 from qjax.search.knapsack import Solution, solve, sweep
@@ -13,34 +15,48 @@ from qjax.search.measuring import kl_score, sensitivities
 from qjax.search.nsga2 import NSGA2, Population, front, hypervolume
 from qjax.search.plots import plot_front
 from qjax.search.populations import over_population
+from qjax.search.predictor import CQAP, Agreement, Fitted, agreement, fit_predictor, init_predictor, predict
 from qjax.search.refining import refine
 from qjax.search.sensitivity import Sensitivities
 from qjax.search.whole import WholeLosses
 
 __all__ = [
+    "CQAP",
     "NSGA2",
+    "Agreement",
     "Assignment",
     "Budget",
+    "Fitted",
+    "Found",
+    "Genes",
     "Genetic",
     "Point",
     "Population",
     "Sensitivities",
     "Solution",
+    "Subnets",
     "WholeLosses",
     "Windows",
+    "agreement",
     "assign",
     "average_bits",
     "check_budget",
+    "collect_subnets",
+    "draw_choices",
     "evolve_best",
     "evolve_front",
+    "fit_predictor",
     "front",
     "group_costs",
     "hypervolume",
+    "init_predictor",
     "kl_score",
     "over_population",
     "plot_front",
+    "predict",
     "refine",
     "save_front",
+    "search_choice",
     "sensitivities",
     "solve",
     "sweep",
