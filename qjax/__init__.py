@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from qjax.program import Program as Program
     from qjax.program import trace as trace
     from qjax.studies import study as study
+    from qjax.supernet.elastic import elastic as elastic
     from qjax.training import fake_quant as fake_quant
     from qjax.transforms import Model as Model
     from qjax.transforms import plan as plan
@@ -87,6 +88,7 @@ _HOME = {
     "fake_quant": "qjax.training",
     "lora": "qjax.low_rank",
     "study": "qjax.studies",
+    "elastic": "qjax.supernet.elastic",
     "observe": "qjax.observed",
     "calibrate": "qjax.observed",
     "from_nnx": "qjax.adapters",
@@ -177,6 +179,7 @@ __all__ = [
     "checkpoint",
     "combine",
     "dynamic",
+    "elastic",
     "ema",
     "errors",
     "evaluate",

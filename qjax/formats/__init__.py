@@ -1,6 +1,7 @@
 """Number formats and the packed arrays that hold them."""
 
 from qjax.formats import export as _export  # noqa: F401 (registers the serialization of quantized arrays)
+from qjax.formats.affine import Affine
 from qjax.formats.base import Aux, Format
 from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.dual_grained import DualGrained
@@ -34,6 +35,7 @@ __all__ = [
     "NVFP4",
     "SIGNS",
     "SMOOTH",
+    "Affine",
     "Aux",
     "CodeTiles",
     "DualGrained",

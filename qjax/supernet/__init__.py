@@ -4,6 +4,7 @@ The pieces are plain functions for any training script: the quantizer `lsq_plus`
 `wdr_loss` and `gpg_loss`, and `sample_choice` over the `Domain` of a `Space`.
 """
 
+from qjax.supernet.elastic import Supernet, elastic
 from qjax.supernet.losses import gpg_loss, gpg_terms, moments, wdr_loss
 from qjax.supernet.quantizer import code_range, init_steps, lsq_plus, step_grad_scale
 from qjax.supernet.space import At, Domain, Space, encode_choice, sample_choice
@@ -12,7 +13,9 @@ __all__ = [
     "At",
     "Domain",
     "Space",
+    "Supernet",
     "code_range",
+    "elastic",
     "encode_choice",
     "gpg_loss",
     "gpg_terms",

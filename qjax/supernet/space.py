@@ -141,11 +141,12 @@ class Space:
         rule = self._rule(name)
         return rule is not None and rule.skip
 
-    def domain(self, sites: Sequence[str]) -> Domain:
+    def domain(self, sites: Sequence[str], shared: Mapping[str, str] | None = None) -> Domain:
         """The choices for a program's sites.
 
         Args:
             sites: the names of all sites that could be elastic, in program order; those to be skipped among them.
+            shared: site -> the first site that reads the same weight; such sites are tied.
 
         Raises:
             RecipeError: a pattern that no site matches, tied sites that have nothing in common, or fewer than two
@@ -168,6 +169,10 @@ class Space:
             members = [n for n, name in enumerate(names) if any(_matches(p, name) for p in group)]
             for n in members:
                 _join(leaders, members[0], n)
+        for n, name in enumerate(names):
+            owner = (shared or {}).get(name, name)
+            if owner in names:
+                _join(leaders, names.index(owner), n)
         leaders = [_root(leaders, n) for n in range(len(names))]
         for leader in sorted(set(leaders)):
             members = [n for n in range(len(names)) if leaders[n] == leader]
@@ -388,7 +393,8 @@ def encode_choice(choice: Any, form: Any) -> Array:
 
 
 def _bits(where: str, values: Any, zero: bool) -> tuple[int, ...]:
-    values = (values,) if isinstance(values, int) and not isinstance(values, bool) else tuple(values)
+    given: Any = (values,) if np.ndim(values) == 0 else values
+    values = tuple(given)
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or not (2 <= v <= 8 or (zero and v == 0)):
             raise RecipeError(f"{where}={values!r}; bit widths are 2 to 8{', or 0 for float' if zero else ''}")
@@ -396,7 +402,8 @@ def _bits(where: str, values: Any, zero: bool) -> tuple[int, ...]:
 
 
 def _flags(where: str, values: Any) -> tuple[bool, ...]:
-    values = (values,) if isinstance(values, (bool, np.bool_)) else tuple(values)
+    given: Any = (values,) if np.ndim(values) == 0 else values
+    values = tuple(given)
     if any(not isinstance(v, (bool, np.bool_)) for v in values):
         raise RecipeError(f"{where}={values!r}; True, False or both")
     return _some(where, tuple(bool(v) for v in values))

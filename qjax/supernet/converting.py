@@ -1,0 +1,88 @@
+"""A subnet as an ordinary quantized model: formats from its choice, numbers from its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.formats import Affine, Format, Int
+from qjax.recipe import Recipe, Rule
+from qjax.rewriting.given import Fields
+from qjax.sources import static
+from qjax.supernet.quantizer import steps_of
+from qjax.supernet.rewriter import INPUT_SIGNED, Forms, input_names_of, input_steps, names_of
+from qjax.supernet.space import Domain
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What `qjax.transforms.quantize_with` takes.
+
+    Attributes:
+        recipe: a rule for each site.
+        scales: site -> scale (and offset) of its weight, [*stack, N or 1, 1].
+        constants: site -> those of its activations, [1, 1].
+    """
+
+    recipe: Recipe
+    scales: Mapping[str, Any]
+    constants: Mapping[str, Any]
+
+
+def converted(
+    domain: Domain, owners: Mapping[str, str], forms: Forms, fields: Mapping[str, Fields], choice: np.ndarray
+) -> Converted:
+    """The formats and numbers of a subnet.
+
+    Args:
+        domain: the choices. owners: site -> the first one that reads the same weight.
+        forms: what the tables hold. fields: tables by site, concrete.
+        choice: int32 [N, 5], of the domain.
+    """
+    rules, scales, constants = [], {}, {}
+    for name, row in zip(domain.sites, choice, strict=True):
+        weights, numbers = _weights(fields[name], row, forms)
+        inputs, constant = _inputs(fields[name], row, forms)
+        rules.append(Rule(name, weights=weights, inputs=None if inputs is None else static(inputs)))
+        if owners[name] == name:
+            scales[name] = numbers
+        if inputs is not None:
+            constants[name] = constant
+    everything_else = Rule("**", op=("dot", "conv", "ragged_dot", "embedding"), skip=True, optional=True)
+    return Converted(Recipe([*rules, everything_else], name="subnet"), scales, constants)
+
+
+def _weights(fields: Fields, row: np.ndarray, forms: Forms) -> tuple[Format, dict[str, Any]]:
+    bits, _, channel, symmetric = (int(v) for v in row[:4])
+    per = "channel" if channel else "tensor"
+    fmt = Int(bits, per=per) if symmetric else Affine(bits, per=per)
+    scale, offset = names_of(bool(channel), bool(symmetric))
+    s = jnp.asarray(fields[scale])[..., bits - 2 : bits - 1]
+    beta = jnp.zeros_like(s) if offset is None else jnp.asarray(fields[offset])[..., bits - 2 : bits - 1]
+    return fmt, _numbers(s, beta, bool(symmetric), forms)
+
+
+def _inputs(fields: Fields, row: np.ndarray, forms: Forms) -> tuple[Format | None, dict[str, Any]]:
+    bits, symmetric = int(row[1]), bool(row[4])
+    if not bits:
+        return None, {}
+    signed = bool(np.asarray(fields[INPUT_SIGNED]).reshape(()) > 0.5)
+    if not symmetric:
+        fmt: Format = Affine(bits, per="tensor", signed=signed)
+    else:
+        fmt = Int(bits, per="tensor", symmetric=signed)
+    _, offset = input_names_of(symmetric)
+    s, beta = (a.reshape(1, 1) for a in input_steps(fields, forms, jnp.asarray(row)))
+    numbers = _numbers(s, beta if offset is not None else jnp.zeros_like(s), symmetric, forms)
+    if symmetric and not signed:
+        numbers["zero"] = jnp.zeros((1, 1), jnp.uint8)
+    return fmt, {k: np.asarray(a) for k, a in numbers.items()}
+
+
+def _numbers(scale: Any, offset: Any, symmetric: bool, forms: Forms) -> dict[str, Any]:
+    step, beta = steps_of(scale.astype(jnp.float32), offset.astype(jnp.float32), forms.abs_offset)
+    return {"scale": step} if symmetric else {"scale": step, "offset": beta}

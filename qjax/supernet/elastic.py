@@ -1,0 +1,289 @@
+"""From any traced function to a supernet.
+
+    t = qjax.elastic(fn, space)
+    state = t.init(params, *args)                        # {site: {table: array}}
+    choice = sample_choice(key, t.domain(params, *args))  # int32 [N, 5]
+    out, state = t.apply(params, state, choice, *args)   # one compiled program for every choice
+    model = t.convert(params, state, choice, *args)      # the packed model with the same outputs
+
+Every product of a parameter gets learned-step quantizers for its weight and its activations: a table for each form that
+the space allows, a column for each bit width (EQ-Net, Xu et al. 2023, arXiv:2308.07650, section 3.1). The choice is
+traced. Layers of a scan stay one scan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from qjax.analysis.naming import LINEAR, Site
+from qjax.applying.planning import plan_program
+from qjax.applying.storage import LeafPlan, reads_slice
+from qjax.errors import DataError, QjaxError, RecipeError
+from qjax.formats import Int
+from qjax.program import Program, Signature, trace_flat
+from qjax.recipe import Recipe, Rule
+from qjax.rewriting.taps import NONFINITE
+from qjax.supernet.converting import Converted, converted
+from qjax.supernet.rewriter import CHOICE, REACHED, ElasticRewriter, Forms
+from qjax.supernet.space import Domain, Space
+from qjax.transforms import Model, quantize_with
+
+State = dict[str, dict[str, Any]]
+"""Site -> table -> array: [*stack, N or 1, 7] of weights, [1, 7] of activations, and the flag ``input.signed``."""
+
+
+class Supernet:
+    """A function that runs in every form of a space. Made by `qjax.elastic`.
+
+    Attributes:
+        fn: the float function ``fn(params, *args, **kwargs)``.
+        space: the forms.
+    """
+
+    def __init__(self, fn: Callable[..., Any], space: Space):
+        self.fn, self.space = fn, space
+
+    def __repr__(self) -> str:
+        """Name the function."""
+        return f"Supernet({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
+
+    def domain(self, params: Any, *args: Any, **kwargs: Any) -> Domain:
+        """The choices of this function; its rows are products of parameters, in program order.
+
+        Sites that read the same weight are tied. A weight that an embedding reads too stays in float.
+
+        Args:
+            params, *args, **kwargs: as for the function; abstract arrays are enough.
+
+        Raises:
+            RecipeError: the space does not fit the function, or allows fewer than two choices.
+        """
+        program, _ = self._traced(params, args, kwargs)
+        return self._sites(program)[0]
+
+    def init(self, params: Any, *args: Any, sample: int | None = 1 << 17, **kwargs: Any) -> State:
+        """The state before training: all tables, from the weights and from one batch, in one pass.
+
+        Activations are seen as they come out of layers rounded at the highest choice (symmetric and per channel where
+        the space has it; EQ-Net's text says 8 bits and no form).
+
+        Args:
+            params: float parameters.
+            *args, **kwargs: a real batch (EQ-Net takes 256 images).
+            sample: of tensors (per-tensor weights, activations) with more elements, that many evenly spaced ones decide
+                the step; the range is always that of all. None tries every step on every element.
+
+        Raises:
+            RecipeError: the space does not fit the function.
+            DataError: NaN or infinity among the activations of a site, or the batch does not run it.
+        """
+        program, arrays = self._traced(params, args, kwargs)
+        domain, owners = self._sites(program)
+        highest = dict(zip(domain.sites, jnp.asarray(domain.uniform(8)), strict=True))
+        forms = self._forms(domain, sample)
+        replay = jax.jit(lambda arrays: ElasticRewriter(program, highest, forms).observe(arrays)[1])
+        found = replay(arrays)
+        return {name: _first_state(name, found.get(name), _names(forms, owners[name] == name)) for name in domain.sites}
+
+    def apply(self, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        """Call the function as a subnet.
+
+        Args:
+            params: float parameters; what is trained, with the state.
+            state: from `init`, or after optimizer steps.
+            choice: int32 [N, 5], may be traced: rows as in `domain`. Values that the space does not allow are not
+                looked for; `Domain.check` does.
+            *args, **kwargs: arguments of the function.
+
+        Returns:
+            Its result, and the state as it was.
+
+        Raises:
+            DataError: a state or a choice of another function or space.
+        """
+        program, arrays = self._traced(params, args, kwargs)
+        domain, owners = self._sites(program)
+        forms = self._forms(domain)
+        choice = jnp.asarray(choice)
+        if choice.shape != domain.shape:
+            raise DataError(
+                f"a choice for these {len(domain.sites)} sites is int32 {list(domain.shape)}, not "
+                f"{list(choice.shape)}; under vmap or lax.map, map over the choices"
+            )
+        fields = _fields(domain, owners, forms, state)
+        for n, name in enumerate(domain.sites):
+            fields[name][CHOICE] = choice[n]
+        outs, _ = ElasticRewriter(program, fields, forms, fields).observe(arrays)
+        return jax.tree.unflatten(program.out_tree, outs), state
+
+    def convert(self, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> Model:
+        """The packed model of a subnet, with the supernet's outputs at that choice.
+
+        Symmetric weights and activations are `Int` and run on integers where both are; asymmetric ones are
+        `qjax.formats.Affine`, whose products are formed in float.
+
+        Args:
+            params: the trained parameters.
+            state: as trained.
+            choice: int [N, 5], concrete.
+            *args, **kwargs: example arguments; abstract ones are enough.
+
+        Raises:
+            SearchError: a choice that the space does not allow.
+            DataError: a state of another function or space.
+        """
+        program, _ = self._traced(params, args, kwargs)
+        domain, owners = self._sites(program)
+        forms = self._forms(domain)
+        fields = _fields(domain, owners, forms, state)
+        found: Converted = converted(domain, owners, forms, fields, domain.check(choice))
+        return quantize_with(
+            self.fn, params, *args, recipe=found.recipe, constants=found.constants, scales=found.scales, **kwargs
+        )
+
+    def recipe(self, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> Recipe:
+        """The formats of a subnet as an ordinary recipe; `qjax.quantize` fits its scales anew.
+
+        Args:
+            params, state, choice, *args, **kwargs: as for `convert`.
+        """
+        program, _ = self._traced(params, args, kwargs)
+        domain, owners = self._sites(program)
+        forms = self._forms(domain)
+        return converted(domain, owners, forms, _fields(domain, owners, forms, state), domain.check(choice)).recipe
+
+    def weights(self, params: Any, *args: Any, first: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """The weights of the sites, a layer each, for `wdr_loss`.
+
+        Args:
+            params, *args, **kwargs: as for the function.
+            first: with the first site, which EQ-Net leaves out.
+        """
+        program, arrays = self._traced(params, args, kwargs)
+        domain, owners = self._sites(program)
+        positions = {name: n for n, name in enumerate(program.leaf_names)}
+        out = {}
+        for name in domain.sites[0 if first else 1 :]:
+            site = program.by_name[name]
+            if owners[name] == name and site.leaf is not None:
+                leaf = arrays[positions[site.leaf]]
+                for axis, at in sorted(site.slice, reverse=True):
+                    leaf = lax.index_in_dim(leaf, at, axis, keepdims=False)
+                out[name] = leaf
+        return out
+
+    def _traced(self, params: Any, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
+        signature, arrays = Signature.of(params, args, kwargs)
+        return trace_flat(self.fn, signature, arrays), arrays
+
+    def _forms(self, domain: Domain, sample: int | None = None) -> Forms:
+        """What tables there are: the same for all sites, so that layers of a scan stack."""
+        weights = {(bool(c), bool(s)) for row in domain.allowed for c in row[2] for s in row[3]}
+        acts = {bool(s) for row in domain.allowed if any(row[1]) for s in row[4]}
+        pairs, flags = tuple(sorted(weights, reverse=True)), tuple(sorted(acts, reverse=True))
+        return Forms(pairs, flags, self.space.abs_offset, sample)
+
+    def _sites(self, program: Program) -> tuple[Domain, dict[str, str]]:
+        """The domain, and for each site the first one that reads the same weight, which keeps its tables."""
+        if self.space.groups:
+            raise RecipeError(
+                "a space with groups cannot be made elastic yet; leave groups out and use per-channel steps"
+            )
+        candidates = [s for s in program.sites if s.op in LINEAR and s.leaf is not None and not s.reason]
+        names = {s.name for s in candidates if not self.space.skips(s.name)}
+        skipped = [Rule(s.name, op=s.op, skip=True) for s in program.sites if s.op in LINEAR and s.name not in names]
+        probe = Recipe(
+            [*skipped, Rule("**", op="embedding", skip=True, optional=True), Rule("**", weights=Int(8), optional=True)]
+        )
+        stored = {leaf.name: leaf for leaf in plan_program(program, probe).leaves.values()}
+        owners: dict[str, str] = {}
+        first: dict[Any, str] = {}
+        usable: list[Site] = []
+        for site in candidates:
+            leaf = stored.get(site.leaf or "")
+            keys = [] if leaf is None else [k for k in leaf.slices if reads_slice(site.slice, _at(leaf, k))]
+            if site.name not in names:
+                usable.append(site)  # its name counts for the patterns of the space, which skips it
+                continue
+            if leaf is None or not keys or any(leaf.slices[k].fmt is None for k in keys):
+                continue
+            if len(keys) > 1 or {axis for axis, _ in site.slice} != set(leaf.key_axes):
+                raise RecipeError(
+                    f"{site.name}: it and other sites read different slices of {site.leaf}, of which each would have "
+                    f"steps of its own; leave it out: At({site.name!r}, skip=True)"
+                )
+            _check_whole(program, site, leaf)
+            usable.append(site)
+            owners[site.name] = first.setdefault((site.leaf, *keys), site.name)
+        if not usable:
+            raise RecipeError("no product of this function reads a parameter; qjax.trace shows its sites and why")
+        return self.space.domain([s.name for s in usable], owners), owners
+
+
+def _at(leaf: LeafPlan, key: tuple[int, ...]) -> dict[int, int]:
+    return dict(zip(leaf.key_axes, key, strict=True))
+
+
+def _check_whole(program: Program, site: Site, leaf: LeafPlan) -> None:
+    """Refuse a product of a part of a weight: rows of tables are those of all of it."""
+    read = program.analysis.reads[site.read]
+    seen = math.prod(read.shapes[read.side if read.side is not None else 1])
+    sliced = {axis for axis, _ in site.slice}
+    whole = math.prod(n for axis, n in enumerate(leaf.shape) if axis not in sliced)
+    if seen != whole:
+        raise RecipeError(
+            f"{site.name}: it reads {seen} of the {whole} numbers of {site.leaf} (a range of it, or a shard inside "
+            f"shard_map), whose steps belong to all of them; split what comes out in place of the weight, shard with "
+            f"jit, or leave it out: At({site.name!r}, skip=True)"
+        )
+
+
+def _names(forms: Forms, owner: bool) -> list[str]:
+    return [*(forms.weight_fields() if owner else []), *forms.input_fields()]
+
+
+def _first_state(name: str, found: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
+    concrete = found is not None and not any(isinstance(a, Tracer) for a in found.values())
+    if found is None or (concrete and not float(found[REACHED])):
+        raise DataError(f"{name}: the given arguments do not run it, so its steps have nowhere to start; give others")
+    if concrete and NONFINITE in found and float(found[NONFINITE]):
+        raise DataError(f"{name}: NaN or infinity among its inputs; look at the batch, or at what comes before it")
+    return {field: found[field] for field in names}
+
+
+def _fields(domain: Domain, owners: Mapping[str, str], forms: Forms, state: State) -> dict[str, dict[str, Any]]:
+    """The tables that each site is given, checked."""
+    wanted = {name: set(_names(forms, owners[name] == name)) for name in domain.sites}
+    for name in [*wanted, *state]:
+        has = set(state[name]) if name in state else set()
+        if has != wanted.get(name, set()):
+            raise DataError(
+                f"the state does not belong to this space and function: {name} has {', '.join(sorted(has)) or 'none'} "
+                f"and needs {', '.join(sorted(wanted.get(name, set()))) or 'none'}; make it with init"
+            )
+    own = set(forms.weight_fields())
+    return {
+        name: {**state[name], **{k: a for k, a in state[owners[name]].items() if k in own}} for name in domain.sites
+    }
+
+
+def elastic(fn: Callable[..., Any], space: Space | None = None) -> Supernet:
+    """A supernet of a function: one set of weights that runs at any bits, granularity and symmetry of a space.
+
+    Args:
+        fn: any JAX function ``fn(params, *args, **kwargs)``.
+        space: the forms; None is EQ-Net's: 2 to 8 bits, both granularities, both symmetries, first and last at 8 bits.
+
+    Returns:
+        A `Supernet` with ``init``, ``apply``, ``convert``.
+    """
+    if not callable(fn):
+        raise QjaxError(f"elastic needs a function of (params, *args), not {type(fn).__name__}")
+    return Supernet(fn, Space() if space is None else space)

@@ -1,0 +1,193 @@
+"""Supernets from traced functions: values, derivatives, scans, one program for all choices, conversion."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from constructs import CASES, batch, params
+from jax import lax
+
+import qjax
+from qjax.errors import DataError, RecipeError, SearchError
+from qjax.supernet import At, Space, init_steps, lsq_plus, sample_choice
+
+SPACE = Space((2, 4, 8), (0, 3, 8), ends=None)
+
+
+def network(p, x):
+    """A convolution, two scanned layers and a head."""
+    y = lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.nn.relu(y).mean((1, 2))
+    y, _ = lax.scan(lambda y, w: (y + jnp.tanh(y @ w), None), y, p["layers"])
+    return y @ p["head"].T
+
+
+def given(seed=0):
+    k = jax.random.split(jax.random.key(seed), 4)
+    p = {
+        "conv": jax.random.normal(k[0], (3, 3, 2, 8)) * 0.4,
+        "layers": jax.random.normal(k[1], (2, 8, 8)) * 0.4 + 0.1,
+        "head": jax.random.normal(k[2], (5, 8)),
+    }
+    return p, jax.random.normal(k[3], (6, 5, 5, 2))
+
+
+def rounded(a, table, row, axis, kind, signed=True):
+    """One operand by the tables of its site and the pieces of `qjax.supernet`, an oracle for the wiring."""
+    if kind == "input":
+        if row[1] == 0:
+            return a
+        bits, offset = row[1], None if row[4] else table["input.offset"][0, row[1] - 2]
+        scale = table["input.scale" if row[4] else "input.scale.asymmetric"][0, bits - 2]
+        return lsq_plus(a, scale, offset, bits, signed=signed)
+    where = "channel" if row[2] else "tensor"
+    scale = table[f"weight.scale.{where}" + ("" if row[3] else ".asymmetric")][:, row[0] - 2]
+    offset = None if row[3] else table[f"weight.offset.{where}"][:, row[0] - 2]
+    shape = [-1 if d == axis else 1 for d in range(a.ndim)]
+    return lsq_plus(a, scale.reshape(shape), None if offset is None else offset.reshape(shape), row[0])
+
+
+def by_hand(p, state, choice, x):
+    rows = dict(zip(("conv", "layers/0", "layers/1", "head"), np.asarray(choice), strict=True))
+    s = state
+    y = lax.conv_general_dilated(
+        rounded(x, s["conv"], rows["conv"], 0, "input"),
+        rounded(p["conv"], s["conv"], rows["conv"], 3, "weight"),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    y = jax.nn.relu(y).mean((1, 2))
+    for i in range(2):
+        n = f"layers/{i}"
+        a = rounded(y, s[n], rows[n], 0, "input", signed=i > 0)
+        y = y + jnp.tanh(a @ rounded(p["layers"][i], s[n], rows[n], 1, "weight"))
+    return rounded(y, s["head"], rows["head"], 0, "input") @ rounded(p["head"], s["head"], rows["head"], 0, "weight").T
+
+
+@pytest.fixture(scope="module")
+def net():
+    p, x = given()
+    t = qjax.elastic(network, SPACE)
+    return t, p, x, t.init(p, x), t.domain(p, x)
+
+
+def test_a_supernet_is_its_pieces_at_every_choice_in_one_program(net):
+    t, p, x, state, domain = net
+    assert domain.sites == ("conv", "layers/0", "layers/1", "head")
+    assert state["conv"]["weight.scale.channel"].shape == (8, 7) and state["head"]["weight.offset.tensor"].shape == (
+        1,
+        7,
+    )
+    want = init_steps(p["layers"][1], symmetric=False, channel_axis=1)
+    np.testing.assert_allclose(state["layers/1"]["weight.scale.channel.asymmetric"], want[0], rtol=1e-5)
+    np.testing.assert_allclose(state["layers/1"]["weight.offset.channel"], want[1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state["conv"]["input.scale"], init_steps(x, symmetric=True)[0], rtol=1e-5)
+    assert [float(state[n]["input.signed"][0]) for n in domain.sites] == [1, 0, 1, 1]
+
+    traced = []
+
+    @jax.jit
+    def run(p, state, choice):
+        traced.append(1)
+        return t.apply(p, state, choice, x)[0]
+
+    choices = [sample_choice(jax.random.key(n), domain) for n in range(4)]
+    choices += [domain.uniform(2, 3, (False, False, False)), domain.uniform(8, 0)]
+    for choice in choices:
+        np.testing.assert_allclose(run(p, state, choice), by_hand(p, state, choice, x), rtol=1e-4, atol=1e-4)
+    assert len(traced) == 1
+    population = jnp.stack(choices)
+    mapped = jax.jit(lambda c: lax.map(lambda c: t.apply(p, state, c, x)[0], c))(population)
+    together = jax.jit(jax.vmap(lambda c: t.apply(p, state, c, x)[0]))(population)
+    np.testing.assert_allclose(mapped, together, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(mapped[2], run(p, state, choices[2]), rtol=1e-3, atol=1e-3)
+
+
+def test_derivatives_reach_the_chosen_columns_and_no_others(net):
+    t, p, x, state, domain = net
+    choice = domain.uniform(4, 3, (True, False, True))
+    choice[1, 2:] = (0, 1, 0)
+    dp, ds = jax.jit(jax.grad(lambda p, s: jnp.sum(t.apply(p, s, choice, x)[0] ** 2), (0, 1)))(p, state)
+    hand = jax.jit(jax.grad(lambda p: jnp.sum(by_hand(p, state, choice, x) ** 2)))(p)
+    for a, b in zip(jax.tree.leaves(dp), jax.tree.leaves(hand), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    for n, name in enumerate(domain.sites):
+        used = (
+            {"weight.scale.tensor": 2} if n == 1 else {"weight.scale.channel.asymmetric": 2, "weight.offset.channel": 2}
+        )
+        used |= {"input.scale.asymmetric": 1, "input.offset": 1} if n == 1 else {"input.scale": 1}
+        for field, g in ds[name].items():
+            columns = np.flatnonzero(np.abs(np.asarray(g)).reshape(-1, g.shape[-1]).sum(0)).tolist()
+            assert columns in ([used[field]], []) if field in used else columns == [], (name, field, columns)
+        assert np.abs(ds[name][next(iter(used))]).sum() > 0
+
+
+def test_a_subnet_becomes_a_model_with_the_same_outputs(net):
+    t, p, x, state, domain = net
+    # unsigned activations, float ones, and layers of one scan in several formats
+    choice = np.array([[4, 8, 1, 0, 1], [4, 8, 1, 1, 1], [8, 3, 0, 1, 0], [2, 0, 0, 0, 1]], np.int32)
+    model = t.convert(p, state, choice, x)
+    np.testing.assert_allclose(model(model.params, x), t.apply(p, state, choice, x)[0], rtol=1e-4, atol=1e-4)
+    assert model.params["conv"].fmt == qjax.formats.Affine(4)
+    assert model.params["head"].fmt == qjax.formats.Affine(2, per="tensor")
+    assert model.params["head"].nbytes == 5 * 8 * 2 // 8 + 8
+    assert t.recipe(p, state, choice, x) == model.recipe
+
+
+def test_what_reads_one_weight_is_tied_and_what_an_embedding_reads_is_left():
+    def fn(p, ids):
+        y = p["table"][ids]
+        y = jnp.tanh(y @ p["w"]) @ p["w"].T
+        return y @ p["out"] + y @ p["table"].T @ p["last"]
+
+    shapes = {"table": (9, 6), "w": (6, 6), "out": (6, 3), "last": (9, 3)}
+    p = {name: jax.random.normal(jax.random.key(n), shape) for n, (name, shape) in enumerate(shapes.items())}
+    ids = jnp.arange(5)
+    t = qjax.elastic(fn, Space((2, 8), (0,), ends=None))
+    domain = t.domain(p, ids)
+    assert domain.sites == ("w", "w#1", "out", "last") and domain.leaders == (0, 0, 2, 3)
+    state = t.init(p, ids)
+    assert state["w#1"] == {} and set(t.weights(p, ids)) == {"out", "last"}
+    choice = sample_choice(jax.random.key(2), domain)
+    assert (choice[0] == choice[1]).all()
+    jax.eval_shape(t.init, p, ids)
+    with pytest.raises(RecipeError, match="no site matches 'outt' in at .did you mean 'out'"):
+        qjax.elastic(fn, Space(at=(At("outt", skip=True),))).domain(p, ids)
+    assert "out" not in qjax.elastic(fn, Space(at=(At("out", skip=True),))).domain(p, ids).sites
+    for name in ("fused_split", "shard_map_psum"):
+        with pytest.raises(RecipeError, match=r"w.*: it reads 32 of the 64 numbers of w"):
+            qjax.elastic(CASES[name]).domain(params(), batch())
+    with pytest.raises(RecipeError, match="groups"):
+        qjax.elastic(fn, Space(groups=(2, 3))).domain(p, ids)
+
+
+def test_what_does_not_belong_is_refused(net):
+    t, p, x, state, domain = net
+    choice = domain.uniform(4)
+    with pytest.raises(DataError, match=r"a choice for these 4 sites is int32 \[4, 5\], not \[3, 5\]"):
+        t.apply(p, state, choice[:3], x)
+    with pytest.raises(DataError, match="the state does not belong"):
+        t.apply(p, {**state, "head": {}}, choice, x)
+    with pytest.raises(SearchError, match="head: the choice says weight_bits = 5, and the space allows 2, 4, 8"):
+        t.convert(p, state, np.where(np.arange(4)[:, None] == 3, 5, choice), x)
+    small = qjax.elastic(lambda p, x: x @ p["w"], Space((4, 8), (8,), (True,), (True,), (True,), ends=None))
+    with pytest.raises(DataError, match="w: NaN or infinity among its inputs"):
+        small.init({"w": p["head"].T}, jnp.full((2, 8), jnp.nan))
+
+
+@pytest.mark.every(8)
+@pytest.mark.parametrize("name", ["scan_const", "cond", "expert_einsum", "scan_reversed", "fori", "shard_map_rows",
+                                  "reshaped_weight", "scan_of_scan", "jit_shared", "while"])  # fmt: skip
+def test_every_construct(name):
+    fn, p, x = CASES[name], params(), batch()
+    t = qjax.elastic(fn, Space((3, 8), (0, 8), (False, True), (True,), (False,), ends=None))
+    domain, state = t.domain(p, x), t.init(p, x)
+    run = jax.jit(t.apply)
+    outs = [jax.tree.leaves(run(p, state, domain.uniform(8, a), x)[0]) for a in (0, 8)]
+    for out in outs:
+        for a, b in zip(out, jax.tree.leaves(fn(p, x)), strict=True):
+            np.testing.assert_allclose(a, b, atol=0.1)
+    model = t.convert(p, state, domain.uniform(8), x)
+    for a, b in zip(outs[1], jax.tree.leaves(model(model.params, x)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
