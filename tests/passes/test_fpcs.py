@@ -78,12 +78,15 @@ def test_losses_are_the_squared_errors_of_the_products(bits, wide, seed):
 
 @pytest.mark.parametrize("zero", ["mask", "reserve", "clamp"])
 def test_logarithmic_candidates_are_the_format(zero):
-    x = np.append(RNG.random(3000) ** 6, [0.0, 1.0, 2.0]).astype(F).reshape(1, -1)
+    x = np.append(RNG.random(30000) ** 6, [0.0, 1.0, 2.0]).astype(F).reshape(1, -1)
     for bits, q, scale in ((3, 31, 1.0), (4, 25, 0.7), (6, 10, 1.0), (8, 137, 1.3)):
         near = Log(bits, q, zero=zero).quantize(x, scale=scale).dequantize()
         ours = fpcs_losses.logarithmic(jnp.log2(x), jnp.float32(scale), jnp.float32(q), bits, zero)
         off = np.abs(np.asarray(near) - np.asarray(ours)) > 1e-6 * np.asarray(near) + 1e-14
-        assert off.mean() < 1e-3
+        assert off.mean() < 1e-4  # two logarithms, at the bounds between codes, by one step
+        both = off & (np.asarray(near) > 0) & (np.asarray(ours) > 0)
+        apart = np.abs(np.log2(np.asarray(near)[both] / np.asarray(ours)[both]))
+        assert (apart < 1.2 * q / 37 + 0.3).all()
     if zero == "mask":
         assert min(fpcs_losses.nearest_half(bits) for bits in range(2, 9)) > 2e-4
 
