@@ -153,8 +153,10 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         for key, shape in (("right", "{:.1%}"), ("kl", "{:.3f}"), ("error", "{:.4f}")):
             spread = f" ± {shape.format(e[f'{key}_spread'])}" if e["seeds"] > 1 else ""
             cells.append(shape.format(e[key]) + spread)
-            more = f"{shape.replace('{:', '{:+').format(e[f'{key}_more'])} (p {e[f'{key}_p']:.1g})"
-            cells.append(more if f"{key}_more" in e else "")
+            more = ""
+            if f"{key}_more" in e:
+                more = f"{shape.replace('{:', '{:+').format(e[f'{key}_more'])} (p {e[f'{key}_p']:.1g})"
+            cells.append(more)
         table.append([*cells, f"{e['seconds']:.0f}"])
     return out, measure.table(head, table)
 
