@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +26,9 @@ from qjax.search.nsga2 import NSGA2, Population
 from qjax.search.sensitivity import Sensitivities
 from qjax.search.whole import Losses, Remembered
 
+Known = Mapping[tuple[int, ...], float]
+"""Losses of the assignments that were measured."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -41,6 +44,117 @@ class Progress:
     generations: int
     measured: int
     best: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """A search for whole assignments within a budget: what it begins with, and what its measurements say.
+
+    Attributes:
+        start: the exact assignment by sums.
+        costs: float64 [groups, choices], infinite where a group lacks the choice.
+        fixed: what is spent in any case.
+        single: losses of one group alone, float64 [groups, choices].
+    """
+
+    start: Assignment
+    costs: np.ndarray
+    fixed: float
+    single: np.ndarray
+
+    @staticmethod
+    def of(
+        sensitivities: Sensitivities,
+        budget: str | Budget,
+        by: str | None = None,
+        on: str | Device | Accelerator | None = None,
+        rows: float | None = None,
+    ) -> Within:
+        """Set it up; the arguments are those of `assign`.
+
+        Raises:
+            SearchError: a budget that nothing meets.
+        """
+        start = assign(sensitivities, budget, by=by, on=on, rows=rows)
+        costs, fixed = cost_table(sensitivities, start.budget, on, rows)
+        single = [[of.get(name, np.inf) for name in sensitivities.choices] for of in sensitivities.loss(start.by)]
+        return Within(start, costs, fixed, np.array(single))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the choices."""
+        return self.start.sensitivities.choices
+
+    @property
+    def limit(self) -> float:
+        """The budget, with room for the rounding of sums."""
+        return self.start.budget.amount * (1 + 1e-12)
+
+    def cost(self, genomes: np.ndarray) -> np.ndarray:
+        """Costs float64 [any] of genomes [any, groups]."""
+        return self.costs[np.arange(len(self.costs)), genomes].sum(axis=1) + self.fixed
+
+    def begin(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The exact assignment [1, groups] and the Lagrangian front as far as the budget reaches, ``most`` in all."""
+        rows = self.start.sensitivities.rows
+        own = np.array([[self.names.index(self.start.choices[row.name]) for row in rows]], np.int32)
+        hull = [s.choice for s in sweep(self.costs, self.single) if s.cost + self.fixed <= self.limit]
+        if len(hull) >= most:
+            hull = [hull[n] for n in np.linspace(0, len(hull) - 1, most - 1).round().astype(int)]
+        return own, np.array(hull, np.int32).reshape(-1, len(rows))
+
+    def best(self, known: Known) -> tuple[tuple[int, ...] | None, float]:
+        """Of the assignments within the budget the one of least loss, of equals the cheapest."""
+        front = self.front(known)
+        return (front[-1], known[front[-1]]) if front else (None, float("nan"))
+
+    def front(self, known: Known) -> list[tuple[int, ...]]:
+        """Those within the budget that nothing else beats in cost and loss, by rising cost."""
+        if not known:
+            return []
+        genomes, losses = list(known), np.array(list(known.values()))
+        costs = self.cost(np.array(genomes))
+        out: list[tuple[int, ...]] = []
+        least = np.inf
+        for n in np.lexsort((losses, costs)):
+            if costs[n] <= self.limit and losses[n] < least:  # NaN is not less
+                out.append(genomes[n])
+                least = losses[n]
+        return out
+
+    def point(self, genome: Sequence[int], loss: float) -> Point:
+        """An assignment on a curve."""
+        taken = [self.names[c] for c in genome]
+        counts = {c: taken.count(c) for c in self.names if c in taken}
+        return Point(float(self.cost(np.array([genome]))[0]), loss, counts)
+
+    def result(self, known: Known, hull: np.ndarray, name: str) -> Assignment:
+        """The best of what was measured, with both curves.
+
+        Raises:
+            SearchError: no loss is a number.
+        """
+        best, whole = self.best(known)
+        if best is None:
+            raise SearchError("no assignment within the budget has a loss that is a number; look at the sensitivities")
+        found, rows = self.start.sensitivities, self.start.sensitivities.rows
+        chosen = {row.name: self.names[c] for row, c in zip(rows, best, strict=True)}
+        stored = sum(row.bytes[chosen[row.name]] for row in rows)
+        measured = [g for g in map(tuple, hull.tolist()) if g in known]
+        return dataclasses.replace(
+            self.start,
+            choices=chosen,
+            cost=float(self.cost(np.array([best]))[0]),
+            loss=float(self.single[np.arange(len(best)), best].sum()),
+            exact=chosen == dict(self.start.choices),
+            bits=stored * 8 / found.elements,
+            stored_bytes=stored + found.other_bytes,
+            whole=whole,
+            curves={
+                "Lagrangian": tuple(self.point(g, known[g]) for g in measured),
+                name: tuple(self.point(g, known[g]) for g in self.front(known)),
+            },
+        )
 
 
 def refine(
@@ -79,35 +193,22 @@ def refine(
         CheckpointError: ``resume`` is of another search.
     """
     settings = settings or NSGA2(population=32, generations=20)
-    start = assign(sensitivities, budget, by=by, on=on, rows=rows)
-    cost_of, fixed = cost_table(sensitivities, start.budget, on, rows)
-    names = sensitivities.choices
-    allowed = np.isfinite(cost_of)
-    single = np.array([[of.get(name, np.inf) for name in names] for of in sensitivities.loss(start.by)])
-    limit = start.budget.amount * (1 + 1e-12)
-
-    def cost(genomes: np.ndarray) -> np.ndarray:
-        return cost_of[np.arange(len(cost_of)), genomes].sum(axis=1) + fixed
-
-    hull = np.stack([s.choice for s in sweep(cost_of, single) if s.cost + fixed <= limit])
-    own = np.array([[names.index(start.choices[row.name]) for row in sensitivities.rows]])
-    most = settings.population // 2  # the other half is for children
-    if len(hull) >= most:
-        hull = hull[np.linspace(0, len(hull) - 1, most - 1).round().astype(int)]
-    seeds = np.concatenate([own, hull])
+    within = Within.of(sensitivities, budget, by, on, rows)
+    own, hull = within.begin(settings.population // 2)  # the other half is for children
+    limit = within.limit
     at = [0]
 
     def said(measured: int) -> None:
         if progress:
-            progress(Progress(at[0], settings.generations, measured, _best(memory.known, cost, limit)[1]))
+            progress(Progress(at[0], settings.generations, measured, within.best(memory.known)[1]))
 
-    what = {"of": getattr(losses, "identity", None), "choices": list(names)}
+    what = {"of": getattr(losses, "identity", None), "choices": list(within.names)}
     folder = None if resume is None else open_job(resume, what, "search of whole assignments")
     memory = Remembered(losses, None if folder is None else folder / "measured.jsonl", progress=said)
 
     def evaluate(genomes: jax.Array) -> tuple[jax.Array, jax.Array]:
         there = np.asarray(genomes)
-        spent = cost(there)
+        spent = within.cost(there)
         violation = np.maximum(spent - limit, 0) / limit
         values = np.full(len(there), np.inf)
         fine = violation <= 0  # what is beyond the budget is not worth a measurement
@@ -118,67 +219,18 @@ def refine(
         at[0] = number
         said(len(memory.known))
 
-    tables = {"costs": digest(cost_of), "losses": digest(single)}
+    tables = {"costs": digest(within.costs), "losses": digest(within.single)}
     asked = {"budget": limit, **tables, "population": settings.population, **settings.operators, "seed": seed}
     name = f"population-{hashlib.sha256(repr(asked).encode()).hexdigest()[:12]}"
     evolve_front(
         evaluate,
-        allowed,
+        np.isfinite(within.costs),
         settings,
-        seeds=seeds,
+        seeds=np.concatenate([own, hull]),
         seed=seed,
         compiled=False,
         resume=None if folder is None else folder / name,
         job=asked,
         progress=generation,
     )
-    best, whole = _best(memory.known, cost, limit)
-    if best is None:
-        raise SearchError("no assignment within the budget has a loss that is a number; look at the sensitivities")
-
-    def point(genome: np.ndarray) -> Point:
-        taken = [names[c] for c in genome]
-        loss = float(memory(genome[None])[0])
-        return Point(float(cost(genome[None])[0]), loss, {c: taken.count(c) for c in names if c in taken})
-
-    chosen = {row.name: names[c] for row, c in zip(sensitivities.rows, best, strict=True)}
-    stored = sum(row.bytes[chosen[row.name]] for row in sensitivities.rows)
-    return dataclasses.replace(
-        start,
-        choices=chosen,
-        cost=float(cost(np.array([best]))[0]),
-        loss=float(single[np.arange(len(single)), best].sum()),
-        exact=chosen == dict(start.choices),
-        bits=stored * 8 / sensitivities.elements,
-        stored_bytes=stored + sensitivities.other_bytes,
-        whole=whole,
-        curves={
-            "Lagrangian": tuple(point(g) for g in hull),
-            "NSGA-II": tuple(point(np.array(g)) for g in undominated(memory.known, cost, limit)),
-        },
-    )
-
-
-def _best(
-    known: Mapping[tuple[int, ...], float], cost: Callable[[np.ndarray], np.ndarray], limit: float
-) -> tuple[tuple[int, ...] | None, float]:
-    """Of the assignments within the budget the one of least loss, of equals the cheapest."""
-    front = undominated(known, cost, limit)
-    return (front[-1], known[front[-1]]) if front else (None, float("nan"))
-
-
-def undominated(
-    known: Mapping[tuple[int, ...], float], cost: Callable[[np.ndarray], np.ndarray], limit: float
-) -> list[tuple[int, ...]]:
-    """Those within the budget that nothing else beats in cost and loss, by rising cost."""
-    if not known:
-        return []
-    genomes, losses = list(known), np.array(list(known.values()))
-    costs = cost(np.array(genomes))
-    out: list[tuple[int, ...]] = []
-    least = np.inf
-    for n in np.lexsort((losses, costs)):
-        if costs[n] <= limit and losses[n] < least:  # NaN is not less
-            out.append(genomes[n])
-            least = losses[n]
-    return out
+    return within.result(memory.known, hull, "NSGA-II")
