@@ -265,6 +265,8 @@ def quantize(
         raise RecipeError(
             f"{recipe.needs_batches}: pass calibration data as batches=, or choose a recipe that needs none"
         )
+    if recipe.settle is not None and state is not None:
+        raise RecipeError(f"{type(recipe.settle).__name__} looks at the data itself: give batches=, and no state")
     if batches is not None:
         if kwargs:
             raise QjaxError("batches are tuples of positional arguments; give the function without keyword arguments")

@@ -21,7 +21,7 @@ from qjax.composites import Attention
 from qjax.composites.attention import Operand as Seen
 from qjax.errors import RecipeError
 from qjax.program import Program
-from qjax.sources import Fixed
+from qjax.sources import Fixed, Static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,11 @@ def _operand(source: Any, heads: tuple[int, ...]) -> Operand | None:
         return None
     if isinstance(source, Fixed):
         return Operand(source.fmt, (source.scale, source.zero), heads)
+    if isinstance(source, Static):
+        raise RecipeError(
+            f"an operand is to have a static scale ({source.fmt.name}), which a search has to find first: quantize with "
+            "batches= and settle=, or write qjax.fixed(format, scale)"
+        )
     return Operand(source.fmt)
 
 

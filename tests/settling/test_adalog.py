@@ -103,10 +103,24 @@ def test_units_are_found_on_the_program():
                        {"a": np.ones((4, 4), F), "b": np.ones((4, 2), F)}, np.ones((3, 4), F))  # fmt: skip
     found = find_units(exact, recipe().decide(exact.sites, strict=False))[1]
     assert [u.kind for u in found] == ["plain", "gelu"] and found[1].shift == 0.16997124254703522
+
+
+def test_what_is_no_gelu_and_a_softmax_with_another_reader():
     quick = qjax.trace(lambda p, x: (lambda h: h * jax.nn.sigmoid(1.702 * h))(x @ p["a"]) @ p["b"],
                        {"a": np.ones((4, 4), F), "b": np.ones((4, 2), F)}, np.ones((3, 4), F))  # fmt: skip
     found = find_units(quick, recipe().decide(quick.sites, strict=False))[1]
     assert found[1].kind == "plain" and "no GELU" in found[1].notes[0]
+
+    def shown(params, x):  # the probabilities are a result too
+        p = jax.nn.softmax((x @ params["q"]) @ x.transpose(0, 2, 1), axis=-1)
+        return p @ x, p
+
+    params = {"q": np.eye(4, dtype=F)}
+    x = RNG.standard_normal((8, 3, 4)).astype(F)
+    model = qjax.quantize(shown, params, recipe=recipe(), batches=[(x,)])
+    got, p = model(model.params, x)
+    np.testing.assert_allclose(p.sum(-1), 1, atol=1e-5)  # these stay float, and only the product rounds them
+    assert np.abs(got - p @ x).max() > 1e-3
 
 
 def test_a_layer_norm_takes_up_the_scales_of_channels_and_the_function_stays(settled):
@@ -228,6 +242,11 @@ def test_what_cannot_be_searched():
         qjax.quantize(net, PARAMS, X, recipe=recipe())
     with pytest.raises(RecipeError, match="static scale of its operand"):
         qjax.quantize(net, PARAMS, X, recipe=recipe(settle=None), batches=[(X,)])
+
+    with pytest.raises(RecipeError, match="give batches=, and no state"):
+        qjax.quantize(net, PARAMS, X, recipe=recipe(), state={})
+    planned = qjax.plan(net, PARAMS, X, recipe=recipe())
+    assert planned.stored_bytes < planned.float_bytes
 
     def scanned(params, x):
         return jax.lax.scan(lambda h, w: (h @ w, None), x, params["w"])[0]
