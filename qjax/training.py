@@ -148,6 +148,12 @@ class FakeQuant:
                 "fake_quant does not run finishing passes: biases are trained with the rest; leave it out"
             )
         planned = plan_program(program, self.recipe)
+        rounded = [name for name, d in planned.decisions.items() if d.operands and not d.skip]
+        if rounded or self.recipe.settle is not None:
+            what = f"the operands of {rounded[0]}" if rounded else f"what {type(self.recipe.settle).__name__} searches"
+            raise RecipeError(
+                f"fake_quant does not train {what}: it rounds weights and inputs of products; leave that rule out"
+            )
         stored = {leaf.name: leaf for leaf in planned.leaves.values()}
         out: dict[str, Faked] = {}
         owners: dict[str, str] = {}

@@ -111,8 +111,8 @@ def _operand(source: Any, heads: tuple[int, ...]) -> Operand | None:
         return Operand(source.fmt, (source.scale, source.zero), heads)
     if isinstance(source, Static):
         raise RecipeError(
-            f"an operand is to have a static scale ({source.fmt.name}), which a search has to find first: quantize with "
-            "batches= and settle=, or write qjax.fixed(format, scale)"
+            f"an operand is to have a static scale ({source.fmt.name}), which a search has to find first: quantize "
+            "with batches= and settle=, or write qjax.fixed(format, scale)"
         )
     return Operand(source.fmt)
 

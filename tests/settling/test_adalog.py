@@ -245,6 +245,9 @@ def test_what_cannot_be_searched():
 
     with pytest.raises(RecipeError, match="give batches=, and no state"):
         qjax.quantize(net, PARAMS, X, recipe=recipe(), state={})
+    with pytest.raises(RecipeError, match="fake_quant does not train the operands of"):
+        rule = qjax.Rule("**", op="attention", operands={"q": Int(8, per="token")})
+        qjax.fake_quant(net, qjax.Recipe([rule])).init(PARAMS, X)
     planned = qjax.plan(net, PARAMS, X, recipe=recipe())
     assert planned.stored_bytes < planned.float_bytes
 
