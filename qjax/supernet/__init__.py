@@ -8,12 +8,15 @@ from qjax.supernet.elastic import Supernet, elastic
 from qjax.supernet.losses import gpg_loss, gpg_terms, moments, wdr_loss
 from qjax.supernet.quantizer import code_range, init_steps, lsq_plus, step_grad_scale
 from qjax.supernet.space import At, Domain, Space, encode_choice, sample_choice
+from qjax.supernet.training import Schedule, Trained, make_step, recalibrate, train
 
 __all__ = [
     "At",
     "Domain",
+    "Schedule",
     "Space",
     "Supernet",
+    "Trained",
     "code_range",
     "elastic",
     "encode_choice",
@@ -21,8 +24,11 @@ __all__ = [
     "gpg_terms",
     "init_steps",
     "lsq_plus",
+    "make_step",
     "moments",
+    "recalibrate",
     "sample_choice",
     "step_grad_scale",
+    "train",
     "wdr_loss",
 ]

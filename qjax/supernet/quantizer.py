@@ -36,9 +36,8 @@ def steps_of(scale: Any, offset: Any, abs_offset: bool = False) -> tuple[Any, An
 
 
 def codes_of(x: Any, step: Any, offset: Any, low: Any, high: Any) -> Array:
-    """Codes as floats, ties to even, NaN as 0; by the float32 reciprocal (`qjax.formats.numerics` says why)."""
-    v = (x - offset) * (1.0 / step)
-    return jnp.round(jnp.clip(jnp.where(jnp.isnan(v), 0.0, v), low, high))
+    """Codes as floats, ties to even, NaN stays NaN; by the float32 reciprocal (`qjax.formats.numerics` says why)."""
+    return jnp.round(jnp.clip((x - offset) * (1.0 / step), low, high))
 
 
 def lsq_plus(

@@ -1,0 +1,306 @@
+"""Training a supernet: EQ-Net's step (several subnets, guidance, weight distributions), and a loop that survives.
+
+The step is a pure function that `make_step` gives; the loop `train` adds what a long job needs: checkpoints (Orbax),
+exact resume, metrics, a mesh. Batches are a function of the step's number, so a job that goes on sees what it would
+have seen.
+
+Source: EQ-Net (Xu et al. 2023, arXiv:2308.07650), section 3.3 and the authors' training code: Adam at 1e-3 with a
+cosine to 0, gradients clipped by value at 1, no weight decay; highest, random and lowest subnets of one batch in this
+order.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from qjax.checkpoint.parts import load_part, open_job, save_part
+from qjax.errors import DataError, RecipeError
+from qjax.supernet.elastic import State, Supernet
+from qjax.supernet.losses import gpg_terms, wdr_loss
+from qjax.supernet.space import sample_choice
+from qjax.trees import check_trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What a training is made of.
+
+    Attributes:
+        steps: optimizer steps.
+        subnets: of a step: the highest, random ones, the lowest; 1 is the highest alone.
+        lam: share of the teacher in `gpg_loss`; 0 trains without guidance.
+        wdr: factor of `wdr_loss`; 0 trains without it.
+        learning_rate: of Adam at the start, going to 0 by a cosine. steps_rate: that of steps and offsets; None is the
+            same.
+        clip: gradients are clipped by value.
+        seed: from which subnets are drawn.
+    """
+
+    steps: int
+    _: dataclasses.KW_ONLY
+    subnets: int = 3
+    lam: float = 0.5
+    wdr: float = 1.0
+    learning_rate: float = 1e-3
+    steps_rate: float | None = None
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("subnets", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(f"Schedule: {name}={value!r}; a whole number from {least} on")
+        if not 0 <= self.lam <= 1:
+            raise RecipeError(f"Schedule: lam={self.lam!r}; from 0 to 1")
+        if not (self.wdr >= 0 and self.learning_rate > 0 and self.clip > 0):
+            raise RecipeError("Schedule: wdr is 0 or more, learning_rate and clip are above 0")
+
+    def kinds(self) -> list[str]:
+        """Which subnets a step runs, in order."""
+        return ["highest", *["random"] * max(self.subnets - 2, 0), *["lowest"] * (self.subnets > 1)]
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam for ``{"params", "state"}``, a group each."""
+
+        def adam(rate: float) -> optax.GradientTransformation:
+            return optax.chain(optax.clip(self.clip), optax.adam(optax.cosine_decay_schedule(rate, self.steps)))
+
+        rates = {"params": self.learning_rate, "state": self.steps_rate or self.learning_rate}
+        return optax.multi_transform(
+            {name: adam(rate) for name, rate in rates.items()},
+            lambda tree: {name: jax.tree.map(lambda _, name=name: name, part) for name, part in tree.items()},
+        )
+
+
+def split_output(out: Any, params: Any) -> tuple[Any, Any]:
+    """Logits and parameters of a function that returns logits, or (logits, parameters with moved statistics)."""
+    if isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[1]) == jax.tree.structure(params):
+        return out
+    return out, params
+
+
+def make_step(t: Supernet, schedule: Schedule, optimizer: optax.GradientTransformation | None = None) -> Any:
+    """A training step as a pure function, to be jitted.
+
+    Args:
+        t: of a function that returns logits, or (logits, params) with the statistics of batch norms moved:
+            every subnet moves them in turn, as in the authors' code.
+        schedule: what a step is made of.
+        optimizer: for ``{"params", "state"}``; None is the schedule's.
+
+    Returns:
+        ``step(params, state, moments, number, inputs, labels) -> (params, state, moments, metrics)``; inputs is a
+        tuple, and metrics are scalars by name.
+    """
+    optimizer = optimizer or schedule.optimizer()
+    kinds = schedule.kinds()
+
+    def step(params: Any, state: State, moments: Any, number: Any, inputs: Any, labels: Any) -> Any:
+        domain = t.domain(params, *inputs)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(schedule.seed), number), len(kinds))
+        choices = [sample_choice(key, domain, kind) for key, kind in zip(keys, kinds, strict=True)]
+
+        def loss(trained: Any) -> Any:
+            now, logits = trained["params"], []
+            for choice in choices:
+                out, _ = t.apply(now, trained["state"], choice, *inputs)
+                own, now = split_output(out, now)
+                logits.append(own)
+            terms = gpg_terms(logits, labels, schedule.lam)
+            metrics = {f"{kind}{n}" if kind == "random" else kind: v
+                       for n, (kind, v) in enumerate(zip(kinds, terms, strict=True))}  # fmt: skip
+            total = sum(terms[1:], terms[0])
+            if schedule.wdr:
+                metrics["wdr"] = wdr_loss(t.weights(trained["params"], *inputs))
+                total = total + schedule.wdr * metrics["wdr"]
+            return total, (now, {"loss": total, **metrics})
+
+        trained = {"params": params, "state": state}
+        grads, (moved, metrics) = jax.grad(loss, has_aux=True)(trained)
+        updates, moments = optimizer.update(grads, moments, trained)
+        after: Any = optax.apply_updates({"params": moved, "state": state}, updates)
+        return after["params"], after["state"], moments, metrics
+
+    return step
+
+
+def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: Any) -> Any:
+    """Batch-norm statistics of a subnet: forwards in training mode, without derivative, from the statistics at hand.
+
+    EQ-Net runs up to 257 batches before it evaluates any subnet, which matters most at 2 and 3 bits. The parameters
+    that are given are not changed, so every subnet starts from the same.
+
+    Args:
+        t: of a function that returns (logits, params with moved statistics).
+        params, state, choice: as for ``t.apply``; the choice may be traced.
+        *batches: the arguments of the function, each with an axis of batches in front.
+
+    Returns:
+        The parameters with the subnet's statistics.
+
+    Raises:
+        DataError: the function returns no parameters.
+    """
+
+    def one(now: Any, inputs: Any) -> Any:
+        out, _ = t.apply(now, state, choice, *inputs)
+        logits, moved = split_output(out, now)
+        if logits is out:
+            raise DataError("recalibrate: the function returns no moved statistics beside its logits; nothing to do")
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), moved, now), None
+
+    return lax.scan(one, params, batches)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `train` returns.
+
+    Attributes:
+        params, state: after the last step.
+        metrics: name -> a value for each step.
+    """
+
+    params: Any
+    state: State
+    metrics: Mapping[str, np.ndarray]
+
+
+def train(
+    t: Supernet,
+    params: Any,
+    state: State,
+    batches: Callable[[int], tuple[Any, Any]],
+    schedule: Schedule,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    folder: str | Path | None = None,
+    save_every: int = 100,
+    mesh: Any = None,
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> Trained:
+    """Train a supernet.
+
+    Args:
+        t: as for `make_step`.
+        params, state: where training starts; ``state`` from ``t.init``.
+        batches: number of a step -> (tuple of arguments, integer labels).
+        schedule: what a step is made of.
+        optimizer: as for `make_step`. Its settings are not in the job's description: resume with the same one.
+        folder: where checkpoints and ``metrics.csv`` are kept. A job that was killed goes on from the last checkpoint,
+            to the same result as one that was not.
+        save_every: steps between checkpoints.
+        mesh: examples are split over all its devices, parameters are on each.
+        progress: called as ``progress(done, total, metrics)`` after each step.
+
+    Returns:
+        The trained parameters and state, and the metrics of all steps.
+
+    Raises:
+        CheckpointError: the folder holds another job (another space or schedule, other sites).
+        DataError: a loss is NaN or infinite; the message names the site. The last checkpoint is kept.
+    """
+    for tree in (params, state):
+        check_trainable(tree)
+    optimizer = optimizer or schedule.optimizer()
+    moments = optimizer.init({"params": params, "state": state})
+    inputs, _ = batches(0)
+    sites = list(t.domain(params, *inputs).sites)
+    rows: dict[str, list[float]] = {}
+    first, carry = 0, (params, state, moments)
+    if folder is not None:
+        said = {"space": t.space.to_dict(), "sites": sites, "schedule": _plain(schedule)}
+        folder = open_job(folder, said, "training of a supernet")
+        found = load_part(folder / "training")
+        if found is not None:
+            carry = jax.tree.unflatten(jax.tree.structure(carry), [found[0][str(n)] for n in range(len(found[0]))])
+            first, rows = int(found[1]["step"]), dict(found[1]["metrics"])
+    place = _placing(mesh)
+    carry = place(carry, False)
+    step = jax.jit(make_step(t, schedule, optimizer))
+    for number in range(first, schedule.steps):
+        inputs, labels = (place(part, True) for part in batches(number))
+        *after, metrics = step(*carry, number, inputs, labels)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite(metrics["loss"]):
+            raise DataError(_blame(t, carry, inputs, number, metrics, folder))
+        carry = tuple(after)
+        for name, value in metrics.items():
+            rows.setdefault(name, []).append(value)
+        if folder is not None and ((number + 1) % save_every == 0 or number + 1 == schedule.steps):
+            _save(folder, carry, number + 1, rows)
+        if progress is not None:
+            progress(number + 1, schedule.steps, metrics)
+    return Trained(carry[0], carry[1], {name: np.asarray(values) for name, values in rows.items()})
+
+
+def _plain(schedule: Schedule) -> dict[str, Any]:
+    return {f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule) if f.name != "_"}
+
+
+def _placing(mesh: Any) -> Callable[[Any, bool], Any]:
+    """Put arrays on the devices of a mesh: examples split over all of them, others on each."""
+    if mesh is None:
+        return lambda tree, examples: tree
+    spec = jax.sharding.PartitionSpec
+
+    def place(tree: Any, examples: bool) -> Any:
+        sharding = jax.sharding.NamedSharding(mesh, spec(mesh.axis_names) if examples else spec())
+        for leaf in jax.tree.leaves(tree) if examples else []:
+            if np.shape(leaf)[0] % mesh.size:
+                raise DataError(f"a batch of {np.shape(leaf)[0]} examples does not split over {mesh.size} devices")
+        return jax.device_put(tree, sharding)
+
+    return place
+
+
+def _save(folder: Path, carry: Any, done: int, rows: Mapping[str, list[float]]) -> None:
+    """Write a checkpoint, then the metrics that it holds."""
+    leaves = {str(n): np.asarray(a) for n, a in enumerate(jax.tree.leaves(carry))}
+    save_part(folder / "training", leaves, {"step": done, "metrics": dict(rows)})
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["step", *rows])
+    writer.writerows([n + 1, *values] for n, values in enumerate(zip(*rows.values(), strict=True)))
+    partial = folder / "metrics.csv.partial"
+    partial.write_text(text.getvalue(), "utf-8")
+    os.replace(partial, folder / "metrics.csv")
+
+
+def _blame(t: Supernet, carry: Any, inputs: Any, number: int, metrics: Mapping[str, float], folder: Any) -> str:
+    """What to say of a loss that is not a number: the first site with bad numbers in its weight, tables or inputs."""
+    params, state, _ = carry
+    weights = t.weights(params, *inputs, first=True)
+    bad = {name: "its weight" for name, w in weights.items() if not bool(jnp.isfinite(w).all())}
+    bad |= {
+        name: f"its {field}"
+        for name, fields in state.items()
+        for field, a in fields.items()
+        if name not in bad and not bool(jnp.isfinite(a).all())
+    }
+    where = next((f"{name}: NaN or infinity in {bad[name]}" for name in state if name in bad), "")
+    if not where:
+        try:
+            t.init(params, *inputs, sample=1)
+        except DataError as error:
+            where = str(error).partition(";")[0]
+    kept = f"the last checkpoint in {folder} is kept" if folder is not None else "nothing was kept: give folder="
+    found = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+    return (
+        f"step {number + 1}: the loss is not finite ({found}); "
+        f"{where or 'weights, tables and inputs of all sites are finite, so it is in what comes after the last one'}; "
+        f"{kept}; lower the learning rate, or leave out the lowest bits"
+    )

@@ -1,0 +1,127 @@
+"""Training of supernets: steps, resume, meshes, batch norms."""
+
+import csv
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.errors import CheckpointError, DataError, RecipeError
+from qjax.models import CifarClassifier, CifarResNetConfig
+from qjax.supernet import Schedule, Space, recalibrate, train
+
+SPACE = Space((2, 8), (2, 8), (True,), (True,), (True,), ends=None)
+SCHEDULE = Schedule(6, learning_rate=3e-2, steps_rate=1e-2)
+
+
+def network(p, x):
+    """Two layers."""
+    return jnp.tanh(x @ p["a"]) @ p["b"]
+
+
+def weights():
+    k = jax.random.split(jax.random.key(0), 2)
+    return {"a": jax.random.normal(k[0], (6, 16)) * 0.5, "b": jax.random.normal(k[1], (16, 3)) * 0.5}
+
+
+def batches(step):
+    x = np.random.default_rng(step).standard_normal((16, 6)).astype(np.float32)
+    return (x,), (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0.5)
+
+
+@pytest.fixture(scope="module")
+def job():
+    t = qjax.elastic(network, SPACE)
+    p = weights()
+    state = t.init(p, *batches(0)[0])
+    return t, p, state, train(t, p, state, batches, SCHEDULE)
+
+
+def same(a, b, **tolerance):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def test_it_learns_and_goes_on_exactly_where_it_was_killed(job, tmp_path):
+    t, p, state, alone = job
+    assert set(alone.metrics) == {"loss", "highest", "random1", "lowest", "wdr"}
+    assert alone.metrics["highest"][-1] < 0.75 * alone.metrics["highest"][0]
+    assert all(
+        (np.asarray(alone.state["a"][f]) != state["a"][f]).any() for f in ("weight.scale.channel", "input.scale")
+    )
+    untouched = np.asarray(alone.state["b"]["weight.scale.channel"] == state["b"]["weight.scale.channel"])
+    assert untouched[:, 1:-1].all() and not untouched[:, [0, -1]].all()  # only 2 and 8 bits are in the space
+
+    class Killed(Exception):
+        pass
+
+    def killer(done, total, metrics):
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(t, p, state, batches, SCHEDULE, folder=tmp_path, save_every=2, progress=killer)
+    seen = []
+    again = train(t, p, state, batches, SCHEDULE, folder=tmp_path, save_every=2, progress=lambda n, *_: seen.append(n))
+    assert seen == [5, 6]  # what was after the last checkpoint is done once more
+    same((again.params, again.state, dict(again.metrics)), (alone.params, alone.state, dict(alone.metrics)), rtol=0)
+    with (tmp_path / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["step"] for row in table] == list("123456")
+    np.testing.assert_allclose([float(row["loss"]) for row in table], alone.metrics["loss"])
+    other = qjax.elastic(network, Space((2, 4), (2, 8), (True,), (True,), (True,), ends=None))
+    with pytest.raises(CheckpointError, match="space differ"):
+        train(other, p, state, batches, SCHEDULE, folder=tmp_path)
+
+
+def test_it_is_the_same_over_the_devices_of_a_mesh(job):
+    t, p, state, alone = job
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = train(t, p, state, batches, SCHEDULE, mesh=mesh)
+    same(spread.params, alone.params, atol=2e-3)
+    assert spread.params["a"].sharding.is_fully_replicated and len(spread.params["a"].devices()) == 8
+    with pytest.raises(DataError, match="a batch of 12 examples does not split over 8 devices"):
+        train(t, p, state, lambda n: jax.tree.map(lambda a: a[:12], batches(n)), SCHEDULE, mesh=mesh)
+
+
+def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_checkpoint(job, tmp_path):
+    t, p, state, _ = job
+
+    def poisoned(step):
+        (x,), y = batches(step)
+        return (x if step < 4 else x * np.float32(np.nan),), y
+
+    with pytest.raises(
+        DataError, match=r"step 5: the loss is not finite .*a: NaN or infinity among its inputs; the last"
+    ):
+        train(t, p, state, poisoned, SCHEDULE, folder=tmp_path, save_every=2)
+    seen = []
+    train(t, p, state, batches, SCHEDULE, folder=tmp_path, progress=lambda n, *_: seen.append(n))
+    assert seen == [5, 6]
+    with pytest.raises(DataError, match="a: NaN or infinity in its weight"):
+        train(t, {**p, "a": p["a"].at[0, 0].set(jnp.nan)}, state, batches, SCHEDULE)
+    for wrong in (lambda: Schedule(0), lambda: Schedule(3, subnets=0), lambda: Schedule(3, lam=2)):
+        with pytest.raises(RecipeError, match="Schedule"):
+            wrong()
+
+
+def test_batch_norms_are_calibrated_for_a_subnet():
+    model = CifarClassifier(CifarResNetConfig(1, widths=(4,), image_size=(8, 8), num_classes=3))
+    params = model.init(0)
+    x = jax.random.normal(jax.random.key(1), (5, 6, 8, 8, 3)) * 2 + 1
+    t = qjax.elastic(model.train_step_stats, Space((2, 8), (4, 8)))
+    state, domain = t.init(params, x[0]), t.domain(params, x[0])
+    choice = domain.uniform(2, 4)
+    got = jax.jit(lambda c, x: recalibrate(t, params, state, c, x))(choice, x)
+    want = params
+    step = jax.jit(lambda p, x: t.apply(p, state, choice, x)[0][1])
+    for batch in x:
+        want = step(want, batch)
+    same(got, want, rtol=1e-4, atol=1e-5)
+    assert any((np.asarray(a) != b).any() for a, b in zip(*map(jax.tree.leaves, (got, params)), strict=True))
+    evaluated = qjax.elastic(model, t.space)
+    assert evaluated.domain(params, x[0]) == domain  # one state for training and evaluation
+    with pytest.raises(DataError, match="no moved statistics"):
+        recalibrate(evaluated, params, state, choice, x)
