@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_parts import endings
 from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, SHAPES, Clock, checked, copies
 from qjax import ops
 from qjax.formats import Float8, Int, QArray, quantize_array
@@ -39,6 +40,15 @@ def checks(quick: bool) -> list[dict[str, Any]]:
                 inputs = np.asarray(act.decode(act.encode(x, aux), aux), np.float64)
                 worst = np.max(np.abs(y - inputs @ numbers.T) / (np.abs(inputs) @ np.abs(numbers).T))
                 row |= {"error": float(worst), "right": bool(worst < close)}
+            if act == Int(8, per="token") and tokens in (1, 16, 130):
+
+                def ended(bias: Any, residual: Any, out: Any, x: Any = x, w: Any = w, aux: Any = aux) -> Any:
+                    how = {"bias": bias, "residual": residual, "out_dtype": out}
+                    return ops.q_dot(x, w, act=(Int(8, per="token"), aux), **how, **BY_KERNEL)
+
+                inputs = np.asarray(act.decode(act.encode(x, aux), aux), np.float64)
+                name, size = f"W8A8 {weights.name}", f"[512, 1024], {tokens} tokens"
+                out += endings.rows(name, "bfloat16", size, ended, inputs, numbers, close)
     return out
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_parts import endings
 from benchmarks.gpu_parts.clock import CLOSE, SHAPES, Clock, checked, copies
 from benchmarks.gpu_parts.codes8 import CLOSE_FLOAT8
 from benchmarks.gpu_parts.weights16 import weight
@@ -36,9 +37,9 @@ SIZES = ((512, 1024), (200, 201))
 PEERS = {"XLA, dequantized": "dequantize"}
 
 
-def product(x: Any, w: QArray, how: str = "triton", out_dtype: Any = None) -> Any:
+def product(x: Any, w: QArray, how: str = "triton", out_dtype: Any = None, **terms: Any) -> Any:
     """By the kernel, or an error that says why not."""
-    return ops.q_dot(x, w, out_dtype=out_dtype, implementation=how)
+    return ops.q_dot(x, w, out_dtype=out_dtype, implementation=how, **terms)
 
 
 def target() -> str:
@@ -66,7 +67,20 @@ def checks(quick: bool) -> list[dict[str, Any]]:
                     worst = np.max(np.abs(first - exact @ numbers.T) / (np.abs(exact) @ np.abs(numbers).T))
                     steady = np.array_equal(first, again)
                     row |= {"error": float(worst), "steady": steady, "right": bool(worst < CLOSE and steady)}
-    return out + special() + codes(quick)
+    return out + special() + codes(quick) + ended(quick)
+
+
+def ended(quick: bool) -> list[dict[str, Any]]:
+    """With a bias and a residual."""
+
+    def made(n: int, k: int) -> tuple[QArray, np.ndarray]:
+        w, numbers = weight(G128, n, k, seed=0)
+        return ops.neutral(w), numbers
+
+    out = endings.weight_only(f"Triton W4A16 {G128.name}", "bfloat16", made, product, quick)
+    for row in out:  # the target stands behind the dtype
+        row["kernel"] += f", {target()}"
+    return out
 
 
 def special() -> list[dict[str, Any]]:

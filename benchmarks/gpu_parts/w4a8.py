@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_parts import endings
 from benchmarks.gpu_parts.clock import BY_KERNEL, SHAPES, Clock, checked, copies
 from benchmarks.kernel_cases.weights16 import described
 from qjax import ops
@@ -51,9 +52,10 @@ def numbers(w: QArray) -> np.ndarray:
     return (codes - (spread(aux["zero"]) if "zero" in aux else 0)) * spread(aux["scale"])
 
 
-def product(x: Any, w: QArray, act: Int = TOKEN, out_dtype: Any = None, how: str = "mosaic") -> Any:
+def product(x: Any, w: QArray, act: Int = TOKEN, out_dtype: Any = None, how: str = "mosaic", **terms: Any) -> Any:
     """By the kernel, or an error that says why not."""
-    return ops.q_dot(x, w, act=(act, ops.activation_aux(x, act)), out_dtype=out_dtype, implementation=how)
+    given = (act, ops.activation_aux(x, act))
+    return ops.q_dot(x, w, act=given, out_dtype=out_dtype, implementation=how, **terms)
 
 
 def error(fmt: Format, n: int, k: int, x: Any, act: Int = TOKEN) -> tuple[float, bool]:
@@ -90,6 +92,17 @@ def checks(quick: bool) -> list[dict[str, Any]]:
             x = jax.random.normal(jax.random.key(tile), (2 * tile - 3, 4096), jnp.bfloat16)
             worst, steady = error(fmt, 512, 4096, x)
             row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
+    for n, k, tokens in endings.SIZES[:: 2 if quick else 1]:
+        w = quantize_array(jax.random.normal(jax.random.key(n + k), (n, k)), FORMATS[0], in_axes=1)
+        x = jax.random.normal(jax.random.key(tokens), (tokens, k), jnp.bfloat16)
+        aux = ops.activation_aux(x, TOKEN)
+
+        def ended(bias: Any, residual: Any, out: Any, x: Any = x, w: Any = w) -> Any:
+            return product(x, ops.pack(w, "mosaic_int8"), out_dtype=out, bias=bias, residual=residual)
+
+        inputs = np.asarray(TOKEN.encode(x, aux), np.float64) * np.asarray(aux["scale"], np.float64)
+        name, size = f"W4A8 {FORMATS[0].name}", f"[{n}, {k}], {tokens} tokens"
+        out += endings.rows(name, "bfloat16", size, ended, inputs, numbers(w), CLOSE)
     row = {"kernel": f"W4A8 {FORMATS[0].name}, bfloat16", "case": "a scale per tensor, transposed activations"}
     with checked(row, out):
         x = jax.random.normal(jax.random.key(1), (1024, 24), jnp.bfloat16).T

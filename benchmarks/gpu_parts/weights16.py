@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_parts import endings
 from benchmarks.gpu_parts.clock import BY_KERNEL, CLOSE, SHAPES, TOKENS, Clock, checked, copies
 from benchmarks.kernel_cases.weights16 import G128, described, shapes
 from qjax import ops
@@ -63,9 +65,9 @@ def weight(fmt: Int, n: int, k: int, seed: int) -> tuple[QArray, np.ndarray]:
     return ops.pack(w), numbers * spread(scale)
 
 
-def product(x: Any, w: QArray, out_dtype: Any = None) -> Any:
+def product(x: Any, w: QArray, out_dtype: Any = None, **terms: Any) -> Any:
     """By the kernel, or an error that says why not."""
-    return ops.q_dot(x, w, out_dtype=out_dtype, **BY_KERNEL)
+    return ops.q_dot(x, w, out_dtype=out_dtype, **BY_KERNEL, **terms)
 
 
 def error(fmt: Int, n: int, k: int, tokens: int, dtype: str, out_dtype: Any = jnp.float32) -> tuple[float, bool]:
@@ -104,6 +106,9 @@ def checks(quick: bool) -> list[dict[str, Any]]:
                 jax.clear_caches()  # what is compiled does not say by which schedule
                 worst, steady = error(fmt, 512, 4096, schedule.tokens * 2 - 3, "bfloat16", jnp.bfloat16)
                 row |= {"error": worst, "steady": steady, "right": bool(worst < CLOSE and steady)}
+    for fmt, dtype in ((G128, "bfloat16"), (G128, "float16"), (Int(8), "bfloat16")):
+        made = functools.partial(weight, fmt, seed=0)
+        out += endings.weight_only(f"W{fmt.code_bits}A16 {fmt.name}", dtype, made, product, quick)
     return out + special()
 
 
@@ -142,8 +147,8 @@ def packed(n: int, k: int, seed: int, fmt: Format = G128, stack: tuple[int, ...]
 
 
 def times(clock: Clock) -> list[dict[str, Any]]:
-    """Every layer at all numbers of tokens beside bfloat16; other schedules of one layer."""
-    out = []
+    """Every layer at all numbers of tokens beside bfloat16; other schedules of one layer; a residual."""
+    out = endings.times(clock, f"W4A16 {G128.name}", packed, product)
     for layer, (n, k) in SHAPES.items():
         ours = [packed(n, k, s) for s in range(copies(n * k // 2))]
         for tokens in TOKENS:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import aot_triton
+from benchmarks.kernel_cases.weights16 import BOTH, given_terms, plus
 from qjax.formats import Float8, Int
 from qjax.kernels.dot.rows8 import rows8
 from qjax.kernels.dot.rows16 import rows16
@@ -30,11 +31,12 @@ class Case:
     codes: bool = False
     n: int = 4096
     k: int = 4096
+    terms: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As the table calls it."""
-        return f"{kind(self.fmt, self.dtype, self.target, self.codes)}, {self.tokens} tokens"
+        return f"{kind(self.fmt, self.dtype, self.target, self.codes, self.terms)}, {self.tokens} tokens"
 
     @property
     def multiplies(self) -> str:
@@ -56,7 +58,7 @@ class Case:
             arguments = [
                 one(t, m, *([self.k] if i == 0 else [])) for m in (self.n, self.tokens) for i, t in enumerate(kinds)
             ]
-            return functools.partial(rows8, **how), tuple(arguments)
+            return self._whole(functools.partial(rows8, **how), *arguments)
         assert isinstance(self.fmt, Int)
         cells, groups = self.k * self.fmt.bits // 8, self.fmt.groups(self.k)
         arguments = (
@@ -65,16 +67,19 @@ class Case:
             None if self.fmt.symmetric else one(np.uint8, self.n, groups),
             one(self.dtype, self.tokens, self.k),
         )
-        return functools.partial(rows16, fmt=self.fmt, **how), arguments
+        return self._whole(functools.partial(rows16, fmt=self.fmt, **how), *arguments)
+
+    def _whole(self, run: Any, *arguments: Any) -> Any:
+        return given_terms(run, arguments, self.terms, self.n, self.tokens, self.dtype)
 
     def compiled(self, function: Any, arguments: Any) -> dict[str, Any]:
         """What the assembler says of it."""
         return aot_triton.compiled(function, arguments, self.target)
 
 
-def kind(fmt: Int | Float8, dtype: str, target: str, codes: bool = False) -> str:
+def kind(fmt: Int | Float8, dtype: str, target: str, codes: bool = False, terms: tuple[str, ...] = ()) -> str:
     """The kernel without its tile of tokens."""
-    return f"Triton W{fmt.code_bits}A{8 if codes else 16} {fmt.name}, {dtype}, {target}"
+    return f"Triton W{fmt.code_bits}A{8 if codes else 16} {fmt.name}{plus(terms)}, {dtype}, {target}"
 
 
 def _device(target: str) -> Any:
@@ -98,4 +103,6 @@ def cases() -> list[Case]:
                 (Int(8, group=128, symmetric=False), "float16"),
             )
         ]
-    return out
+    # A residual is read in the kernel where K is not cut.
+    out += [Case(G128, "bfloat16", "sm_80", t, terms=BOTH, n=n) for t, n in ((16, 32768), (256, 4096))]
+    return [*out, Case(Int(8), "bfloat16", "sm_89", 4096, codes=True, terms=BOTH)]

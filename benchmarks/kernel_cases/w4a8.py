@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.kernel_cases.weights16 import described
+from benchmarks.kernel_cases.weights16 import BOTH, described, given_terms, plus
 from qjax.formats import CodeTiles, DualGrained, Format, Int, Progressive
 from qjax.formats.tiles import rounded_up
 from qjax.kernels.dot.codes4x8 import codes4x8
@@ -26,12 +26,13 @@ class Case:
     schedule: Schedule
     n: int = 1024
     k: int = 4096
+    terms: tuple[str, ...] = ()
     multiplies = "IGMMA"
 
     @property
     def name(self) -> str:
         """As the table calls it; the dtype is the result's."""
-        return f"W4A8 {self.fmt.name}, bfloat16, {described(self.schedule)}"
+        return f"W4A8 {self.fmt.name}{plus(self.terms)}, bfloat16, {described(self.schedule)}"
 
     def function(self) -> Any:
         """The kernel, and the shapes of its arguments."""
@@ -47,7 +48,8 @@ class Case:
         steps = self.k // (STEP * self.schedule.splits * self.schedule.deep)
         schedule = footprint(fmt).filled(self.schedule, steps, 2)
         how = {"fmt": fmt, "n": self.n, "out_dtype": jnp.dtype(jnp.bfloat16), "schedule": schedule}
-        return functools.partial(codes4x8, **how), arguments
+        run = functools.partial(codes4x8, **how)
+        return given_terms(run, arguments, self.terms, self.n, tokens, "bfloat16")
 
 
 def cases() -> list[Case]:
@@ -60,4 +62,5 @@ def cases() -> list[Case]:
     one_sum = (Progressive(group=128), Progressive(group=32, zeros="post"), Int(4), Int(4, symmetric=False))
     out += [Case(fmt, schedule) for fmt in one_sum for schedule in (few, Schedule(128, 0, tall=2))]
     in_blocks = (Int(4, group=128), Int(4, group=64), Int(4, group=128, symmetric=False))
-    return out + [Case(fmt, schedule) for fmt in in_blocks for schedule in (few, Schedule(128, 0))]
+    out += [Case(fmt, schedule) for fmt in in_blocks for schedule in (few, Schedule(128, 0))]
+    return out + [Case(g128, schedule, terms=BOTH) for schedule in (few, Schedule(128, 0, tall=2))]

@@ -31,12 +31,13 @@ class Case:
     schedule: Schedule
     n: int = 1024
     k: int = 4096
+    terms: tuple[str, ...] = ()
     multiplies = "HGMMA"
 
     @property
     def name(self) -> str:
         """As the table calls it."""
-        return f"W{self.fmt.code_bits}A16 {self.fmt.name}, {self.dtype}, {described(self.schedule)}"
+        return f"W{self.fmt.code_bits}A16 {self.fmt.name}{plus(self.terms)}, {self.dtype}, {described(self.schedule)}"
 
     def function(self) -> Any:
         """The kernel, and the shapes of its arguments."""
@@ -45,9 +46,28 @@ class Case:
         x = jax.ShapeDtypeStruct((1, self.schedule.tokens, self.k), self.dtype)
         how = {"n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": filled(w.fmt, self.schedule, self.k)}
         if isinstance(w.fmt, Planes):
-            return functools.partial(words16, planes=w.fmt.planes, **how), (aux, x)
-        run = functools.partial(tiles16, fmt=w.fmt, **how)
-        return lambda aux, x: run(aux["tiles"], aux["scale"], aux.get("zero"), x), (aux, x)
+            run, arguments = functools.partial(words16, planes=w.fmt.planes, **how), (aux, x)
+        else:
+            run, arguments = (
+                functools.partial(tiles16, fmt=w.fmt, **how),
+                (*map(aux.get, ("tiles", "scale", "zero")), x),
+            )
+        return given_terms(run, arguments, self.terms, self.n, self.schedule.tokens, self.dtype)
+
+
+BOTH = ("bias", "residual")
+
+
+def plus(terms: tuple[str, ...]) -> str:
+    """What is added, behind the format of a kernel's name."""
+    return "".join(f" + {name}" for name in terms)
+
+
+def given_terms(run: Any, arguments: tuple[Any, ...], terms: tuple[str, ...], n: int, tokens: int, dtype: str) -> Any:
+    """A kernel and the shapes of its arguments, among them what is added to a product of one matrix."""
+    sizes = {"bias": (1, n), "residual": (1, tokens, n)}
+    added = {name: jax.ShapeDtypeStruct(sizes[name], dtype) for name in terms}
+    return (lambda *given: run(*given[:-1], terms=given[-1]), (*arguments, added)) if terms else (run, arguments)
 
 
 def shapes(fmt: Format, n: int, k: int, stack: tuple[int, ...] = ()) -> QArray:
@@ -123,6 +143,9 @@ def cases() -> list[Case]:
         )
         for schedule in (few, many)
     ]
+    out += [Case(G128, "bfloat16", schedule, terms=BOTH) for schedule in (few, Schedule(64, 0), many)]
+    out += [Case(G128, "float16", few, terms=BOTH), Case(G128, "bfloat16", few, terms=("bias",))]
+    out += [Case(Int(8), "bfloat16", Schedule(128, 0), terms=BOTH)]
     return out + [
         Case(fmt, dtype, Schedule(t, 0))
         for fmt, dtype in (

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from jax import Array, lax
 
 from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.tiles import ROWS, rounded_up
+from qjax.kernels.dot.endings import Ending
 from qjax.kernels.dot.hopper import (
     STEP,
     WARPGROUPS,
@@ -73,6 +74,7 @@ def codes4x8(
     n: int,
     out_dtype: Any,
     schedule: Schedule,
+    terms: Mapping[str, Array] = {},
     interpret: Any = None,
 ) -> Array:
     """Multiply a stack of codes of activations by a stack of weights in tiles, and scale.
@@ -87,6 +89,7 @@ def codes4x8(
         n: N, rows of a matrix.
         out_dtype: dtype of the result; int32 gives sums as they are, of whole rows.
         schedule: how the work is cut.
+        terms: what is added (`Ending`).
         interpret: settings of the interpreter, for tests.
 
     Returns:
@@ -107,18 +110,19 @@ def codes4x8(
     width = n if n * partial.itemsize % 128 == 0 else rows
     out = jax.ShapeDtypeStruct((schedule.splits * count, x.shape[1], width), partial)
     scaled = not cut and out_dtype != jnp.int32
-    call = _kernel(out, fmt, rows, schedule, levels is not None, scaled, interpret)
+    ending = Ending(terms, out_dtype, schedule)
+    call = _kernel(out, fmt, rows, schedule, levels is not None, scaled, ending.inside, interpret)
     # Scales of whole tiles, so that none is read from behind the last token.
     of_tokens = (jnp.pad(x_scale, ((0, 0), (0, -tokens % schedule.tokens))),) if scaled else ()
     of_rows = () if fmt.whole_rows and not scaled else (scale,)
-    y = call(cells, x, *numbers, *of_rows, *of_tokens)
+    y = call(cells, x, *numbers, *of_rows, *of_tokens, *ending.operands(out, rows))
     if scaled or out_dtype == jnp.int32 and not cut:
-        return y[:, :tokens, :n].astype(out_dtype)
+        return ending.finished(y[:, :tokens, :n])
     y = jnp.sum(y.reshape(schedule.splits, count, *y.shape[1:]), axis=0)[:, :tokens, :n]
     if out_dtype == jnp.int32:
         return y
     y = y * scale[:, :1, :n] if fmt.whole_rows else y
-    return (y * x_scale[:, :, None]).astype(out_dtype)
+    return ending.finished(y * x_scale[:, :, None])
 
 
 def _kernel(
@@ -128,6 +132,7 @@ def _kernel(
     schedule: Schedule,
     leveled: bool,
     scaled: bool,
+    terms: Sequence[str],
     interpret: Any,
 ) -> Any:
     pl, plgpu = pallas()
@@ -211,7 +216,8 @@ def _kernel(
         return Work(step, finish, ring + ([(scale.at[e], of_rows)] if in_blocks else []))
 
     sums = jnp.float32 if in_blocks else jnp.int32
-    return hopper_kernel(work, out, rows=rows, steps=steps, sums=sums, schedule=schedule, interpret=interpret)
+    how = {"schedule": schedule, "terms": terms, "interpret": interpret}
+    return hopper_kernel(work, out, rows=rows, steps=steps, sums=sums, **how)
 
 
 def expanded(

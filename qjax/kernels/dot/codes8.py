@@ -11,6 +11,7 @@ threads, ring and cut of K are those of `hopper`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats.tiles import ROWS
+from qjax.kernels.dot.endings import Ending
 from qjax.kernels.dot.hopper import (
     STEP,
     WIDE,
@@ -43,6 +45,7 @@ def codes8(
     *,
     out_dtype: Any,
     schedule: Schedule,
+    terms: Mapping[str, Array] = {},
     interpret: Any = None,
 ) -> Array:
     """Multiply a stack of codes of activations by a stack of codes of weights, and scale.
@@ -54,6 +57,7 @@ def codes8(
         x_scale: float32 [E, M].
         out_dtype: dtype of the result.
         schedule: how the work is cut.
+        terms: what is added (`Ending`).
         interpret: settings of the interpreter, for tests.
 
     Returns:
@@ -64,17 +68,20 @@ def codes8(
     x = in_cells(x, k)
     cut = schedule.splits > 1
     out = written(x, count, n, n, out_dtype, schedule)
-    call = _kernel(out, x.dtype, k, schedule, interpret)
+    ending = Ending(terms, out_dtype, schedule)
+    call = _kernel(out, x.dtype, k, schedule, ending.inside, interpret)
     rows = w.reshape(count * n, k)
     if not cut:
         # Scales of whole tiles, so that none is read from behind the last token.
         padded = jnp.pad(x_scale, ((0, 0), (0, -tokens % schedule.tokens)))
-        return call(rows, x, w_scale, padded)[:, :tokens].astype(out_dtype)
+        return ending.finished(call(rows, x, w_scale, padded, *ending.operands(out, n))[:, :tokens])
     y = added(call(rows, x), schedule)[:, :tokens]
-    return (y * w_scale[:, None, :] * x_scale[:, :, None]).astype(out_dtype)
+    return ending.finished(y * w_scale[:, None, :] * x_scale[:, :, None])
 
 
-def _kernel(out: jax.ShapeDtypeStruct, dtype: Any, k: int, schedule: Schedule, interpret: Any) -> Any:
+def _kernel(
+    out: jax.ShapeDtypeStruct, dtype: Any, k: int, schedule: Schedule, terms: Sequence[str], interpret: Any
+) -> Any:
     pl, plgpu = pallas()
     layouts, tile, n = plgpu.Layout, schedule.tokens, out.shape[2]
     steps = k // STEP // schedule.splits
@@ -104,4 +111,5 @@ def _kernel(out: jax.ShapeDtypeStruct, dtype: Any, k: int, schedule: Schedule, i
         of_x = plgpu.BlockSpec((tile, STEP), lambda k: (at.tokens, at.part * steps + k), transforms=cells)
         return Work(step, finish, [(w, of_w), (x.at[at.matrix], of_x)])
 
-    return hopper_kernel(work, out, rows=n, steps=steps, sums=sums, schedule=schedule, interpret=interpret)
+    how = {"schedule": schedule, "terms": terms, "interpret": interpret}
+    return hopper_kernel(work, out, rows=n, steps=steps, sums=sums, **how)

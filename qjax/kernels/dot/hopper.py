@@ -191,6 +191,7 @@ def hopper_kernel(
     sums: Any,
     schedule: Schedule,
     tiles: int = 0,
+    terms: Sequence[str] = (),
     interpret: Any = None,
 ) -> Callable[..., Array]:
     """Return the kernel of a product.
@@ -208,12 +209,36 @@ def hopper_kernel(
         sums: dtype of the sum over steps.
         schedule: how the work is cut.
         tiles: rows of the table, or 0 where tile follows tile in every matrix.
+        terms: what is added to the sums (`qjax.kernels.dot.endings`), the last operands: "bias" [E, N'], "residual" of
+            the shape and dtype of ``out``; of a kernel without tables and parts.
         interpret: settings of the interpreter, for tests.
     """
+    assert not terms or not tiles and schedule.splits == 1
     pl, plgpu = pallas()
     layouts, tile, tall = plgpu.Layout, schedule.tokens, schedule.tall
     count, tokens = out.shape[0] // schedule.splits, out.shape[1]
     bits = out.dtype.itemsize * 8
+
+    def fetch(place: Place, added: dict[str, Any], y_tile: Any, arrived: Sequence[Any]) -> None:
+        """Ask for the residual of a warpgroup's tiles, where their results will be."""
+        if "residual" in added:
+            residual = added["residual"].at[place.matrix, pl.ds(place.tokens * tile, tile)]
+            for t in range(tall):
+                at = place.group * tall + t
+                plgpu.copy_gmem_to_smem(residual.at[:, place.own_of_matrix(t)], y_tile.at[at], arrived[0].at[at])
+
+    def with_terms(
+        total: Array, t: int, place: Place, added: dict[str, Any], y_tile: Any, arrived: Sequence[Any]
+    ) -> Array:
+        if "bias" in added:
+            bias = load(added["bias"].at[place.matrix, place.own_of_matrix(t)], layouts.WGMMA.reduce(1))
+            total = total + lax.broadcast_in_dim(bias.astype(jnp.float32), total.shape, (0,))
+        if "residual" in added:  # a thread reads what it will write
+            at = place.group * tall + t
+            plgpu.barrier_wait(arrived[0].at[at])
+            residual = load(turned(y_tile.at[at]), layouts.WGMMA_TRANSPOSED).astype(jnp.float32)
+            total = plgpu.layout_cast(total, layouts.WGMMA_TRANSPOSED) + residual
+        return total
 
     def store(totals: Sequence[Array], place: Place, y: Any, y_tile: Any, begin: Any = None, end: Any = None) -> None:
         for t, total in enumerate(totals):
@@ -249,10 +274,12 @@ def hopper_kernel(
         return totals + tuple(plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), of_rows) for _ in range(kept))
 
     def body(*refs: Any) -> None:
-        *operands, y, y_tile = refs
+        operands, (y, y_tile, *arrived) = list(refs[: -2 - len(barriers)]), refs[-2 - len(barriers) :]
         place = Place(*(lax.axis_index(name) for name in ("warpgroup", "matrix", "rows", "tokens", "part")), tall=tall)
         if not tiles:
-            return product(place, operands, y, y_tile)
+            added = dict(zip(terms, operands[len(operands) - len(terms) :], strict=True))
+            operands = operands[: len(operands) - len(terms)]
+            return product(place, operands, y, y_tile, added=added, arrived=arrived)
         table, *operands = operands
         matrix, cell, begin, end = (table[place.tokens, column] for column in range(4))
         place = place._replace(matrix=matrix, first=cell * CELL)  # the compiler wants to see the multiple
@@ -262,12 +289,19 @@ def hopper_kernel(
         def _() -> None:
             store(zeros(), place, y, y_tile, begin, end)
 
-    def product(place: Place, operands: Sequence[Any], *there: Any) -> None:
+    def product(
+        place: Place, operands: Sequence[Any], *there: Any, added: Any = None, arrived: Sequence[Any] = ()
+    ) -> None:
         step, finish, ring, kept = work(place, *operands)
 
         def around(pipeline: Any) -> None:
+            if terms:
+                fetch(place, added, there[1], arrived)
             totals = pipeline(zeros(kept))
-            store([finish(totals, t) for t in range(tall)], place, *there)
+            sums = [finish(totals, t) for t in range(tall)]
+            if terms:
+                sums = [with_terms(total, t, place, added, there[1], arrived) for t, total in enumerate(sums)]
+            store(sums, place, *there)
 
         plgpu.emit_pipeline_warp_specialized(
             step,
@@ -292,6 +326,7 @@ def hopper_kernel(
     # wants that said as tiles of one row, and newer ones take no such tiles.
     in_rows = () if JAX_VERSION >= (0, 11) else (plgpu.TilingTransform((1, ROWS)),)
     transforms = in_rows if tiles else tiling(1024 // bits, bits)
+    barriers = [plgpu.Barrier(num_barriers=WARPGROUPS * tall)] if "residual" in terms else []
     return plgpu.kernel(
         body,
         out_type=out,
@@ -299,7 +334,7 @@ def hopper_kernel(
         grid_names=names,
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((WARPGROUPS * tall, tile, ROWS), out.dtype, transforms=transforms)],
+        scratch_types=[plgpu.SMEM((WARPGROUPS * tall, tile, ROWS), out.dtype, transforms=transforms), *barriers],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )

@@ -7,7 +7,7 @@ with int8 or float8 activations by that of `codes8`, which reads codes in neutra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,8 +18,9 @@ from qjax.kernels.devices import has_mosaic
 from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import STEP, WIDE
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.reference import dot_reference, encoded
+from qjax.kernels.dot.reference import encoded
 from qjax.kernels.dot.schedules import Footprint, chosen
+from qjax.kernels.dot.terms import in_matrices
 from qjax.kernels.dot.tiles16 import tiles16
 from qjax.kernels.pack import tiled_format
 from qjax.kernels.registry import Act, Problem, When, register_lowering
@@ -111,30 +112,29 @@ def coded(problem: Problem, x: Array, act: Act) -> tuple[Array, Array]:
     name="mosaic",
     priority=5,
     about="wgmma on Hopper: 8-bit integers, packed for it, with 16-bit activations; W8A8, if named",
+    adds=True,
 )
-def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
+@in_matrices
+def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None, terms: Mapping[str, Array]) -> Array:
     """Return the product by the kernel."""
-    rows = x.shape[len(problem.stack) : -1]
-    if x.size == 0 or not problem.n or not problem.matrices:
-        return dot_reference(problem, x, w, act)
-    count, tokens = problem.matrices, math.prod(rows)
+    count, tokens = problem.matrices, math.prod(x.shape[len(problem.stack) : -1])
     if act is not None:
         schedule = chosen("codes8", problem, tokens, CODES8)
         codes, of_tokens = coded(problem, x, act)
         of_rows = jnp.broadcast_to(w.fmt.scale_of(w.aux), (*problem.stack, problem.n, 1))
-        y = codes8(
+        return codes8(
             w.codes.reshape(count, problem.n, problem.k),
             of_rows.reshape(count, problem.n),
             codes,
             of_tokens,
             out_dtype=problem.out_dtype,
             schedule=schedule,
+            terms=terms,
         )
-        return y.reshape(*problem.stack, *rows, problem.n)
     assert isinstance(problem.weight, IntTiles)
     zero = w.aux.get("zero")
     schedule = chosen("tiles16", problem, tokens, footprint(problem.weight))
-    y = tiles16(
+    return tiles16(
         w.aux["tiles"].reshape(count, -1),
         w.aux["scale"].reshape(count, -1),
         None if zero is None else zero.reshape(count, -1),
@@ -143,5 +143,5 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         n=problem.n,
         out_dtype=problem.out_dtype,
         schedule=schedule,
+        terms=terms,
     )
-    return y.reshape(*problem.stack, *rows, problem.n)

@@ -11,6 +11,7 @@ from jax import Array
 
 from qjax.formats import QArray
 from qjax.formats.parts import TiledParts
+from qjax.kernels.dot.terms import computed
 from qjax.kernels.registry import Act, Lowering, Problem, register_lowering, select
 
 
@@ -18,13 +19,21 @@ def problem_of_part(problem: Problem, rows: int, columns: int) -> Problem:
     """The product with one of so many parts; its result is float32 where parts along K are added."""
     assert isinstance(problem.weight, TiledParts)
     out = problem.out_dtype if columns == 1 else np.dtype(np.float32)
-    sizes: dict[str, Any] = {"n": problem.n // rows, "k": problem.weight.length, "out_dtype": out}
+    terms = problem.terms if columns == 1 else ()
+    sizes: dict[str, Any] = {"n": problem.n // rows, "k": problem.weight.length, "out_dtype": out, "terms": terms}
     return dataclasses.replace(problem, weight=problem.weight.part, **sizes)
 
 
 def _of_part(problem: Problem) -> Lowering:
     part = problem_of_part(problem, 1, max(problem.k // problem.weight.length, 1))  # type: ignore[attr-defined]
     return select(part, "mosaic")
+
+
+def _adds(problem: Problem) -> bool:
+    """Whether each part has its share of the terms: those of all columns."""
+    weight = problem.weight
+    assert isinstance(weight, TiledParts)
+    return problem.k == weight.length and _of_part(problem).adds_terms(problem_of_part(problem, 1, 1))
 
 
 def _runs(problem: Problem) -> bool | str:
@@ -44,6 +53,7 @@ def _runs(problem: Problem) -> bool | str:
     name="mosaic",
     priority=5,
     about="weights packed in parts for several devices: each part by its kernel",
+    adds=_adds,
 )
 @register_lowering(
     "ragged_dot",
@@ -54,7 +64,7 @@ def _runs(problem: Problem) -> bool | str:
     priority=5,
     about="experts packed in parts for several devices: each part by its kernel",
 )
-def parts(problem: Problem, x: Array, w: QArray, act: Act | None, *extra: Array) -> Array:
+def parts(problem: Problem, x: Array, w: QArray, act: Act | None, *extra: Array, **terms: Array) -> Array:
     """Return the product, part by part; on a mesh each device has one. A ragged one is given the sizes of groups."""
     assert isinstance(w.fmt, TiledParts)
     columns = problem.k // w.fmt.length
@@ -72,7 +82,8 @@ def parts(problem: Problem, x: Array, w: QArray, act: Act | None, *extra: Array)
             part = QArray(codes, aux, w.fmt.part, layout, w.dtype)
             at = slice(c * own.k, (c + 1) * own.k)
             of_part = act and (act[0], _columns(act, at, problem.k))
-            sums.append(kernel.function(own, x[..., at], part, of_part, *extra))
+            mine = {name: a[..., r * own.n : (r + 1) * own.n] for name, a in terms.items()}
+            sums.append(computed(kernel, own, x[..., at], part, of_part, *extra, terms=mine))
         total = sums[0]
         for more in sums[1:]:
             total = total + more

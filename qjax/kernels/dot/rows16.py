@@ -16,6 +16,7 @@ For NVIDIA's Ampere and Ada, where wgmma does not exist; it runs on newer ones t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats import Int
+from qjax.kernels.dot.terms import TERMS, with_terms
 from qjax.kernels.dot.triton_call import TritonKernel, pallas_triton
 
 AHEAD = 8
@@ -59,6 +61,7 @@ def rows16(
     fmt: Int,
     out_dtype: Any,
     cut: Cut,
+    terms: Mapping[str, Array] = {},
     interpret: bool = False,
 ) -> Array:
     """Multiply a stack of activations by a stack of weights in neutral order.
@@ -71,6 +74,7 @@ def rows16(
         fmt: the format of the weight.
         out_dtype: dtype of the result.
         cut: how the work is cut.
+        terms: what is added before the result is rounded: "bias" [E, N], "residual" [E, M, N].
         interpret: whether Pallas' interpreter runs it, for tests.
 
     Returns:
@@ -81,7 +85,8 @@ def rows16(
     steps = -(-length // cut.columns)
     assert steps % cut.splits == 0
     partial = jnp.dtype(jnp.float32 if cut.splits > 1 else out_dtype)
-    body = _body(fmt, cut, count, n, tokens, length, x.dtype, steps // cut.splits)
+    names, late = inside_and_after(terms, cut)
+    body = _body(fmt, cut, count, n, tokens, length, x.dtype, steps // cut.splits, names)
     kernel = TritonKernel(
         body,
         f"w{fmt.bits}a16",
@@ -91,9 +96,26 @@ def rows16(
         cut.stages,
         interpret,
     )
-    y = kernel(codes, scale, *(() if zero is None else (zero,)), x)
+    y = kernel(codes, scale, *(() if zero is None else (zero,)), x, *(terms[name] for name in names))
     y = y if cut.splits == 1 else jnp.sum(y.reshape(cut.splits, count, tokens, n), axis=0)
-    return y.astype(out_dtype)
+    return with_terms(y, late, out_dtype)
+
+
+def inside_and_after(terms: Mapping[str, Array], cut: Cut) -> tuple[tuple[str, ...], Mapping[str, Array]]:
+    """Names of the terms that a kernel adds, and the terms that are added to the sum over parts of K."""
+    return (tuple(name for name in TERMS if name in terms), {}) if cut.splits == 1 else ((), terms)
+
+
+def plus(
+    total: Array, names: Sequence[str], refs: Sequence[Any], e: Any, rows: Array, places: Array, *there: Any
+) -> Any:
+    """Sums [rows, tokens] of matrix e in float32 with their terms; ``there`` masks rows and tokens."""
+    for name, ref in zip(names, refs, strict=True):
+        if name == "bias":
+            total = total + read(ref.at[e, rows], there[0]).astype(jnp.float32)[:, None]
+        else:
+            total = total + read(ref.at[e, places[None, :], rows[:, None]], both(*there)).astype(jnp.float32)
+    return total
 
 
 def place(cut: Cut, n: int, tokens: int) -> tuple[Array, Array]:
@@ -132,14 +154,17 @@ def write(ref: Any, numbers: Array, mask: Array | None) -> None:
     pallas_triton()[1].store(ref, numbers, mask=mask)
 
 
-def _body(fmt: Int, cut: Cut, count: int, n: int, tokens: int, length: int, dtype: Any, steps: int) -> Any:
+def _body(
+    fmt: Int, cut: Cut, count: int, n: int, tokens: int, length: int, dtype: Any, steps: int, names: Sequence[str]
+) -> Any:
     pl = pallas_triton()[0]
     per_row = fmt.groups(length) == 1
     width = cut.columns * fmt.bits // 8  # bytes
     held = -(-length * fmt.bits // 8)
 
     def body(codes: Any, scale: Any, *rest: Any) -> None:
-        *zero, x, y = rest
+        *zero, x = rest[: len(rest) - 1 - len(names)]
+        *terms, y = rest[len(zero) + 1 :]
         rows, places = place(cut, n, tokens)
         part, e = pl.program_id(1), pl.program_id(2)
         in_rows, in_tokens = inside(rows, n, cut.rows), inside(places, tokens, cut.tokens)
@@ -163,6 +188,7 @@ def _body(fmt: Int, cut: Cut, count: int, n: int, tokens: int, length: int, dtyp
         total = lax.fori_loop(0, steps, step, jnp.zeros((cut.rows, cut.tokens), jnp.float32))
         if per_row:
             total = total * of_rows(scale, 0)[:, None]
+        total = plus(total, names, terms, e, rows, places, in_rows, in_tokens)
         there = y.at[part * count + e, places[None, :], rows[:, None]]
         write(there, total.astype(y.dtype), both(in_rows, in_tokens))
 

@@ -10,13 +10,15 @@ padded. For NVIDIA's Ampere (int8) and Ada (both); it runs on newer ones too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qjax.kernels.dot.rows16 import Cut, both, inside, place, read, write
+from qjax.kernels.dot.rows16 import Cut, both, inside, inside_and_after, place, plus, read, write
+from qjax.kernels.dot.terms import with_terms
 from qjax.kernels.dot.triton_call import TritonKernel, pallas_triton
 
 
@@ -28,6 +30,7 @@ def rows8(
     *,
     out_dtype: Any,
     cut: Cut,
+    terms: Mapping[str, Array] = {},
     interpret: bool = False,
 ) -> Array:
     """Multiply a stack of codes of activations by a stack of codes of weights, and scale.
@@ -39,6 +42,7 @@ def rows8(
         x_scale: float32 [E, M].
         out_dtype: dtype of the result.
         cut: how the work is cut.
+        terms: what is added before the result is rounded: "bias" [E, N], "residual" [E, M, N].
         interpret: whether Pallas' interpreter runs it, for tests.
 
     Returns:
@@ -52,8 +56,9 @@ def rows8(
     name, dtype = f"w8a8_{jnp.dtype(w.dtype).name}", w.dtype
     w, x = (lax.bitcast_convert_type(a, jnp.int8) for a in (w, x))  # Pallas cannot say zero in float8 behind a mask
     whole = cut.splits == 1
+    names, late = inside_and_after(terms, cut)
     kernel = TritonKernel(
-        _body(cut, count, n, tokens, length, dtype, sums, steps // cut.splits),
+        _body(cut, count, n, tokens, length, dtype, sums, steps // cut.splits, names),
         name,
         jax.ShapeDtypeStruct((cut.splits * count, tokens, n), jnp.dtype(out_dtype) if whole else sums),
         (-(-tokens // cut.tokens) * -(-n // cut.rows), cut.splits, count),
@@ -62,16 +67,19 @@ def rows8(
         interpret,
     )
     if whole:
-        return kernel(w, x, w_scale, x_scale)
+        return kernel(w, x, w_scale, x_scale, *(terms[name] for name in names))
     y = jnp.sum(kernel(w, x).reshape(cut.splits, count, tokens, n), axis=0).astype(jnp.float32)
-    return (y * w_scale[:, None, :] * x_scale[:, :, None]).astype(out_dtype)
+    return with_terms(y * w_scale[:, None, :] * x_scale[:, :, None], late, out_dtype)
 
 
-def _body(cut: Cut, count: int, n: int, tokens: int, length: int, dtype: Any, sums: Any, steps: int) -> Any:
+def _body(
+    cut: Cut, count: int, n: int, tokens: int, length: int, dtype: Any, sums: Any, steps: int, names: Sequence[str]
+) -> Any:
     pl = pallas_triton()[0]
 
     def body(w: Any, x: Any, *rest: Any) -> None:
         *scales, y = rest
+        scales, terms = scales[: len(scales) - len(names)], scales[len(scales) - len(names) :]
         rows, places = place(cut, n, tokens)
         part, e = pl.program_id(1), pl.program_id(2)
         in_rows, in_tokens = inside(rows, n, cut.rows), inside(places, tokens, cut.tokens)
@@ -89,6 +97,7 @@ def _body(cut: Cut, count: int, n: int, tokens: int, length: int, dtype: Any, su
         if scales:
             of_rows, of_tokens = read(scales[0].at[e, rows], in_rows), read(scales[1].at[e, places], in_tokens)
             total = total.astype(jnp.float32) * of_rows[:, None] * of_tokens[None, :]
+            total = plus(total, names, terms, e, rows, places, in_rows, in_tokens)
         write(y.at[part * count + e, places[None, :], rows[:, None]], total.astype(y.dtype), both(in_rows, in_tokens))
 
     return body

@@ -12,6 +12,8 @@ dtype, and `computed` adds.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from qjax.formats import QArray
+from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.registry import Act, Function, Lowering, Problem
 
 TERMS = ("bias", "residual")
@@ -63,3 +67,23 @@ def terms_after(
         return function(problem, x, w, act, *extra)
     plain = dataclasses.replace(problem, out_dtype=dtype_of_sum(problem), terms=())
     return with_terms(function(plain, x, w, act, *extra), terms, problem.out_dtype)
+
+
+def in_matrices(function: Function) -> Function:
+    """Make a lowering of ``function(problem, x, w, act, terms) -> [E, M, N]``, with terms in that form.
+
+    Products without any number are left to the oracle, and terms that the kernel cannot add are added after it.
+    """
+
+    @functools.wraps(function)
+    def run(problem: Problem, x: Array, w: QArray, act: Act | None, **terms: Array) -> Array:
+        if x.size == 0 or not problem.n or not problem.matrices:
+            return terms_after(dot_reference, problem, x, w, act, terms=terms)
+        if "residual" in terms and terms["residual"].dtype != problem.out_dtype:
+            return terms_after(run, problem, x, w, act, terms=terms)
+        count, rows, n = problem.matrices, x.shape[len(problem.stack) : -1], problem.n
+        shapes = {"bias": (count, n), "residual": (count, math.prod(rows), n)}
+        y = function(problem, x, w, act, {name: a.reshape(shapes[name]) for name, a in terms.items()})
+        return y.reshape(*problem.stack, *rows, n)
+
+    return run

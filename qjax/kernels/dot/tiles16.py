@@ -16,6 +16,7 @@ Structure after the public descriptions of Marlin (arXiv:2408.11743) and Machete
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from qjax.formats.tiles import OFFSET, ROWS, IntTiles, rounded_up
+from qjax.kernels.dot.endings import Ending
 from qjax.kernels.dot.hopper import (
     STEP,
     WARPGROUPS,
@@ -51,6 +53,7 @@ def tiles16(
     n: int,
     out_dtype: Any,
     schedule: Schedule,
+    terms: Mapping[str, Array] = {},
     interpret: Any = None,
 ) -> Array:
     """Multiply a stack of activations by a stack of weights in tiles.
@@ -64,6 +67,7 @@ def tiles16(
         n: N, rows of a matrix.
         out_dtype: dtype of the result.
         schedule: how the work is cut.
+        terms: what is added (`Ending`).
         interpret: settings of the interpreter, for tests.
 
     Returns:
@@ -74,8 +78,11 @@ def tiles16(
     x = in_cells(x, -(-length // columns) * columns)  # the weight was padded when it was packed
     operands = in_tiles(tiles, scale, zero, fmt, rows)
     out = written(x, count, n, rows, out_dtype, schedule)
-    call = tiles16_kernel(out, x.dtype, fmt, rows, schedule, zero is not None, interpret=interpret)
-    return added(call(*operands, x), schedule)[:, :tokens, :n].astype(out_dtype)
+    ending = Ending(terms, out_dtype, schedule)
+    how = {"terms": ending.inside, "interpret": interpret}
+    call = tiles16_kernel(out, x.dtype, fmt, rows, schedule, zero is not None, **how)
+    y = call(*operands, x, *ending.operands(out, rows))
+    return ending.finished(added(y, schedule)[:, :tokens, :n])
 
 
 def in_tiles(tiles: Array, scale: Array, zero: Array | None, fmt: IntTiles, rows: int) -> list[Array]:
@@ -95,6 +102,7 @@ def tiles16_kernel(
     zeros: bool,
     *,
     tiles: int = 0,
+    terms: Sequence[str] = (),
     interpret: Any = None,
 ) -> Any:
     """Return the kernel itself, on the arrays of `in_tiles` and activations [E, M', K'].
@@ -108,6 +116,7 @@ def tiles16_kernel(
         zeros: whether there are zero points.
         tiles: where a table says which matrix a tile of tokens meets, its rows (`hopper_kernel`); then the activations
             are [1, M', K'] and the result is [splits, M', ...].
+        terms: what the last operands are (`hopper_kernel`).
         interpret: settings of the interpreter, for tests.
     """
     pl, plgpu = pallas()
@@ -182,5 +191,5 @@ def tiles16_kernel(
         ring = [(cells, cells_spec), *((a.at[e], number_spec) for a in numbers), (x.at[where], x_spec)]
         return Work(step, finish, ring)
 
-    how = {"schedule": schedule, "tiles": tiles, "interpret": interpret}
+    how = {"schedule": schedule, "tiles": tiles, "terms": terms, "interpret": interpret}
     return hopper_kernel(work, out, rows=rows, steps=steps, sums=jnp.float32, **how)

@@ -7,6 +7,7 @@ Hopper it runs too: there, packed weights have the kernels of `qjax.kernels.dot.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,9 +15,10 @@ from jax import Array
 from qjax.formats import Float8, Format, Int, QArray
 from qjax.kernels.devices import cuda_processors
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.reference import dot_reference, encoded
+from qjax.kernels.dot.reference import encoded
 from qjax.kernels.dot.rows8 import rows8
 from qjax.kernels.dot.rows16 import Cut, rows16
+from qjax.kernels.dot.terms import in_matrices
 from qjax.kernels.dot.triton_call import MOST_ELEMENTS, has_triton
 from qjax.kernels.registry import Act, Problem, register_lowering
 from qjax.kernels.tuned import Key, bucket, schedule_of
@@ -142,33 +144,32 @@ def _worth(problem: Problem) -> bool | str:
     name="triton",
     priority=4,
     about="Triton on Ampere, Ada and Hopper: codes of 4 or 8 bits as they lie, with 16-bit activations; W8A8, if named",
+    adds=True,
 )
-def triton(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
+@in_matrices
+def triton(problem: Problem, x: Array, w: QArray, act: Act | None, terms: Mapping[str, Array]) -> Array:
     """Return the product by the kernel."""
-    rows = x.shape[len(problem.stack) : -1]
-    if x.size == 0 or not problem.n or not problem.matrices:
-        return dot_reference(problem, x, w, act)
-    count, tokens, n, k = problem.matrices, math.prod(rows), problem.n, problem.k
+    count, n, k = problem.matrices, problem.n, problem.k
+    tokens = math.prod(x.shape[len(problem.stack) : -1])
     cut = _cut(problem, tokens)
     codes = w.codes.reshape(count, n, -1)
     if act is not None:
         fmt, aux = act
         of_tokens = jnp.broadcast_to(fmt.scale_of(aux), (*x.shape[:-1], 1))
         of_rows = jnp.broadcast_to(w.fmt.scale_of(w.aux), (*problem.stack, n, 1))
-        y = rows8(
+        return rows8(
             codes,
             of_rows.reshape(count, n),
             encoded(x, act).reshape(count, tokens, k),
             of_tokens.reshape(count, tokens),
             out_dtype=problem.out_dtype,
             cut=cut,
+            terms=terms,
         )
-        return y.reshape(*problem.stack, *rows, n)
     assert isinstance(problem.weight, Int)
     scale, zero = (
         None if a is None else a.reshape(count, *a.shape[-2:]) for a in (w.fmt.scale_of(w.aux), w.fmt.zero_of(w.aux))
     )
     assert scale is not None
     x = x.reshape(count, tokens, k)
-    y = rows16(codes, scale, zero, x, fmt=problem.weight, out_dtype=problem.out_dtype, cut=cut)
-    return y.reshape(*problem.stack, *rows, n)
+    return rows16(codes, scale, zero, x, fmt=problem.weight, out_dtype=problem.out_dtype, cut=cut, terms=terms)

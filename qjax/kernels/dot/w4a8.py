@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from jax import Array
 
@@ -11,8 +12,8 @@ from qjax.kernels.dot.codes4x8 import codes4x8
 from qjax.kernels.dot.hopper import STEP, WIDE
 from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.mosaic import coded, on_hopper
-from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.dot.schedules import Footprint, chosen
+from qjax.kernels.dot.terms import in_matrices
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 
@@ -48,17 +49,16 @@ def _refuses(problem: Problem) -> str | None:
     name="mosaic",
     priority=5,
     about="wgmma on Hopper: 4-bit weights, packed for it, expanded to int8 in registers, with int8 activations",
+    adds=True,
 )
-def w4a8(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
+@in_matrices
+def w4a8(problem: Problem, x: Array, w: QArray, act: Act | None, terms: Mapping[str, Array]) -> Array:
     """Return the product by the kernel."""
-    rows = x.shape[len(problem.stack) : -1]
-    if x.size == 0 or not problem.n or not problem.matrices:
-        return dot_reference(problem, x, w, act)
     assert act is not None and isinstance(problem.weight, CodeTiles)
-    count, tokens = problem.matrices, math.prod(rows)
+    count, tokens = problem.matrices, math.prod(x.shape[len(problem.stack) : -1])
     codes, of_tokens = coded(problem, x, act)
     levels = w.aux.get("levels")
-    y = codes4x8(
+    return codes4x8(
         w.aux["tiles"].reshape(count, -1),
         None if levels is None else levels.reshape(count, -1),
         w.aux["scale"].reshape(count, -1),
@@ -68,5 +68,5 @@ def w4a8(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         n=problem.n,
         out_dtype=problem.out_dtype,
         schedule=chosen("codes4x8", problem, tokens, footprint(problem.weight)),
+        terms=terms,
     )
-    return y.reshape(*problem.stack, *rows, problem.n)

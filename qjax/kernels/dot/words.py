@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,8 +12,8 @@ from qjax.formats import MXFP4, NF4, NVFP4, Int, QArray, TritPlanes, TritTiles, 
 from qjax.formats.word_tiles import Planes
 from qjax.kernels.dot.hopper import STEP, WIDE
 from qjax.kernels.dot.mosaic import on_hopper
-from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.dot.schedules import Footprint, chosen
+from qjax.kernels.dot.terms import in_matrices
 from qjax.kernels.dot.words16 import words16
 from qjax.kernels.registry import Act, Problem, register_lowering
 
@@ -58,20 +59,19 @@ def refuses_words(problem: Problem) -> str | None:
     name="mosaic",
     priority=5,
     about="wgmma on Hopper: 2 and 4 bits, float8, NF4, MXFP4, NVFP4, trits, packed for it, with 16-bit activations",
+    adds=True,
 )
-def words(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
+@in_matrices
+def words(problem: Problem, x: Array, w: QArray, act: Act | None, terms: Mapping[str, Array]) -> Array:
     """Return the product by the kernel."""
-    rows = x.shape[len(problem.stack) : -1]
-    if x.size == 0 or not problem.n or not problem.matrices:
-        return dot_reference(problem, x, w, act)
     assert isinstance(problem.weight, Planes)
-    count, tokens = problem.matrices, math.prod(rows)
-    y = words16(
+    count, tokens = problem.matrices, math.prod(x.shape[len(problem.stack) : -1])
+    return words16(
         {name: a.reshape(count, -1) for name, a in w.aux.items()},
         x.reshape(count, tokens, problem.k),
         planes=problem.weight.planes,
         n=problem.n,
         out_dtype=problem.out_dtype,
         schedule=chosen("words16", problem, tokens, footprint(problem.weight)),
+        terms=terms,
     )
-    return y.reshape(*problem.stack, *rows, problem.n)

@@ -33,6 +33,7 @@ from jax import Array, lax
 
 from qjax.formats.tiles import ROWS, rounded_up
 from qjax.formats.word_tiles import COLUMNS, WORDS_OF_A_ROW, Plane
+from qjax.kernels.dot.endings import Ending
 from qjax.kernels.dot.hopper import (
     STEP,
     WARPGROUPS,
@@ -69,6 +70,7 @@ def words16(
     n: int,
     out_dtype: Any,
     schedule: Schedule,
+    terms: Mapping[str, Array] = {},
     interpret: Any = None,
 ) -> Array:
     """Multiply a stack of activations by a stack of weights in words.
@@ -80,6 +82,7 @@ def words16(
         n: N, rows of a matrix.
         out_dtype: dtype of the result.
         schedule: how the work is cut.
+        terms: what is added (`Ending`).
         interpret: settings of the interpreter, for tests.
 
     Returns:
@@ -89,9 +92,11 @@ def words16(
     rows, columns = rounded_up(n), rounded_up(length)
     x = in_cells(x, columns)  # the weight was padded when it was packed
     out = written(x, count, n, rows, out_dtype, schedule)
-    call = words16_kernel(out, x.dtype, tuple(planes), rows, columns, schedule, interpret=interpret)
-    y = call(*in_words(aux, planes, rows, columns, schedule), x)
-    return added(y, schedule)[:, :tokens, :n].astype(out_dtype)
+    ending = Ending(terms, out_dtype, schedule)
+    how = {"terms": ending.inside, "interpret": interpret}
+    call = words16_kernel(out, x.dtype, tuple(planes), rows, columns, schedule, **how)
+    y = call(*in_words(aux, planes, rows, columns, schedule), x, *ending.operands(out, rows))
+    return ending.finished(added(y, schedule)[:, :tokens, :n])
 
 
 def in_words(
@@ -135,6 +140,7 @@ def words16_kernel(
     schedule: Schedule,
     *,
     tiles: int = 0,
+    terms: Sequence[str] = (),
     interpret: Any = None,
 ) -> Any:
     """Return the kernel itself, on the arrays of `in_words` and activations [E, M', K'].
@@ -148,6 +154,7 @@ def words16_kernel(
         schedule: how the work is cut.
         tiles: where a table says which matrix a tile of tokens meets, its rows (`hopper_kernel`); then the activations
             are [1, M', K'] and the result is [splits, M', ...].
+        terms: what the last operands are (`hopper_kernel`).
         interpret: settings of the interpreter, for tests.
     """
     pl, plgpu = pallas()
@@ -273,5 +280,5 @@ def words16_kernel(
 
         return Work(step, finish, ring, tall if rolling else 0)
 
-    how = {"schedule": schedule, "tiles": tiles, "interpret": interpret}
+    how = {"schedule": schedule, "tiles": tiles, "terms": terms, "interpret": interpret}
     return hopper_kernel(work, out, rows=rows, steps=steps, sums=jnp.float32, **how)
