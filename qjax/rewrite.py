@@ -1,9 +1,10 @@
 """Replaying a jaxpr with quantized leaves.
 
 The rewritten function is made anew at each trace: the float function is traced abstractly, analysed, and its jaxpr is
-replayed by a `Rewriter` whose environment holds arrays and `QArray`s side by side. Three things happen to an equation:
+replayed by a `Rewriter` whose environment holds arrays and `QArray`s side by side. Four things happen to an equation:
 
 * a product, convolution or lookup whose weight is a `QArray` becomes the quantized op;
+* additions behind a product become part of it, where its kernel makes them (`qjax.rewriting.endings`);
 * a view (transpose, reshape, slice, cast) of a `QArray` stays a `QArray`, exactly, on its codes;
 * everything else is re-bound as it was, a `QArray` operand being dequantized first. That is always right, though not
   always fast, so it is noted for the report.
@@ -16,9 +17,9 @@ shardings as they were. Named scopes and tracebacks are replayed for each equati
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ from qjax.formats import is_quantized
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.program import Program
 from qjax.rewriting.control_flow import CONTROL_FLOW
-from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants
+from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants, taken_in
+from qjax.rewriting.endings import Addition, Postponed, additions, not_taken
 from qjax.rewriting.selection import Selected, dense
 from qjax.rewriting.steps import Context
 from qjax.rewriting.views import VIEWS
@@ -74,7 +76,7 @@ class Rewriter:
         return [self.dense(v, "the result") for v in self.run(jaxpr, list(arrays), (), {})]
 
     # ------------------------------------------------------------------------------------------- which decisions
-    @cached_property
+    @functools.cached_property
     def active(self) -> dict[Path, list[tuple[Path, int]]]:
         """Prefix of an address -> the reads below it whose activations are quantized, by relative address."""
         out: dict[Path, list[tuple[Path, int]]] = defaultdict(list)
@@ -185,13 +187,47 @@ class Rewriter:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
+        added = additions(inner) if self.takes_in else {}
+        postponed: dict[int, Postponed | None] = {}
         for i, eqn in enumerate(inner.eqns):
-            values = [read(a) for a in eqn.invars]
+            later = postponed.get(i)
+            if later is None and i in postponed:  # an addition that is made with one behind it
+                continue
             stack = siu.current_name_stack() + eqn.source_info.name_stack
             with siu.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
-                outs = self.equation(eqn, values, (*path, i), context)
+                if later is not None:
+                    arrays = {name: read(one.other) for name, one in later.terms.items()}
+                    outs = later.emit({n: self.dense(a, "it is added to a product") for n, a in arrays.items()})
+                else:
+                    values = [read(a) for a in eqn.invars]
+                    mine = not_taken(added.get(i, ()), postponed)
+                    if mine and (later := self.postponed(eqn, values, (*path, i), context, mine)):
+                        postponed |= {one.at: None for one in later.terms.values()} | {later.last: later}
+                        continue
+                    outs = self.equation(eqn, values, (*path, i), context)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(a) for a in inner.outvars]
+
+    @property
+    def takes_in(self) -> bool:
+        """Whether additions may become part of a product: in a plain replay, for GPUs, whose kernels make them."""
+        return type(self) is Rewriter and platform_here() == "cuda"
+
+    def postponed(
+        self, eqn: Any, values: list[Any], here: Path, context: Context, found: list[Addition]
+    ) -> Postponed | None:
+        """Return a product that is emitted with the additions behind it, or None where its lowering makes none."""
+        number = self.program.read_at.get(here)
+        acts = self.acts_of(number, context) if number is not None and self.inputs else []
+        distinct = {act for _, act in acts} or {None}
+        terms = taken_in(self, eqn, values, next(iter(distinct)), found) if len(distinct) == 1 else {}
+        if not terms:
+            return None
+
+        def emit(arrays: dict[str, Any]) -> list[Any]:
+            return self.product(functools.partial(emit_dot, terms=arrays), number, acts, eqn, values, context)
+
+        return Postponed(emit, terms)
 
     def equation(self, eqn: Any, values: list[Any], here: Path, context: Context) -> list[Any]:
         """Emit one equation."""

@@ -11,18 +11,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qjax import ops
 from qjax._compat import bind
-from qjax.errors import LayoutError, RecipeError
+from qjax.errors import LayoutError, LoweringError, RecipeError
 from qjax.formats import SIGNS, SMOOTH, Layout, QArray, is_quantized
 from qjax.formats.rotation import prepared, rotate
-from qjax.kernels.devices import platform_here
+from qjax.kernels import Problem, select
+from qjax.kernels.devices import cuda_capability, platform_here
+from qjax.rewriting.endings import terms_of
 from qjax.rewriting.operands import Operand, Operands, round_fixed
 from qjax.rewriting.selection import Selected
 
@@ -41,52 +45,139 @@ class Act:
     prefix: str | None = None
 
 
-def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
-    """A dot_general of which one operand may be a QArray."""
-    lhs, rhs = values
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where the axes of a product are in its quantized form.
+
+    Attributes:
+        weight: canonical, without what is kept for activations.
+        constants: that.
+        x_axes: of the activations: batch, rows, contraction, in the order in which the weight is stored.
+        shape: of the result: sizes of [*batch], [*rows], [*free axes of the weight].
+        permutation: from that order to the equation's.
+    """
+
+    weight: QArray
+    constants: dict[str, Any]
+    x_axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    permutation: tuple[int, ...]
+
+
+def placed(eqn: Any, weight: QArray, x: Any, side: int) -> Placed:
+    """Bring a dot_general, whose operand ``side`` is a weight, into the form of the quantized op.
+
+    Raises:
+        LayoutError: if it has none.
+    """
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    wc, xc = (tuple(rc), tuple(lc)) if side else (tuple(lc), tuple(rc))
+    wb, xb = (tuple(rb), tuple(lb)) if side else (tuple(lb), tuple(rb))
+    wfree = [d for d in range(weight.ndim) if d not in wc and d not in wb]
+    xfree = tuple(d for d in range(x.ndim) if d not in xc and d not in xb)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise LayoutError(f"a product with {x.dtype} numbers has no quantized form")
+    canonical, order = product_view(weight, wc, wb)
+    canonical, constants = _without_inputs(canonical)
+    _check_prepared(constants, canonical.length)
+    # x: [*batch, M, K], batch and contraction in the order in which the weight is stored
+    batch = tuple(xb[wb.index(d)] for d in order.batch)
+    contract = tuple(xc[wc.index(d)] for d in order.contract)
+    # [*batch, M, N] -> [*batch, *rows, *free axes of the weight in stored order] -> the equation's order
+    nb = len(batch)
+    batch_at = {d: i for i, d in enumerate(order.batch)}
+    free_at = {d: nb + len(xfree) + i for i, d in enumerate(order.free)}
+    batch_perm = [batch_at[d] for d in wb]
+    x_perm = list(range(nb, nb + len(xfree)))
+    w_perm = [free_at[d] for d in wfree]
+    sizes = lambda a, axes: tuple(a.shape[d] for d in axes)  # noqa: E731
+    return Placed(
+        canonical,
+        constants,
+        (batch, xfree, contract),
+        (sizes(x, batch), sizes(x, xfree), sizes(weight, order.free)),
+        tuple(batch_perm + (x_perm + w_perm if side else w_perm + x_perm)),
+    )
+
+
+def weight_side(values: list[Any]) -> int | None:
+    """Which operand of a dot_general is the quantized weight."""
+    return 1 if isinstance(values[1], QArray) else 0 if isinstance(values[0], QArray) else None
+
+
+def taken_in(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, found: Any) -> dict[str, Any]:
+    """Return which of the additions that follow a product its lowering makes itself, by the name of the operand.
+
+    Args:
+        rewriter: the replay.
+        eqn: a dot_general.
+        values: its operands.
+        act: how its activations are quantized.
+        found: as `qjax.rewriting.endings.additions` finds them.
+    """
+    side = weight_side(values)
+    if side is None or is_quantized(values[1 - side]) or isinstance(values[1 - side], Selected):
+        return {}
+    if eqn.params.get("out_sharding") is not None:
+        return {}
+    x, out = values[1 - side], eqn.outvars[0].aval
+    try:
+        there = placed(eqn, values[side], x, side)
+        terms = terms_of(found, *there.shape)
+        if list(there.permutation) != sorted(there.permutation) or not terms:
+            return {}
+        stack, rows, _ = there.shape
+        w = there.weight
+        problem = Problem(
+            op="dot",
+            platform=platform_here(),
+            weight=w.fmt,
+            act=act.fmt if act is not None else None,
+            rows=math.prod(rows),
+            n=w.codes.shape[-2],
+            k=w.length,
+            stack=tuple(stack),
+            x_dtype=np.dtype(x.dtype),
+            out_dtype=np.dtype(out.dtype),
+            capability=cuda_capability(),
+            terms=tuple(sorted(terms)),
+        )
+        return terms if select(problem, rewriter.implementation).adds_terms(problem) else {}
+    except (LayoutError, LoweringError):  # which the product itself will tell
+        return {}
+
+
+def emit_dot(
+    rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str, terms: Mapping[str, Any] | None = None
+) -> Any:
+    """A dot_general of which one operand may be a QArray; with the terms of `taken_in`, arrays of any rank."""
     out = eqn.outvars[0].aval
-    side = 1 if isinstance(rhs, QArray) else 0 if isinstance(lhs, QArray) else None
+    side = weight_side(values)
     if side is None:
         return _fake_quantized(rewriter, eqn, values, act, where, rewriter.input_side(eqn, where))
     weight, x = values[side], values[1 - side]
     if is_quantized(x) or isinstance(x, Selected):
         x = rewriter.dense(x, f"{where}: the other operand of the product is quantized too")
-    wc, xc = (tuple(rc), tuple(lc)) if side else (tuple(lc), tuple(rc))
-    wb, xb = (tuple(rb), tuple(lb)) if side else (tuple(lb), tuple(rb))
-    wfree = [d for d in range(weight.ndim) if d not in wc and d not in wb]
-    xfree = [d for d in range(x.ndim) if d not in xc and d not in xb]
     try:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise LayoutError(f"a product with {x.dtype} numbers has no quantized form")
-        canonical, order = product_view(weight, wc, wb)
-        canonical, constants = _without_inputs(canonical)
-        _check_prepared(constants, canonical.length)
+        there = placed(eqn, weight, x, side)
     except LayoutError as error:
         rewriter.note("dequantized", f"{where}: {error}")
         plain = [rewriter.dense(v, f"{where}: {error}") for v in values]
         return bind(eqn, plain)[0]
-    # x: [*batch, M, K], batch and contraction in the order in which the weight is stored
-    batch = [xb[wb.index(d)] for d in order.batch]
-    contract = [xc[wc.index(d)] for d in order.contract]
-    rows = [x.shape[d] for d in xfree]
-    batch_shape = [x.shape[d] for d in batch]
+    canonical, constants = there.weight, there.constants
+    batch_shape, rows, free_shape = there.shape
     if rewriter.choices is not None:
-        rows_of = math.prod(rows)
-        sizes = (*batch_shape, rows_of, canonical.codes.shape[-2], canonical.length)
+        sizes = (*batch_shape, math.prod(rows), canonical.codes.shape[-2], canonical.length)
         rewriter.choose("dot", canonical.fmt, act, sizes, x.dtype, where)
-    # [*batch, M, N] -> [*batch, *rows, *free axes of the weight in stored order] -> the equation's order
-    free_shape = [weight.shape[d] for d in order.free]
-    nb = len(batch)
-    batch_at = {d: i for i, d in enumerate(order.batch)}
-    free_at = {d: nb + len(rows) + i for i, d in enumerate(order.free)}
-    batch_perm = [batch_at[d] for d in wb]
-    x_perm = list(range(nb, nb + len(rows)))
-    w_perm = [free_at[d] for d in wfree]
     streamed = rewriter.streamed(where)
-    permutation = batch_perm + (x_perm + w_perm if side else w_perm + x_perm)
+    n = math.prod(free_shape)
+    added = {}
+    for name, a in (terms or {}).items():
+        lead = (*batch_shape, math.prod(rows)) if name == "residual" else batch_shape if a.size > n else ()
+        added[name] = _reshape(a, (*lead, n))
 
     def product(x: Any, canonical: QArray, constants: dict[str, Any]) -> Any:
+        batch, xfree, contract = there.x_axes
         xt = lax.transpose(x, (*batch, *xfree, *contract))
         xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
         xt = _prepared(xt, constants, act)
@@ -99,8 +190,9 @@ def emit_dot(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where:
             implementation=rewriter.implementation,
             streamed=streamed,
             site=where,
+            **added,
         )
-        return lax.transpose(_reshape(result, (*batch_shape, *rows, *free_shape)), permutation)
+        return lax.transpose(_reshape(result, (*batch_shape, *rows, *free_shape)), there.permutation)
 
     sharding = eqn.params.get("out_sharding")
     if sharding is not None:  # asked for by the user under explicit sharding: the partitioner finds the way there
@@ -216,7 +308,7 @@ def _reshape(x: Any, shape: tuple[int, ...]) -> Any:
     return x if x.shape == shape else lax.reshape(x, shape)
 
 
-def _for_stack(act: Any, stack: list[int]) -> Any:
+def _for_stack(act: Any, stack: Sequence[int]) -> Any:
     """Scales for a stack of products: one scale for the whole tensor is the same for each."""
     if act is None or not stack:
         return act
