@@ -4,7 +4,7 @@
 
 The language model that comes with the repository, integer weights of 2 to 8 bits in groups of 128. Sensitivities
 (second order) and whole losses on 6 blocks of 256 tokens of the training text; NSGA-II with 24 assignments for 24
-generations; up to 300 random assignments within the budget, drawn near it; the best of each scored on 33 blocks of the
+generations; up to 100 random assignments within the budget, drawn near it; the best of each scored on 33 blocks of the
 validation text. KL to float in nats.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     start, names = assign(found, given.budget), list(found.choices)
     memory = Remembered(losses, given.resume and given.resume / "random.jsonl", progress=lambda n: print(n, flush=True))
     measured = len((kept / "measured.jsonl").read_text().splitlines()) if kept else 24 * 25
-    random = random_within(found, best, min(measured, 300))
+    random = random_within(found, best, min(measured, 100))
     of_random = memory(random)
 
     def genome(chosen: Any) -> list[int]:

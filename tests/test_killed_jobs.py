@@ -17,7 +17,7 @@ KILLS = 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["calibrate", "blocks"])
+@pytest.mark.parametrize("kind", ["calibrate", "blocks", "search", "collect"])
 def test_killed_at_random_moments(kind, tmp_path, root):
     env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
 
@@ -55,7 +55,7 @@ def test_killed_at_random_moments(kind, tmp_path, root):
     ended(start("killed", "killed.npz"))
     same(tmp_path / "alone.npz", tmp_path / "killed.npz")
     assert killed == KILLS, f"{killed} of {attempts} jobs were killed before their end"
-    assert kind == "calibrate" or len(reached) > 2, "the job was killed before it had done anything"
+    assert kind != "blocks" or len(reached) > 2, "the job was killed before it had done anything"
 
 
 def same(a, b):

@@ -1,11 +1,12 @@
-"""A calibration, or a quantization block by block, that says when it begins and writes its result; to be killed.
+"""A job that says when it begins, keeps what it has done in a folder and writes its result; to be killed.
 
-python killed_job.py calibrate|blocks FOLDER RESULT.npz
+python killed_job.py calibrate|blocks|search|collect FOLDER RESULT.npz
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -26,13 +27,65 @@ def fn(p, x):
     return lax.scan(layer, x, p["layers"])[0] @ p["head"]
 
 
+def searched(folder: str) -> list[np.ndarray]:
+    """NSGA-II over whole assignments of a sum that takes its time, begun from the exact one."""
+    from qjax.search import NSGA2, refine
+    from qjax.search.sensitivity import Part, Row, Sensitivities
+
+    rng = np.random.default_rng(0)
+    loss = rng.lognormal(0, 1, (12, 1)) * np.array([1.0, 0.2, 0.0])
+    names = ("W2", "W4", "float")
+    rows = tuple(
+        Row(
+            f"w{n}",
+            (f"w{n}",),
+            ("dot",),
+            64,
+            (Part(8, 8, 1.0),),
+            {"W2": 16, "W4": 32, "float": 256},
+            {"kl": dict(zip(names, loss[n].tolist(), strict=True))},
+            {name: (None, None) for name in names},
+        )
+        for n in range(12)
+    )
+    recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(4))]).to_dict()
+    sensitivities = Sensitivities(rows, {"W2": recipe, "W4": recipe}, 0, 1, ("kl",))
+
+    def whole(genomes: np.ndarray) -> np.ndarray:
+        time.sleep(0.03)
+        return loss[np.arange(12), genomes].sum(axis=1) * (1 + 0.1 * (genomes[:, :-1] == genomes[:, 1:]).mean(axis=1))
+
+    best = refine(sensitivities, whole, "4 bits", NSGA2(16, 10), resume=folder)
+    points = [(p.cost, p.loss) for curve in best.curves.values() for p in curve]
+    return [
+        np.array([best.whole, best.cost]),
+        np.array(points),
+        np.array([list(names).index(c) for c in best.choices.values()]),
+    ]
+
+
+def collected(folder: str) -> list[np.ndarray]:
+    """Subnets and their scores."""
+    from qjax.search import collect_subnets
+    from qjax.supernet import Space
+
+    def score(choices: np.ndarray) -> np.ndarray:
+        time.sleep(0.1)
+        return 1 - np.exp2(-choices[..., :2].astype(float)).mean(axis=(1, 2))
+
+    found = collect_subnets(score, Space().domain([f"w{n}" for n in range(8)]), [5] * 8, [3] * 8, 160, resume=folder)
+    return [found.choices, found.forms, found.scores]
+
+
 def main(kind: str, folder: str, result: str) -> None:
     rng = np.random.default_rng(0)
     make = lambda *shape: jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
     params = {"layers": {"up": make(LAYERS, D, 2 * D), "down": make(LAYERS, 2 * D, D)}, "head": make(D, 5)}
     batches = [jnp.asarray(rng.standard_normal((16, D)), jnp.float32) for _ in range(12)]
     print("begun", flush=True)
-    if kind == "calibrate":
+    if kind in ("search", "collect"):
+        found = searched(folder) if kind == "search" else collected(folder)
+    elif kind == "calibrate":
         folded.SHARE = 1e9  # keep the state after every batch
         inputs = qjax.static(qjax.Int(8, per="tensor"), qjax.Percentile(99.9))
         recipe = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(8), inputs=inputs)])
