@@ -21,17 +21,16 @@ FAMILIES = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton"
 QJAX = Path(__file__).parents[2] / "qjax"
 
 _WORDS = ("kernels/dot/words16.py", "kernels/dot/widen.py", "formats/words.py", "formats/word_tiles.py")
-_TILES = ("kernels/dot/tiles16.py", "formats/tiles.py")
 _HOPPER = "kernels/dot/hopper.py"
 _ENDINGS = "kernels/dot/endings.py"
 
 SOURCES = {
-    "weights16": (_HOPPER, _ENDINGS, *_TILES, *_WORDS),
+    "weights16": (_HOPPER, _ENDINGS, *_WORDS),
     "codes8": (_HOPPER, _ENDINGS, "kernels/dot/codes8.py"),
     "w4a8": (_HOPPER, _ENDINGS, "kernels/dot/codes4x8.py", "formats/code_tiles.py"),
     "lookup": (_HOPPER, _ENDINGS, *_WORDS, "formats/trit_tiles.py"),
     "mixed": (_HOPPER, "kernels/dot/mixed16.py", "formats/mixed_tiles.py", "formats/mixed_words.py"),
-    "ragged": (_HOPPER, *_TILES, *_WORDS, "kernels/ragged_dot/experts.py", "kernels/ragged_dot/placing.py"),
+    "ragged": (_HOPPER, *_WORDS, "kernels/ragged_dot/experts.py", "kernels/ragged_dot/placing.py"),
     "triton": ("kernels/dot/rows16.py", "kernels/dot/rows8.py", "kernels/dot/triton_call.py"),
     "acts": ("kernels/act/rows.py",),
 }

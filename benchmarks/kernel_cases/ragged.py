@@ -84,4 +84,4 @@ def cases() -> list[Case]:
         (TritPlanes(), "bfloat16"),
     )
     out += [Case(fmt, dtype, few) for fmt, dtype in kinds] + [Case(fmt, dtype, many) for fmt, dtype in kinds[:-1]]
-    return out + [Case(Int(8), "bfloat16", Schedule(t, 0)) for t in (16, 128)]
+    return out + [Case(Int(8), "bfloat16", schedule) for schedule in (few, many)]

@@ -1,4 +1,4 @@
-"""Weights in tiles and in words times 16-bit activations, and whole programs around the kernel."""
+"""Integers in words times 16-bit activations, and whole programs around the kernel."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import qjax
 from qjax import ops
 from qjax.formats import Format, Int, Layout, QArray, quantize_array
-from qjax.formats.word_tiles import Planes
-from qjax.kernels.dot import mosaic, words
 from qjax.kernels.dot.hopper import STEP, TOKENS, Schedule
-from qjax.kernels.dot.tiles16 import tiles16
+from qjax.kernels.dot.words import footprint
 from qjax.kernels.dot.words16 import words16
 from qjax.models import LanguageModel, LlamaConfig
 
@@ -45,14 +43,8 @@ class Case:
         aux = {name: jax.ShapeDtypeStruct((1, a.size), a.dtype) for name, a in w.aux.items()}
         x = jax.ShapeDtypeStruct((1, self.schedule.tokens, self.k), self.dtype)
         how = {"n": self.n, "out_dtype": jnp.dtype(self.dtype), "schedule": filled(w.fmt, self.schedule, self.k)}
-        if isinstance(w.fmt, Planes):
-            run, arguments = functools.partial(words16, planes=w.fmt.planes, **how), (aux, x)
-        else:
-            run, arguments = (
-                functools.partial(tiles16, fmt=w.fmt, **how),
-                (*map(aux.get, ("tiles", "scale", "zero")), x),
-            )
-        return given_terms(run, arguments, self.terms, self.n, self.schedule.tokens, self.dtype)
+        run = functools.partial(words16, planes=w.fmt.planes, **how)  # pyright: ignore[reportAttributeAccessIssue]
+        return given_terms(run, (aux, x), self.terms, self.n, self.schedule.tokens, self.dtype)
 
 
 BOTH = ("bias", "residual")
@@ -78,8 +70,7 @@ def shapes(fmt: Format, n: int, k: int, stack: tuple[int, ...] = ()) -> QArray:
 
 def filled(fmt: Any, schedule: Schedule, k: int) -> Schedule:
     """A schedule with as many stages as there is room for, for results of 16 bits."""
-    footprint = words.footprint(fmt) if isinstance(fmt, Planes) else mosaic.footprint(fmt)
-    return footprint.filled(schedule, k // (STEP * schedule.splits * schedule.deep), 2)
+    return footprint(fmt).filled(schedule, k // (STEP * schedule.splits * schedule.deep), 2)
 
 
 def described(schedule: Schedule) -> str:
@@ -146,13 +137,14 @@ def cases() -> list[Case]:
     out += [Case(G128, "bfloat16", schedule, terms=BOTH) for schedule in (few, Schedule(64, 0), many)]
     out += [Case(G128, "float16", few, terms=BOTH), Case(G128, "bfloat16", few, terms=("bias",))]
     out += [Case(Int(8), "bfloat16", Schedule(128, 0), terms=BOTH)]
-    return out + [
-        Case(fmt, dtype, Schedule(t, 0))
+    out += [
+        Case(fmt, dtype, schedule)
         for fmt, dtype in (
             (Int(8), "bfloat16"),
             (Int(8), "float16"),
             (Int(8, group=128), "bfloat16"),
             (Int(8, group=64, symmetric=False), "float16"),
         )
-        for t in (16, 128)
+        for schedule in (dataclasses.replace(few, deep=1), many)
     ]
+    return [*out, Case(Int(8), "bfloat16", Schedule(128, 0))]

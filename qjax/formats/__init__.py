@@ -21,7 +21,6 @@ from qjax.formats.qstack import QStack, is_quantized, stack_slices
 from qjax.formats.registry import format_from_dict, formats, get, register_format
 from qjax.formats.rotation import SIGNS, SMOOTH
 from qjax.formats.sparse24 import Sparse24
-from qjax.formats.tiles import IntTiles
 from qjax.formats.trit_planes import TritPlanes
 from qjax.formats.trit_tiles import TritTiles
 from qjax.formats.twin import TwinUniform
@@ -42,7 +41,6 @@ __all__ = [
     "Float8",
     "Format",
     "Int",
-    "IntTiles",
     "Layout",
     "Log",
     "MixedBits",

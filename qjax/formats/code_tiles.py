@@ -1,7 +1,7 @@
 """4-bit weights in the order in which a GPU's tensor cores multiply them with int8 activations.
 
-`CodeTiles` is for products of codes, as `IntTiles` (`qjax.formats.tiles`) is for products with 16-bit floats: made
-once by `qjax.ops.pack`, undone by `qjax.ops.neutral`. A kernel expands the codes to int8 in registers,
+`CodeTiles` is for products of codes, as `qjax.formats.word_tiles` is for products with 16-bit floats: made once by
+ `qjax.ops.pack`, undone by `qjax.ops.neutral`. A kernel expands the codes to int8 in registers,
 
     number[n, k] = (code[n, k] - zero[n, g]) * step[n, g]        integers; `DualGrained`, `Progressive`
     number[n, k] = code[n, k] * step[n, g] - zero[n, g]          `Progressive` with zeros="post"

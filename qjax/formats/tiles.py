@@ -1,17 +1,11 @@
-"""What orders for kernels share, and integers of 8 bits in the order in which a GPU's tensor cores read them.
+"""What the orders have in common in which kernels read weights.
 
-What is on disk is neutral: rows of bits. A kernel on the GPU reads the weight in tiles, and an order that is made once,
-when a model is put on its device, costs nothing per call. `IntTiles` is that order; `qjax.ops.pack` makes it and
-`qjax.ops.neutral` undoes it. With N and K the sizes of one matrix,
+What is on disk is neutral: rows of bits. A kernel on the GPU reads a weight in tiles, and an order that is made once,
+when a model is put on its device, costs nothing per call. `qjax.ops.pack` makes it and `qjax.ops.neutral` undoes it.
+N and K, the sizes of one matrix, are rounded up to multiples of 128, N' and K'.
 
-    N' = N rounded up to 128, K' = K rounded up to 128, B = 64 columns, or 32 where groups are no multiple of 64
-    tiles  int8     [*stack, 1, N' K']  as [N'/64, K'/B, 64, B]: tiles of 64 rows and B columns, tile after tile
-    scale  float32  [*stack, 1, G N']   as [G, N']: one number per block and row; rows of padding have 0
-    zero   bfloat16 [*stack, 1, G N']   likewise, for codes with a zero point
-
-A block is 32, 64 or 128 columns, the largest that divides the group (longer groups repeat their number), or all of K
-where a row has one scale. Codes with a zero point are stored less 128, as signed ones, and so is the zero point: signed
-integers are what is widened without converting number by number. Padding is code 0.
+A block is 16, 32, 64 or 128 columns, the largest that divides the group (longer groups repeat their number), or all of
+K where a row has one scale.
 """
 
 from __future__ import annotations
@@ -26,18 +20,13 @@ from jax.typing import ArrayLike
 
 from qjax.errors import FormatError
 from qjax.formats.base import Aux, Format
-from qjax.formats.integer import Int
 from qjax.formats.numerics import AnyArray
-from qjax.formats.registry import register_format
 
 ROWS = 64
 """Rows of a tile."""
 
 MULTIPLE = 128
 """N and K are padded to a multiple of this."""
-
-OFFSET = 128
-"""What is taken from unsigned codes of `IntTiles` to make them signed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,69 +175,6 @@ class Blocked(Tiled):
         a = jnp.swapaxes(a.reshape(*a.shape[:-2], self.blocks, rounded_up(n)), -1, -2)[..., :n, :]
         step = self.like.group // self.block if self.block else 1  # type: ignore[operator]
         return a[..., ::step][..., : self.like.groups(self.length)]
-
-
-@register_format("int_tiles")
-@dataclasses.dataclass(frozen=True)
-class IntTiles(Blocked):
-    """``Int(8, ...)`` codes in tiles; the numbers they stand for are exactly those of ``like``.
-
-    Made by `qjax.ops.pack`, not by rounding. Sliced along stack axes only.
-
-    Args:
-        like: the format of the weight that was packed.
-        length: K, the columns of the matrix without padding.
-
-    Raises:
-        FormatError: where ``like`` has no such layout, with the reason.
-    """
-
-    like: Int
-    length: int
-
-    takes: ClassVar[tuple[type[Format], ...]] = (Int,)
-    row_aux: ClassVar[tuple[str, ...]] = ("tiles", "scale", "zero")
-
-    @classmethod
-    def cannot(cls, fmt: Format, length: int) -> str | None:
-        if not isinstance(fmt, Int) or fmt.bits != 8:
-            return f"codes of {fmt.name} weights are no integers of 8 bits"
-        if fmt.zero == "float":
-            return f"zero points of {fmt.name} lie between codes, where bfloat16 would round them"
-        if length < 1:
-            return "rows are empty"
-        if fmt.groups(length) > 1 and fmt.group % 32:  # type: ignore[operator]
-            return f"groups of {fmt.group} columns are no multiple of 32"
-        return None
-
-    def tiled(self, codes: AnyArray, aux: Aux) -> Aux:
-        """Return aux of this format from codes [*stack, N, K] and aux of ``like``."""
-        *stack, n, k = codes.shape
-        padding = [(0, 0)] * len(stack) + [(0, rounded_up(n) - n), (0, self.padded_length - k)]
-        codes = jnp.asarray(codes)
-        codes = codes if self.symmetric else codes.astype(jnp.int32) - OFFSET
-        codes = jnp.pad(codes.astype(jnp.int8), padding)
-        codes = codes.reshape(*stack, rounded_up(n) // ROWS, ROWS, self.padded_length // self.columns, self.columns)
-        out: Aux = {
-            "tiles": jnp.swapaxes(codes, -3, -2).reshape(*stack, 1, -1),
-            "scale": self.by_block(aux["scale"], n).astype(jnp.float32),
-        }
-        if not self.symmetric:
-            zero = self.by_block(aux["zero"].astype(jnp.float32) - OFFSET, n)
-            out["zero"] = zero.astype(jnp.bfloat16)  # 8 bits, exactly
-        return out
-
-    def untiled(self, aux: Aux, n: int) -> tuple[Array, Aux]:
-        """Return codes [*stack, N, K] and aux as ``like`` has them; undoes `tiled`."""
-        stack = aux["tiles"].shape[:-2]
-        tiles = aux["tiles"].reshape(*stack, rounded_up(n) // ROWS, -1, ROWS, self.columns)
-        codes = jnp.swapaxes(tiles, -3, -2).reshape(*stack, rounded_up(n), self.padded_length)
-        codes = codes[..., :n, : self.length]
-        out: Aux = {"scale": self.by_row(aux["scale"], n)}
-        if not self.symmetric:
-            codes = (codes.astype(jnp.int32) + OFFSET).astype(jnp.uint8)
-            out["zero"] = (self.by_row(aux["zero"].astype(jnp.float32), n) + OFFSET).astype(jnp.uint8)
-        return codes, {k: a[..., :1, :] for k, a in out.items()} if self.per == "tensor" else out
 
 
 def rounded_up(size: int) -> int:

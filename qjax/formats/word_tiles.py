@@ -120,11 +120,11 @@ def no_words(fmt: Format, length: int, *, multiple: int = 32) -> str | None:
 @register_format("word_tiles")
 @dataclasses.dataclass(frozen=True)
 class WordTiles(Planes):
-    """8-bit and 4-bit floats, NF4, 4-bit and 2-bit integers in tiles; they stand for what ``like`` says.
+    """8-bit and 4-bit floats, NF4, integers of 8, 4 and 2 bits in tiles; they stand for what ``like`` says.
 
     Scales: float32 of Float8, NF4 and Int; of MXFP4 bfloat16, which holds its powers of two; of NVFP4 bfloat16 for each
-    block of 16 and float32 for each row, that of the matrix. Bits per weight with groups of 128: Float8 8.25, Int(4)
-    4.25, Int(2) 2.25; NF4 with groups of 64 4.5, MXFP4 4.5, NVFP4 5.
+    block of 16 and float32 for each row, that of the matrix. Bits per weight with groups of 128: Float8 and Int(8)
+    8.25, Int(4) 4.25, Int(2) 2.25; NF4 with groups of 64 4.5, MXFP4 4.5, NVFP4 5.
 
     Args:
         like: the format of the weight that was packed.
@@ -144,7 +144,7 @@ class WordTiles(Planes):
     def cannot(cls, fmt: Format, length: int) -> str | None:
         if isinstance(fmt, Float8) and fmt.element != "e4m3fn":
             return f"codes of {fmt.name} weights have two mantissa bits; only float8_e4m3fn is widened"
-        if isinstance(fmt, Int) and fmt.bits not in (2, 4):
+        if isinstance(fmt, Int) and fmt.bits not in (2, 4, 8):
             return f"codes of {fmt.name} weights are no integers of 2, 4 or 8 bits"
         if isinstance(fmt, Int) and fmt.zero == "float":
             return f"zero points of {fmt.name} lie between codes, where bfloat16 would round them"
@@ -156,9 +156,10 @@ class WordTiles(Planes):
     def decoder(self) -> Decoder:
         """Of its codes."""
         if isinstance(self.like, Int):
-            if self.like.bits == 2:
-                return words.two_bits(2 if self.like.symmetric else 0)
-            return words.four_bits(8 if self.like.symmetric else None)
+            if self.like.bits == 4:
+                return words.four_bits(8 if self.symmetric else None)
+            offset = self._offset if self.symmetric else 0
+            return words.two_bits(offset) if self.like.bits == 2 else words.Bytes(offset)
         return {Float8: words.E4M3, NF4: words.NF4}.get(type(self.like), words.E2M1)
 
     @property
@@ -200,7 +201,7 @@ class WordTiles(Planes):
             blocks = from_16(aux["factor"], n, self.padded_length)[..., : self.like.groups(self.length)]
             return codes, {"scale": blocks.astype(jnp.float8_e4m3fn), "global_scale": scale}
         if isinstance(self.like, Int) and self.symmetric:
-            codes = codes.astype(jnp.int8) - jnp.int8(self._offset)
+            codes = (codes.astype(jnp.int32) - self._offset).astype(jnp.int8)
         elif isinstance(self.like, Float8):
             codes = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
         scale = self.by_row(aux["scale"], n)

@@ -6,12 +6,13 @@ codes stand in a word, and takes the pairs out of it in a few instructions that 
 
 The instructions are written once, with the operators of Python, and run on anything that has these: on NumPy's and
 jax's arrays of words (tests go through all codes; jax's interpreter of kernels runs the same lines) and on registers
-of a kernel (`qjax.kernels.dot.widen`). There are two kinds:
+of a kernel (`qjax.kernels.dot.widen`). There are three kinds:
 
     Moved       bits of a code go to their places in a bfloat16 or float16 number, and a multiplication and addition
                 of exact numbers makes the value: 8-bit and 4-bit floats, whose exponents are cut off otherwise, and
                 small integers, as last bits of 128 (1024)
     Looked      a table of sixteen numbers: two byte permutations each pick from eight bytes
+    Bytes       integers of 8 bits, more than the last bits of a bfloat16 number hold: two halves, put together exactly
 """
 
 from __future__ import annotations
@@ -180,6 +181,44 @@ class Looked(Decoder):
         return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Bytes(Decoder):
+    """Integers of 8 bits, less an offset of 0 or 128.
+
+    A bfloat16 number has 8 bits, and 128 + 15 is the largest whose last four are a half of a code. So a code is made of
+    16 (high - offset') + (128 + low), which is exact, as one instruction rounds once; float16 holds 1024 + code.
+
+    Args:
+        offset: what is taken away.
+    """
+
+    offset: int
+    bits: int = 8
+
+    def stored(self, codes: Any) -> Any:
+        return jnp.sum(jnp.asarray(codes).astype(jnp.uint32) << self._shifts, axis=(-2, -1), dtype=jnp.uint32)
+
+    def read(self, words: Any) -> Any:
+        return ((jnp.asarray(words)[..., None, None] >> self._shifts) & np.uint32(0xFF)).astype(jnp.uint8)
+
+    @property
+    def _shifts(self) -> np.ndarray:
+        """Of a code: byte t of the left half of the word, and of the right."""
+        return np.array([[0, 16], [8, 24]], np.uint32)
+
+    def numbers(self, word: Any, dtype: Any) -> list[Any]:
+        out = []
+        for t in range(2):
+            here = _moved(word, 8 * t, False)
+            if np.dtype(dtype) == FLOAT16:
+                number = masked(here, 0x00FF00FF, 0x64006400)
+                out.append(fma(number, 1.0, -1024.0 - self.offset, dtype))
+                continue
+            low, high = (masked(half, 0x000F000F, 0x43004300) for half in (here, _moved(word, 8 * t + 4, False)))
+            out.append(fma(fma(high, 1.0, -136.0 - self.offset / 16, dtype), 16.0, low, dtype))
+        return out
+
+
 # Instructions that are no operators.
 
 
@@ -214,17 +253,25 @@ def permuted(low: Any, high: Any, selector: Any) -> Any:
     return word
 
 
-def fma(pair: Any, factor: float, added: float, dtype: Any) -> Any:
-    """Return factor * number + added of both numbers of a word, rounded once to the dtype; factor a power of two."""
-    if factor == 1 and not added:
+def fma(pair: Any, factor: float, added: Any, dtype: Any) -> Any:
+    """Return factor * number + added of both numbers of a word, rounded once to the dtype; factor a power of two.
+
+    What is added is one number for both, or a word of normal numbers.
+    """
+    if isinstance(added, (int, float)) and factor == 1 and not added:
         return pair
     if machine := getattr(pair, "fma", None):
         return machine(factor, added, dtype)
     return functools.reduce(lambda a, b: a | b, [_fma_half(pair, v, factor, added, dtype) for v in range(2)])
 
 
-def _fma_half(pair: Any, v: int, factor: float, added: float, dtype: Any) -> Any:
+def _fma_half(pair: Any, v: int, factor: float, added: Any, dtype: Any) -> Any:
     """`fma` of one half of a word, in its place."""
+    of = jnp if isinstance(pair, jax.Array) else np
+
+    def seen(bits: Any, as_dtype: Any) -> Any:
+        return lax.bitcast_convert_type(bits, as_dtype) if of is jnp else bits.view(as_dtype)
+
     half = (pair >> np.uint32(16 * v)) & np.uint32(0xFFFF)
     digits, bias = (7, 127) if np.dtype(dtype) == BFLOAT16 else (10, 15)
     exponent = (half >> np.uint32(digits)) & np.uint32((1 << (15 - digits)) - 1)
@@ -232,14 +279,13 @@ def _fma_half(pair: Any, v: int, factor: float, added: float, dtype: Any) -> Any
     whole = (half & np.uint32((1 << digits) - 1)) | normal << np.uint32(digits)
     # Put together from integers: float32 arithmetic on CPU takes subnormal numbers for 0, and bfloat16 has the same.
     power = int(np.log2(factor)) + 127 - bias - digits + 1
-    unit = (exponent - normal + np.uint32(power % (1 << 32))) << np.uint32(23)
-    of = jnp if isinstance(pair, jax.Array) else np
-    unit = lax.bitcast_convert_type(unit, jnp.float32) if of is jnp else unit.view(np.float32)
+    unit = seen((exponent - normal + np.uint32(power % (1 << 32))) << np.uint32(23), jnp.float32)
     sign = np.float32(1) - np.float32(2) * (half >> np.uint32(15)).astype(np.float32)
+    if not isinstance(added, (int, float)):
+        added = seen(((added >> np.uint32(16 * v)) & np.uint32(0xFFFF)).astype(np.uint16), dtype).astype(np.float32)
     # One rounding: the product is exact in float32, and so are the sums of those that there are.
-    number = (sign * (whole.astype(np.float32) * unit) + np.float32(added)).astype(dtype)
-    bits = lax.bitcast_convert_type(number, jnp.uint16) if of is jnp else number.view(np.uint16)
-    return bits.astype(np.uint32) << np.uint32(16 * v)
+    number = (sign * (whole.astype(np.float32) * unit) + of.asarray(added, np.float32)).astype(dtype)
+    return seen(number, jnp.uint16).astype(np.uint32) << np.uint32(16 * v)
 
 
 # The decoders.

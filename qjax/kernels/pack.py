@@ -18,12 +18,12 @@ from qjax.formats.mixed_tiles import MixedTiles
 from qjax.formats.numerics import AnyArray
 from qjax.formats.packing import row_pad
 from qjax.formats.parts import TiledParts, cannot_cut
-from qjax.formats.tiles import IntTiles, Tiled
+from qjax.formats.tiles import Tiled
 from qjax.formats.trit_tiles import TritTiles
 from qjax.formats.word_tiles import WordTiles
 
 TILED: dict[str, tuple[type[Tiled], ...]] = {
-    "mosaic": (IntTiles, WordTiles, TritTiles, MixedTiles, CodeTiles),
+    "mosaic": (WordTiles, TritTiles, MixedTiles, CodeTiles),
     "mosaic_int8": (CodeTiles,),
 }
 """By target, the orders that there are; of those that take a format the first is made.
@@ -63,7 +63,7 @@ def pack(w: QArray, target: str = "mosaic", *, parts: tuple[int, int] = (1, 1)) 
             ``Float8``, ``NF4``, ``MXFP4``, ``NVFP4``, ``TritPlanes``, ``MixedBits``, ``DualGrained``, ``Progressive``;
             groups are multiples of 32, or one scale per row. One that is packed for another target is packed anew.
         target: for the tensor cores of NVIDIA's Hopper: "mosaic", for the activations that a format is made for,
-            16-bit floats with ``Int`` (`qjax.formats.tiles`), int8 with ``DualGrained`` and ``Progressive``;
+            16-bit floats with ``Int`` (`qjax.formats.word_tiles`), int8 with ``DualGrained`` and ``Progressive``;
             "mosaic_int8", for int8 activations with ``Int(4, ...)`` too (`qjax.formats.code_tiles`).
         parts: into how many equal parts the matrix is cut along (outputs, inputs) before each is packed by itself, so
             that as many devices can share it (`qjax.formats.parts`). ``MixedBits`` has one: scales of the whole matrix.

@@ -105,7 +105,7 @@ def _cut(key: Key, heuristic: Any, kernel: str, blocks: dict[int, int], parts: S
     return made
 
 
-CANDIDATES: dict[str, Candidates] = dict.fromkeys(("ragged_tiles16", "ragged_words16"), ragged_candidates)
+CANDIDATES: dict[str, Candidates] = {"ragged_words16": ragged_candidates}
 """By kernel, where it has candidates of its own; others have those of `hopper_candidates`."""
 
 

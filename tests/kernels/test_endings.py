@@ -19,7 +19,6 @@ from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import Schedule
 from qjax.kernels.dot.rows8 import rows8
 from qjax.kernels.dot.rows16 import Cut, rows16
-from qjax.kernels.dot.tiles16 import tiles16
 from qjax.kernels.dot.words16 import words16
 
 BOTH = ("bias", "residual")
@@ -76,10 +75,7 @@ def test_float_activations(fmt, n, k, tokens, schedule, dtype, out, names):
     aux = {name: a.reshape(2, -1) for name, a in packed.aux.items()}
     how = {"n": n, "out_dtype": out, "schedule": schedule, "terms": terms}
     with mosaic.interpreter() as interpret:
-        if fmt.bits == 4:
-            y = words16(aux, x, planes=packed.fmt.planes, interpret=interpret, **how)
-        else:
-            y = tiles16(aux["tiles"], aux["scale"], None, x, fmt=packed.fmt, interpret=interpret, **how)
+        y = words16(aux, x, planes=packed.fmt.planes, interpret=interpret, **how)
         y, races = jax.block_until_ready(y), mosaic.races_found()
     check(y, with_terms(np.einsum("emk,enk->emn", f64(x), numbers), terms), out)
     assert not races

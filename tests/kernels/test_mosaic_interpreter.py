@@ -16,10 +16,9 @@ import pytest
 
 from qjax import ops
 from qjax._compat import JAX_VERSION
-from qjax.formats import Int, WordTiles
+from qjax.formats import Int
 from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import Schedule
-from qjax.kernels.dot.tiles16 import tiles16
 from qjax.kernels.dot.words16 import words16
 
 pytestmark = pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
@@ -33,11 +32,7 @@ def run(w, x, schedule, out_dtype=jnp.float32, **how):
     flat = {name: a.reshape(count, -1) for name, a in p.aux.items()}
     how_cut = {"n": w.codes.shape[-2], "out_dtype": out_dtype, "schedule": schedule}
     with mosaic.interpreter(**how) as interpret:
-        if isinstance(p.fmt, WordTiles):
-            y = words16(flat, x, planes=p.fmt.planes, interpret=interpret, **how_cut)
-        else:
-            given = (flat["tiles"], flat["scale"], flat.get("zero"), x)
-            y = tiles16(*given, fmt=p.fmt, interpret=interpret, **how_cut)
+        y = words16(flat, x, planes=p.fmt.planes, interpret=interpret, **how_cut)
         return np.asarray(y, np.float64), mosaic.races_found()
 
 

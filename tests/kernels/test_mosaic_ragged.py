@@ -98,7 +98,7 @@ def test_it_is_chosen_on_hopper_and_nowhere_else():
     ("change", "why"),
     [
         ({"capability": (10, 0)}, "wgmma exists on compute capability 9.0"),
-        ({"weight": G128}, "it reads IntTiles or WordTiles"),
+        ({"weight": G128}, "it reads WordTiles or TritTiles"),
         ({"x_dtype": np.dtype(np.float32)}, "activations are float32; cast them"),
         ({"act": Int(8, per="token")}, "a weight in tiles takes 16-bit floats"),
         ({"devices": 8}, "8 devices; call it inside jax.shard_map"),

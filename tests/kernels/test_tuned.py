@@ -24,7 +24,7 @@ from qjax.kernels.samples import Product, arguments, function_of, problem_of
 from qjax.kernels.tuned import Key, Row, bucket, files, look_up, lookup
 
 H200 = "NVIDIA H200"
-KEY = Key("tiles16", 1, "int4 g128 tiles", "bfloat16", 4096, 4096, 16)
+KEY = Key("words16", 1, "int4 g128 tiles", "bfloat16", 4096, 4096, 16)
 RULE = Schedule(16, 6, 1)
 BEST = Schedule(16, 4, 2)
 
@@ -93,7 +93,7 @@ def test_a_user_s_result_goes_before_that_of_qjax_and_an_exact_one_before_a_near
 
 
 def test_what_is_forced_is_taken(file):
-    with described_gpu(), tuned.forced(Schedule(16, 2), "tiles16"):
+    with described_gpu(), tuned.forced(Schedule(16, 2), "words16"):
         assert tuned.schedule_of(KEY, RULE) == Schedule(16, 2)
         assert tuned.schedule_of(dataclasses.replace(KEY, kernel="codes8"), RULE) == RULE
 

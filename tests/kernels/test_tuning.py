@@ -98,7 +98,7 @@ def test_ties_go_to_the_rule_of_thumb_then_to_the_simpler_schedule():
     assert tuning.choose({split: 1.0, plain: 1.02, rule: 1.02}, rule) == split
 
 
-@pytest.mark.parametrize("kernel", ["tiles16", "words16"])
+@pytest.mark.parametrize("kernel", ["codes8", "words16"])
 @pytest.mark.parametrize("tokens", [8, 64, 256])
 def test_candidates_fit(tokens, kernel):
     key = Key(kernel, 1, "int4 g128 tiles", "bfloat16", 4096, 14336, tokens)

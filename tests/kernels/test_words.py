@@ -48,6 +48,8 @@ KINDS = {
     "trits": (decoders.two_bits(1), np.arange(-1.0, 3)),
     "int4": (decoders.four_bits(8), np.arange(-8.0, 8)),
     "uint4": (decoders.four_bits(None), np.arange(16.0)),
+    "int8": (decoders.Bytes(128), np.arange(-128.0, 128)),
+    "uint8": (decoders.Bytes(0), np.arange(256.0)),
     "nibbles": (decoders.four_bits(4), np.arange(-4.0, 12)),
 }
 
@@ -88,7 +90,7 @@ def test_tables_that_cannot_be_paired():
         decoders.looked(NF4_VALUES, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["e4m3", "int4", "int2"])
+@pytest.mark.parametrize("kind", ["e4m3", "int8", "int4", "int2"])
 def test_words_are_those_of_the_threads_operand(kind):
     """What the inlined code does with registers, on layouts as jax defines them, which the interpreter does not run."""
     mgpu = importlib.import_module("jax.experimental.mosaic.gpu")

@@ -1,7 +1,7 @@
-"""The lowering of products on NVIDIA's Hopper.
+"""What the lowerings for NVIDIA's Hopper ask, and that of int8 and float8 codes on both sides, by `codes8`.
 
-With 16-bit activations and 8-bit integers by the kernel of `tiles16`, which reads weights in tiles (`qjax.ops.pack`);
-with int8 or float8 activations by that of `codes8`, which reads codes in neutral order.
+Weights for 16-bit activations lie in words (`words`), those of 4 bits for codes in tiles (`w4a8`); here both sides are
+read as they lie, in neutral order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from qjax.formats import CodeTiles, Float8, Format, Int, QArray
-from qjax.formats.tiles import IntTiles
 from qjax.kernels.devices import has_mosaic
 from qjax.kernels.dot.codes8 import codes8
 from qjax.kernels.dot.hopper import STEP, WIDE
@@ -21,7 +20,6 @@ from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.reference import encoded
 from qjax.kernels.dot.schedules import Footprint, chosen
 from qjax.kernels.dot.terms import in_matrices
-from qjax.kernels.dot.tiles16 import tiles16
 from qjax.kernels.pack import tiled_format
 from qjax.kernels.registry import Act, Problem, When, register_lowering
 
@@ -48,27 +46,15 @@ def on_hopper(refuses: Callable[[Problem], str | None]) -> When:
 
 
 def _refuses(problem: Problem) -> str | None:
-    return refuses_tiles(problem) if problem.act is None else _refuses_codes(problem, problem.act)
-
-
-def refuses_tiles(problem: Problem) -> str | None:
-    """Return why a weight and 16-bit activations have no kernel of `tiles16`, or None."""
-    if not isinstance(problem.weight, IntTiles):
-        order = tiled_format(problem.weight, problem.k)
-        return (
-            order
-            if isinstance(order, str)
-            else "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
-        )
-    if problem.x_dtype not in (jnp.bfloat16, jnp.float16):
-        return f"activations are {problem.x_dtype.name}; cast them to bfloat16 or float16"
-    return None
+    if problem.act is not None:
+        return _refuses_codes(problem, problem.act)
+    order = tiled_format(problem.weight, problem.k)
+    pack = "the weight lies in neutral order; qjax.ops.pack(w, 'mosaic') makes the kernel's, once"
+    return order if isinstance(order, str) else pack
 
 
 def _refuses_codes(problem: Problem, act: Format) -> str | None:
     weight = problem.weight
-    if isinstance(weight, IntTiles):
-        return f"activations are quantized ({act.name}), and a weight in tiles takes 16-bit floats; qjax.ops.neutral(w)"
     if isinstance(weight, Int) and weight.bits == 4 and CodeTiles.cannot(weight, problem.k) is None:
         return "codes of 4 bits are read in an order of their own; qjax.ops.pack(w, 'mosaic_int8') makes it, once"
     for fmt in (weight, act):
@@ -85,14 +71,8 @@ def _refuses_codes(problem: Problem, act: Format) -> str | None:
     return None
 
 
-def footprint(fmt: IntTiles) -> Footprint:
-    """Return what the kernel of `tiles16` holds of a step: codes, float32 scales and bfloat16 zero points."""
-    numbers = WIDE * (STEP // fmt.block if fmt.block else 1) * (4 if fmt.symmetric else 6)
-    return Footprint(WIDE * STEP + numbers)
-
-
 def _measured(problem: Problem) -> bool | str:
-    return problem.act is None or "XLA's library has this product as well, and was faster where both were measured"
+    return "XLA's library has this product as well, and was faster where both were measured"
 
 
 def coded(problem: Problem, x: Array, act: Act) -> tuple[Array, Array]:
@@ -105,43 +85,28 @@ def coded(problem: Problem, x: Array, act: Act) -> tuple[Array, Array]:
 
 @register_lowering(
     "dot",
-    (IntTiles, Int, Float8),
+    (Int, Float8),
     "cuda",
     when=on_hopper(_refuses),
     worth=_measured,
     name="mosaic",
     priority=5,
-    about="wgmma on Hopper: 8-bit integers, packed for it, with 16-bit activations; W8A8, if named",
+    about="wgmma on Hopper: int8 x int8 and float8 x float8, codes as they lie; if named",
     adds=True,
 )
 @in_matrices
 def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None, terms: Mapping[str, Array]) -> Array:
     """Return the product by the kernel."""
+    assert act is not None
     count, tokens = problem.matrices, math.prod(x.shape[len(problem.stack) : -1])
-    if act is not None:
-        schedule = chosen("codes8", problem, tokens, CODES8)
-        codes, of_tokens = coded(problem, x, act)
-        of_rows = jnp.broadcast_to(w.fmt.scale_of(w.aux), (*problem.stack, problem.n, 1))
-        return codes8(
-            w.codes.reshape(count, problem.n, problem.k),
-            of_rows.reshape(count, problem.n),
-            codes,
-            of_tokens,
-            out_dtype=problem.out_dtype,
-            schedule=schedule,
-            terms=terms,
-        )
-    assert isinstance(problem.weight, IntTiles)
-    zero = w.aux.get("zero")
-    schedule = chosen("tiles16", problem, tokens, footprint(problem.weight))
-    return tiles16(
-        w.aux["tiles"].reshape(count, -1),
-        w.aux["scale"].reshape(count, -1),
-        None if zero is None else zero.reshape(count, -1),
-        x.reshape(count, tokens, problem.k),
-        fmt=problem.weight,
-        n=problem.n,
+    codes, of_tokens = coded(problem, x, act)
+    of_rows = jnp.broadcast_to(w.fmt.scale_of(w.aux), (*problem.stack, problem.n, 1))
+    return codes8(
+        w.codes.reshape(count, problem.n, problem.k),
+        of_rows.reshape(count, problem.n),
+        codes,
+        of_tokens,
         out_dtype=problem.out_dtype,
-        schedule=schedule,
+        schedule=chosen("codes8", problem, tokens, CODES8),
         terms=terms,
     )

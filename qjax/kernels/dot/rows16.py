@@ -4,7 +4,7 @@
     total[n, m] = sum over blocks of scale[n, block] * part[n, m]
     y[m, n]     = total[n, m]
 
-As in `tiles16`, a code less its zero point is exact in bfloat16 and float16 and scales stay in float32, so the weight
+As in `words16`, a code less its zero point is exact in bfloat16 and float16 and scales stay in float32, so the weight
 is never rounded, and rows of the weight are the wide side of a tile. A byte is two neighbouring codes of a row: both
 are widened by writing them into the last bits of 128 (bfloat16) or 1024 (float16), and laid side by side, which moves
 nothing between threads. So the order on disk is read as it lies. Nothing is padded: reads behind the last row, token

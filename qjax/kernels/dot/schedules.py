@@ -35,7 +35,7 @@ FEW = 64
 DEEP = 16
 """Tokens up to which a step is twice as deep."""
 
-REVISIONS = {"tiles16": 1, "codes8": 1, "codes4x8": 2, "words16": 2, "mixed16": 1}
+REVISIONS = {"codes8": 1, "codes4x8": 2, "words16": 2, "mixed16": 1}
 """Of each kernel; raised where a schedule means another program, so that what was measured before is not taken."""
 
 
@@ -127,7 +127,9 @@ def schedule_for(
             schedule = tall
     part = steps // splits
     if footprint.tall and footprint.deep == 1 and tokens <= DEEP and part % 2 == 0 and part // 2 >= FEWEST_STEPS:
-        schedule, part = dataclasses.replace(schedule, deep=2), part // 2
+        deep = footprint.filled(dataclasses.replace(schedule, deep=2), part // 2, out_bytes)
+        if deep.stages >= FEWEST_STEPS:  # fewer large steps than that leave gaps between them
+            return deep
     return footprint.filled(schedule, part, out_bytes)
 
 

@@ -118,11 +118,12 @@ class Register:
             return self & mask
         return Register.assembled("lop3.b32 $0, $1, $2, $3, (0xf0 & 0xcc) | 0xaa;", self, mask, rest)
 
-    def fma(self, factor: float, added: float, dtype: Any) -> Register:
+    def fma(self, factor: float, added: Any, dtype: Any) -> Register:
         """As `qjax.formats.words.fma`."""
         kind = "bf16x2" if np.dtype(dtype) == BFLOAT16 else "f16x2"
-        constants = (int(np.asarray(a, dtype).view(np.uint16)) * 0x10001 for a in (factor, added or -0.0))
-        return Register.assembled(f"fma.rn.{kind} $0, $1, $2, $3;", self, *constants)
+        twice = lambda a: int(np.asarray(a, dtype).view(np.uint16)) * 0x10001  # noqa: E731
+        added = added if isinstance(added, Register) else twice(added or -0.0)
+        return Register.assembled(f"fma.rn.{kind} $0, $1, $2, $3;", self, twice(factor), added)
 
     @staticmethod
     def assembled(text: str, *operands: Any) -> Register:

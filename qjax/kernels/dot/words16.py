@@ -14,10 +14,11 @@ is kept in units of the scale at hand,
 and multiplied by the last scale in the end. A scale below 2^-40 of the largest of its row counts as that: what such a
 block may add is below what float32 sums of that row tell apart.
 
-As in `tiles16`, the numbers of the left operand are exact in 16 bits, scales are applied to float32 sums, and blocks
-of threads, ring and cut of K are those of `hopper`. What differs is where codes stand (`qjax.formats.word_tiles`) and
-how they become numbers (`qjax.formats.words`): of any format whose decoder is a few instructions on a word. Several
-planes of one weight, such as those of trits, are summed in one kernel.
+The product is formed transposed, because the left operand of `wgmma` may come from registers. Its numbers are exact in
+16 bits and scales are applied to float32 sums, so the weight is not rounded a second time. Blocks of threads, ring and
+cut of K are those of `hopper`. Where codes stand says `qjax.formats.word_tiles`, and how they become numbers
+`qjax.formats.words`, for any format whose decoder is a few instructions on a word. Several planes of one weight, such
+as those of trits, are summed in one kernel.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Ragged products on Hopper's tensor cores: a mixture of experts whose weights lie in tiles or in words.
+"""Ragged products on Hopper's tensor cores: a mixture of experts whose weights lie in words.
 
     y[m, n] = sum over k of x[m, k] * W[group of m, n, k],        0 for rows behind the last group
 
-The product, its widening and its scales are those of `qjax.kernels.dot.tiles16` and `qjax.kernels.dot.words16`. What is
-different is that the matrix of a tile of tokens is looked up, in a table that XLA computes in front from the sizes of
-the groups (`placing`), and that a tile stores those of its tokens alone that belong to its group. Its other tokens are
-those of neighbours, whose products are computed and dropped. A group of few tokens is one tile, so that its weight is
-read once.
+Product, widening and scales are those of `qjax.kernels.dot.words16`. What is different is that the matrix of
+a tile of tokens is looked up, in a table that XLA computes in front from the sizes of the groups (`placing`), and that
+a tile stores those of its tokens alone that belong to its group. Its other tokens are those of neighbours, whose
+products are computed and dropped. A group of few tokens is one tile, so that its weight is read once.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from typing import Any
 
 from jax import Array
 
-from qjax.formats.tiles import IntTiles, rounded_up
+from qjax.formats.tiles import rounded_up
 from qjax.formats.word_tiles import Planes
 from qjax.kernels.dot.hopper import Schedule, added, in_cells, written
-from qjax.kernels.dot.tiles16 import in_tiles, tiles16_kernel
 from qjax.kernels.dot.words16 import in_words, words16_kernel
 from qjax.kernels.ragged_dot.placing import most_tiles, placed
 
@@ -29,7 +27,7 @@ def experts16(
     x: Array,
     group_sizes: Array,
     *,
-    fmt: IntTiles | Planes,
+    fmt: Planes,
     n: int,
     out_dtype: Any,
     schedule: Schedule,
@@ -56,10 +54,6 @@ def experts16(
     table = placed(group_sizes, tokens, schedule.tokens)
     out = written(x, 1, n, rows, out_dtype, schedule)
     how = {"tiles": most_tiles(tokens, group_sizes.shape[0], schedule.tokens), "interpret": interpret}
-    if isinstance(fmt, Planes):
-        call = words16_kernel(out, x.dtype, fmt.planes, rows, columns, schedule, **how)
-        operands = in_words(aux, fmt.planes, rows, columns, schedule)
-    else:
-        call = tiles16_kernel(out, x.dtype, fmt, rows, schedule, "zero" in aux, **how)
-        operands = in_tiles(aux["tiles"], aux["scale"], aux.get("zero"), fmt, rows)
-    return added(call(table, *operands, x[None]), schedule)[0, :tokens, :n].astype(out_dtype)
+    call = words16_kernel(out, x.dtype, fmt.planes, rows, columns, schedule, **how)
+    y = call(table, *in_words(aux, fmt.planes, rows, columns, schedule), x[None])
+    return added(y, schedule)[0, :tokens, :n].astype(out_dtype)

@@ -5,29 +5,20 @@ from __future__ import annotations
 from jax import Array
 
 from qjax.formats import QArray
-from qjax.formats.tiles import IntTiles
 from qjax.formats.word_tiles import Planes
-from qjax.kernels.dot import mosaic as products
-from qjax.kernels.dot import words
+from qjax.kernels.dot.mosaic import on_hopper
 from qjax.kernels.dot.schedules import chosen_ragged
+from qjax.kernels.dot.words import NEUTRAL, ORDERS, footprint, refuses_words
 from qjax.kernels.ragged_dot.experts import experts16
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 
-def _refuses(problem: Problem) -> str | None:
-    if problem.act is not None:
-        act = f"activations are quantized ({problem.act.name})"
-        return f"{act}, and a weight in tiles takes 16-bit floats; qjax.ops.neutral(w)"
-    of_words = isinstance(problem.weight, (*words.ORDERS, *words.NEUTRAL))
-    return words.refuses_words(problem) if of_words else products.refuses_tiles(problem)
-
-
 @register_lowering(
     "ragged_dot",
-    (IntTiles, *words.ORDERS, *words.NEUTRAL),
+    (*ORDERS, *NEUTRAL),
     "cuda",
-    when=products.on_hopper(_refuses),
+    when=on_hopper(refuses_words),
     name="mosaic",
     priority=5,
     about="wgmma on Hopper: 2 to 8 bits, float8, NF4, MXFP4, NVFP4, trits, packed for it, with 16-bit activations",
@@ -38,10 +29,7 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None, group_sizes: 
     if x.size == 0 or not problem.n or not groups:
         return ragged_dot_reference(problem, x, w, act, group_sizes)
     fmt = problem.weight
-    assert isinstance(fmt, (IntTiles, Planes))
-    kernel, footprint = (
-        ("words16", words.footprint(fmt)) if isinstance(fmt, Planes) else ("tiles16", products.footprint(fmt))
-    )
+    assert isinstance(fmt, Planes)
     return experts16(
         {name: a.reshape(groups, -1) for name, a in w.aux.items()},
         x,
@@ -49,5 +37,5 @@ def mosaic(problem: Problem, x: Array, w: QArray, act: Act | None, group_sizes: 
         fmt=fmt,
         n=problem.n,
         out_dtype=problem.out_dtype,
-        schedule=chosen_ragged(kernel, problem, x.shape[0], footprint),
+        schedule=chosen_ragged("words16", problem, x.shape[0], footprint(fmt)),
     )

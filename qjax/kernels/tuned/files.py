@@ -3,7 +3,7 @@
 A file has the form
 
     {"version": 1, "devices": {"NVIDIA H200": {"measured": "2026-11-27, jax 0.11.2", "results": [
-      {"kernel": "tiles16", "revision": 1, "formats": "int4 g128 tiles", "dtype": "bfloat16", "n": 4096, "k": 4096,
+      {"kernel": "words16", "revision": 2, "formats": "int4 g128 tiles", "dtype": "bfloat16", "n": 4096, "k": 4096,
        "tokens": 16, "matrices": 1, "schedule": {"tokens": 16, "stages": 6, "splits": 4}, "us": 7.1,
        "heuristic_us": 7.4}]}}}
 """
