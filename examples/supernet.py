@@ -84,7 +84,6 @@ def main() -> None:
         return float(np.mean(np.concatenate([predict(x_test[n : n + 500]) for n in parts]) == y_test))
 
     result: dict[str, object] = {"float before": share(jax.jit(lambda x: jnp.argmax(model(params, x), -1)))}
-    result["float after"] = share(jax.jit(lambda x: jnp.argmax(model(done.params, x), -1)))
     for name, form in FORMS.items():
         for bits in args.bits:
             choice = domain.uniform(bits, bits, form)
