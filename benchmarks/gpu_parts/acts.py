@@ -55,14 +55,17 @@ def wrong(codes: np.ndarray, scale: np.ndarray, y: np.ndarray, fmt: Int | Float8
     return float(max(worst, np.max(np.abs(codes.astype(np.float64) - steps)) - 0.5))
 
 
-def operands(before: Before, rows: int, length: int, dtype: Any, seed: int = 0) -> tuple[Any, list[Any]]:
-    """Random rows of unlike sizes with a few large elements, and what a norm or gate takes."""
+def operands(
+    before: Before, rows: int, length: int, dtype: Any, seed: int = 0, weights: Any = None
+) -> tuple[Any, list[Any]]:
+    """Random rows of unlike sizes with a few large elements, and what a norm or gate takes; its dtype that of rows."""
     rng = np.random.default_rng(seed + rows + length)
     x = rng.normal(size=(rows, length)) * np.exp(rng.normal(size=(rows, 1)))
     x[:, :: max(length // 7, 1)] *= 20
     like = (rows, length) if before.kind == "gate" else (length,)
     count = 1 if before.kind == "gate" else before.weight + before.bias
-    return jnp.asarray(x, dtype), [jnp.asarray(rng.normal(size=like) + 1, dtype) for _ in range(count)]
+    own = dtype if weights is None or before.kind == "gate" else weights
+    return jnp.asarray(x, dtype), [jnp.asarray(rng.normal(size=like) + 1, own) for _ in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -93,7 +96,55 @@ def checks(quick: bool) -> list[dict[str, Any]]:
                     y = exact(np.asarray(x), [np.asarray(a) for a in extra], before)
                     row["error"] = wrong(codes, scale.astype(np.float64), y, fmt)
                     row["right"] = row["error"] < 2e-3
-    return out + special()
+    return out + few_rows() + special() + in_its_own_row()
+
+
+def few_rows() -> list[dict[str, Any]]:
+    """One to seven rows of a prime number of elements, with weights of norms in float32, and no row at all."""
+    out: list[dict[str, Any]] = []
+    lengths = (131, 257, 1009, 4099, 509, 2053, 11003)
+    for i, before in enumerate(EVERY):
+        for rows, length in enumerate(lengths, 1):
+            fmt = (FLOAT8, INT8)[(i + rows) % 2]
+            row = {"kernel": name(fmt, before, "bfloat16"), "case": f"[{rows}, {length}], weights float32"}
+            with checked(row, out):
+                x, extra = operands(before, rows, length, "bfloat16", weights="float32")
+                codes, scale = (np.asarray(a) for a in ours(x, extra, fmt, before, BY_KERNEL["implementation"]))
+                y = exact(np.asarray(x), [np.asarray(a) for a in extra], before)
+                row["error"] = wrong(codes, scale.astype(np.float64), y, fmt)
+                row["right"] = row["error"] < 2e-3
+        row = {"kernel": name(INT8, before, "bfloat16"), "case": "no rows"}
+        with checked(row, out):
+            x, extra = operands(before, 0, 1024, "bfloat16")
+            codes, scale = ours(x, extra, INT8, before, BY_KERNEL["implementation"])
+            row["right"] = codes.shape == (0, 1024) and scale.shape == (0, 1)
+    return out
+
+
+def in_its_own_row() -> list[dict[str, Any]]:
+    """NaN and infinity behind norms and gates, held rows and rows read again: the rows beside are the same bits."""
+    out: list[dict[str, Any]] = []
+    for i, before in enumerate(EVERY):
+        for length in (1009, 4096, 28672):
+            fmt = (INT8, FLOAT8)[(i + length) % 2]
+            row = {"kernel": name(fmt, before, "bfloat16"), "case": f"NaN and infinity in rows of {length}"}
+            with checked(row, out):
+                x, extra = operands(before, 5, length, "bfloat16")
+                spoilt = x.at[1, 0].set(jnp.nan).at[3, length - 1].set(jnp.inf)
+                clean, found = (
+                    [np.asarray(a) for a in ours(rows, extra, fmt, before, BY_KERNEL["implementation"])]
+                    for rows in (x, spoilt)
+                )
+                beside = [0, 2, 4]
+                row["right"] = bool(
+                    all(
+                        (a[beside].view(np.uint8) == b[beside].view(np.uint8)).all()
+                        for a, b in zip(clean, found, strict=True)
+                    )
+                    and not np.isfinite(found[1][[1, 3]]).any()
+                    and not found[0][[1, 3]].astype(np.float32).any()
+                )
+    return out
 
 
 def special() -> list[dict[str, Any]]:

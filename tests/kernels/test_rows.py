@@ -61,6 +61,16 @@ def test_against_numpy(rows, length, before, fmt, dtype, held):
 
 
 @interpreted
+@pytest.mark.parametrize("before", [RMS_NORM, LAYER_NORM])
+@pytest.mark.parametrize(("rows", "length", "fmt", "held"), [(3, 257, FLOAT8, None), (2, 1152, INT8, False)])
+def test_weights_of_norms_in_float32_behind_rows_of_16_bits(before, rows, length, fmt, held):
+    x, extra = operands(before, rows, length, "bfloat16", weights="float32")
+    extra = [a * 1.0001 for a in extra]  # no bfloat16 number
+    codes, scale = run(x, extra, fmt, before, held)
+    assert wrong(codes, scale, exact(np.asarray(x), [np.asarray(a) for a in extra], before), fmt) < 1e-4
+
+
+@interpreted
 @pytest.mark.parametrize("fmt", [INT8, FLOAT8])
 def test_alone_it_is_what_xla_computes(fmt):
     """The same codes as `activation_aux` and `encode`, and the same in rows with NaN, infinity and zeros."""
