@@ -225,7 +225,8 @@ def explain_row(row: SiteRow, recipe: str = "") -> str:
     """One site in words, for ``model.explain``."""
     lines = [f"{row.name}: {row.op} of {'×'.join(map(str, row.shape))}" + (f", leaf {row.leaf}" if row.leaf else "")]
     if row.quantized:
-        lines.append(f"  stored as {row.format}: {row.bits_per_element:.3f} bits per weight, scales included")
+        bits = f": {row.bits_per_element:.3f} bits per weight, scales included" if row.leaf else ""
+        lines.append(f"  {'stored' if row.leaf else 'rounded'} as {row.format}{bits}")
         if row.bytes_before:
             lines.append(f"  {row.bytes_before:,} -> {row.bytes_after:,} bytes")
         if row.sqnr_db is not None:

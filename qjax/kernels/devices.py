@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from typing import Any
 
 import jax
+
+from qjax.errors import DeviceError, near
 
 FAMILIES = (
     ("H100", (9, 0)),
@@ -20,6 +24,18 @@ FAMILIES = (
     ("RTX 4090", (8, 9)),
 )
 """Compute capability by a part of a device's name, for devices that are described and not there."""
+
+KINDS = {
+    "a100": ("NVIDIA A100-SXM4-80GB", 108),
+    "a10": ("NVIDIA A10", 72),
+    "l4": ("NVIDIA L4", 58),
+    "l40s": ("NVIDIA L40S", 142),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 128),
+    "h100": ("NVIDIA H100 80GB HBM3", 132),
+    "h200": ("NVIDIA H200", 132),
+    "b200": ("NVIDIA B200", 148),
+}
+"""Names and streaming multiprocessors of GPUs that can be described, by short names."""
 
 PROCESSORS = 108
 """Streaming multiprocessors of an A100, where the device does not say."""
@@ -90,3 +106,20 @@ def has_mosaic() -> bool | str:
         return f"jax {jax.__version__} offers no Mosaic GPU here ({error})"
     missing = [name for name in NEEDED if not hasattr(plgpu, name)]
     return not missing or f"Mosaic GPU of jax {jax.__version__} lacks {', '.join(missing)}, which the kernel needs"
+
+
+def described(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which jax traces and lowers for a GPU that need not be there.
+
+    Args:
+        name: one of `KINDS`, such as "h200".
+
+    Raises:
+        DeviceError: for another name, with those that there are.
+    """
+    found = KINDS.get(name.lower().replace(" ", "").replace("-", ""))
+    if found is None:
+        raise DeviceError(f"device={name!r}{near(name, KINDS)}; there is {', '.join(KINDS)}")
+    kind, cores = found
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))

@@ -72,8 +72,7 @@ def pack(w: QArray, target: str = "mosaic", *, parts: tuple[int, int] = (1, 1)) 
         LayoutError: for another target, or a format that has no such order, or parts that would not be equal or cut a
             group, with the reason.
     """
-    if target not in TARGETS:
-        raise LayoutError(f"pack: target={target!r}{near(str(target), TARGETS)}; there is {', '.join(TARGETS)}")
+    _check_target(target, "pack")
     like, whole = w.fmt.like if isinstance(w.fmt, Tiled) else w.fmt, tuple(parts) == (1, 1)
     why = None if whole else cannot_cut(like, w.codes.shape[w.stack_ndim], w.length, parts)
     fmt = why or tiled_format(like, w.length // parts[1], target)
@@ -85,6 +84,11 @@ def pack(w: QArray, target: str = "mosaic", *, parts: tuple[int, int] = (1, 1)) 
     w = neutral(w)
     packed = _retold(w, fmt, *_tiled(w, fmt, parts[0]))
     return dataclasses.replace(packed, layout=dataclasses.replace(w.layout, pad=0))
+
+
+def _check_target(target: Any, function: str) -> None:
+    if target not in TARGETS:
+        raise LayoutError(f"{function}: target={target!r}{near(str(target), TARGETS)}; there is {', '.join(TARGETS)}")
 
 
 def _order_for(w: QArray, target: str) -> Tiled | str:
@@ -103,8 +107,9 @@ def pack_tree(tree: Any, target: str = "mosaic", *, specs: Any = None, mesh: Any
         mesh: of the specs.
 
     Raises:
-        LayoutError: specs without a mesh, or one that would not cut a weight evenly, with its path.
+        LayoutError: another target; specs without a mesh, or one that would not cut a weight evenly, with its path.
     """
+    _check_target(target, "pack_tree")
     if (specs is None) != (mesh is None):
         raise LayoutError("pack_tree: specs and mesh go together; give both, or none")
 

@@ -358,7 +358,17 @@ def _format_names(formats: Formats) -> list[str]:
 
 
 def lowering_table(op: str | None = None, platform: str | None = None) -> LoweringTable:
-    """Return the lowerings of an op (None: all) that may run on a platform (None: any), in the order of trial."""
+    """Return the lowerings of an op (None: all) that may run on a platform (None: any), in the order of trial.
+
+    Raises:
+        LoweringError: for an op or a platform that no lowering was registered for, with those that there are.
+    """
     plugins.load()
+    platforms = sorted(
+        {"cpu", "cuda", "rocm", "tpu"} | {e.platform for row in _TABLE.values() for e in row if e.platform}
+    )
+    for what, given, known in (("op", op, sorted(_TABLE)), ("platform", platform, platforms)):
+        if given is not None and given not in known:
+            raise LoweringError(f"lowering_table: {what} {given!r}{near(given, known)}; there is {', '.join(known)}")
     rows = [e for name in sorted(_TABLE) if op in (None, name) for e in _TABLE[name]]
     return LoweringTable(tuple(e for e in rows if platform is None or e.platform in (None, platform)))

@@ -7,6 +7,7 @@ parameter that their weight is, which is followed through control flow and views
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 from qjax import _compat
 from qjax.formats import QArray
 from qjax.kernels import Problem, select
-from qjax.kernels.devices import platform_here
+from qjax.kernels.devices import described, platform_here
 from qjax.kernels.registry import refusal
 from qjax.ops.base import LinearOp, op_of
 
@@ -46,25 +47,43 @@ class Taken:
         return f"{self.name or 'a product'}{times}: {self.lowering}{why}"
 
 
-def lowerings(fn: Callable[..., Any], *args: Any, platform: str | None = None, devices: int = 1) -> tuple[Taken, ...]:
-    """Return what computes each quantized product of a function, in program order.
+class TakenList(tuple[Taken, ...]):
+    """The products of a function, in program order; printed as a line each."""
 
-    Compile for another device by entering `jax.sharding.use_abstract_mesh` with a
-    `jax.sharding.AbstractMesh((), (), abstract_device=...)` first: then nothing has to be there but its name.
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no quantized products"
+
+
+def lowerings(
+    fn: Callable[..., Any], *args: Any, device: str | None = None, platform: str | None = None, devices: int = 1
+) -> TakenList:
+    """Return what computes each quantized product of a function, in program order; ``print`` shows a line for each.
 
     Args:
-        fn: such as what `Model.bind` returns.
+        fn: a model, or what `Model.bind` returns.
         *args: its arguments, arrays or `jax.ShapeDtypeStruct`, packed weights among them.
-        platform: "cuda", "cpu", ...; None: the platform that is compiled for here.
+        device: a GPU that need not be there: "a100", "a10", "l4", "l40s", "rtx4090", "h100", "h200", "b200". None: the
+            device that is compiled for here, which a `jax.sharding.AbstractDevice` of the mesh may describe as well.
+        platform: "cuda", "cpu", ...; None: that of the device.
         devices: over which the compiler may partition products.
+
+    Raises:
+        DeviceError: for another device, with those that there are.
     """
+    with described(device) if device else contextlib.nullcontext():
+        return _lowerings(fn, args, platform or platform_here(), devices)
+
+
+def _lowerings(fn: Callable[..., Any], args: tuple[Any, ...], platform: str, devices: int) -> TakenList:
     paths = jax.tree_util.tree_leaves_with_path(args, is_leaf=lambda a: isinstance(a, QArray))
     names = [_path(path) for path, leaf in paths for _ in jax.tree.leaves(leaf)]
     leaves, tree = jax.tree.flatten(args)
     closed = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)))(*leaves)
     out: list[Taken] = []
-    _walk(closed.jaxpr, names, 1, platform or platform_here(), devices, out)
-    return tuple(out)
+    _walk(closed.jaxpr, names, 1, platform, devices, out)
+    return TakenList(out)
 
 
 def _path(path: Sequence[Any]) -> str:

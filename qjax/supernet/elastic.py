@@ -117,6 +117,8 @@ class Supernet:
                 f"a choice for these {len(domain.sites)} sites is int32 {list(domain.shape)}, not "
                 f"{list(choice.shape)}; under vmap or lax.map, map over the choices"
             )
+        if not jnp.issubdtype(choice.dtype, jnp.integer):
+            raise DataError(f"a choice is int32 {list(domain.shape)}, not {choice.dtype}; cast it: choice.astype(int)")
         fields = _fields(domain, owners, forms, state)
         for n, name in enumerate(domain.sites):
             fields[name][CHOICE] = choice[n]

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax import ops
-from qjax.errors import LayoutError, LoweringError, QjaxWarning
+from qjax.errors import DeviceError, LayoutError, LoweringError, QjaxWarning
 from qjax.formats import MXFP8, NF4, Float8, Int, WordTiles, quantize_array
 from qjax.formats.tiles import rounded_up
 from qjax.kernels import Problem, registry
-from qjax.kernels.devices import cuda_capability, platform_here
+from qjax.kernels.devices import KINDS, cuda_capability, cuda_processors, described, device_kind, platform_here
 from qjax.kernels.dot.hopper import STEP, TOKENS, Schedule
 from qjax.kernels.dot.mixed16 import FOOTPRINT as MIXED
 from qjax.kernels.dot.mosaic import CODES8
@@ -84,8 +84,9 @@ def test_what_cannot_be_packed_is_refused_with_the_reason():
     for w, why in cases:
         with pytest.raises(LayoutError, match=why):
             ops.pack(w)
-    with pytest.raises(LayoutError, match="did you mean 'mosaic'"):
-        ops.pack(cases[0][0], "mosiac")
+    for function in (ops.pack, ops.pack_tree):
+        with pytest.raises(LayoutError, match="did you mean 'mosaic'"):
+            function(cases[0][0], "mosiac")
 
 
 def test_a_packed_model_gives_the_same_numbers_elsewhere():
@@ -238,6 +239,18 @@ FOOTPRINTS = [
 ]
 
 
+def test_devices_by_their_short_names():
+    for name, (kind, cores) in KINDS.items():
+        with described(name):
+            assert cuda_capability() is not None and (device_kind(), cuda_processors()) == (kind, cores)
+    with pytest.raises(DeviceError, match="did you mean 'h200'.*there is a100"):
+        ops.lowerings(lambda x: x, jnp.ones(1), device="h20o")
+    assert str(ops.lowerings(lambda x: x, jnp.ones(1), device="H200")) == "no quantized products"
+    for wrong in (("dott", None), ("dot", "h200")):
+        with pytest.raises(LoweringError, match=r"lowering_table: .*there is"):
+            ops.lowering_table(*wrong)
+
+
 @given(
     st.integers(1, 40000),
     st.integers(1, 40000),
@@ -325,12 +338,12 @@ def test_a_whole_language_model_is_on_the_kernel(scan):
     with mosaic.described_gpu():
         traced = jax.jit(lambda p, t, c: decode(p, t, c)).trace(ops.pack_tree(model.params), tokens, cache)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        taken = ops.lowerings(decode, ops.pack_tree(model.params), tokens, cache)
         others = ops.lowerings(decode, model.params, tokens, cache)
+    taken = ops.lowerings(decode, ops.pack_tree(model.params), tokens, cache, device="h200")
     assert text.count("custom_call @mosaic_gpu") == (8 if scan else 15)
     assert {t.lowering for t in taken} == {"mosaic"} and sum(t.repeats for t in taken) == 15
     first = "layers/attn/q_proj/kernel (2 times)" if scan else "layers/0/attn/q_proj/kernel"
-    assert str(taken[0]) == f"{first}: mosaic" and taken[-1].name == "lm_head/kernel"
+    assert str(taken).splitlines()[0] == str(taken[0]) == f"{first}: mosaic" and taken[-1].name == "lm_head/kernel"
     assert {t.lowering for t in others} == {"triton"}
     assert {t.lowering for t in ops.lowerings(decode, ops.pack_tree(model.params), tokens, cache)} == {"dequantize"}
 
