@@ -13,6 +13,7 @@ from benchmarks.gpu_parts import model as part
 from qjax.models import LanguageModel
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     assert gpu_model.main(["--tiny", "--scan", "--batch", "2", "--schemes", "W4A16", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "gpu_model-scan-cpu.json").read_text())
