@@ -58,7 +58,7 @@ def refuses_words(problem: Problem) -> str | None:
     when=on_hopper(refuses_words),
     name="mosaic",
     priority=5,
-    about="wgmma on Hopper: 2 and 4 bits, float8, NF4, MXFP4, NVFP4, trits, packed for it, with 16-bit activations",
+    about="wgmma on Hopper: 2, 4 and 8 bits, float8, NF4, MXFP4, NVFP4, trits, packed for it, with 16-bit activations",
     adds=True,
 )
 @in_matrices
