@@ -35,7 +35,7 @@ from qjax.formats import is_quantized
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.program import Program
 from qjax.rewriting.control_flow import CONTROL_FLOW
-from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants, taken_in
+from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants, operand_axes, taken_in
 from qjax.rewriting.endings import Addition, Postponed, additions, not_taken
 from qjax.rewriting.selection import Selected, dense
 from qjax.rewriting.steps import Context
@@ -307,6 +307,22 @@ class Rewriter:
         """Which operand of a product that a site reads is the weight."""
         side = self.program.analysis.reads[number].side
         return side if side is not None and eqn.primitive.name == "dot_general" else 1
+
+    def weight_axes(self, number: int, eqn: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The axes of the weight of a site in a product: those of the stack, of the outputs, and that are summed over.
+
+        Groups and channels run through the axes of the leaf, in the leaf's order; a product may name them in another.
+        """
+        sums, stacks = operand_axes(eqn, self.weight_side(number, eqn))
+        outs = tuple(d for d in range(rank) if d not in sums and d not in stacks)
+        ref = self.program.analysis.reads[number].ref
+        if ref is not None and eqn.primitive.name == "dot_general":
+            dims = ref.dims
+            sums, outs = (
+                tuple(sorted(axes, key=lambda d: [(axis, -stride) for axis, stride, _ in dims[d]]))
+                for axes in (sums, outs)
+            )
+        return stacks, outs, sums
 
     def streamed(self, where: str) -> bool:
         """Whether a site reads what a loop slices from a stack at its step."""

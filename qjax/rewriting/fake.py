@@ -135,16 +135,7 @@ class FakeRewriter(Giver, Collector):
             )
         faked: Faked = distinct[0]
         at = self.weight_side(number, eqn)
-        sums, stacks = operand_axes(eqn, at)
-        outs = tuple(d for d in range(values[at].ndim) if d not in sums and d not in stacks)
-        ref = self.program.analysis.reads[number].ref
-        if ref is not None and eqn.primitive.name == "dot_general":
-            # Groups run through the leaf's axes, in the leaf's order; a product may name them in another.
-            dims = ref.dims
-            sums, outs = (
-                tuple(sorted(axes, key=lambda d: [(axis, -stride) for axis, stride, _ in dims[d]]))
-                for axes in (sums, outs)
-            )
+        stacks, outs, sums = self.weight_axes(number, eqn, values[at].ndim)
         if self.start:
             if faked.carries:
                 self._contribute(number, _start(faked, values[at], values[1 - at], (stacks, outs, sums)))

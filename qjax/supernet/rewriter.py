@@ -19,7 +19,6 @@ from jax import lax
 
 from qjax._compat import bind, varying_axes
 from qjax.errors import RecipeError
-from qjax.rewriting.emit import operand_axes
 from qjax.rewriting.given import Fields, Giver
 from qjax.rewriting.taps import NONFINITE, Collector
 from qjax.supernet.quantizer import init_rows, lsq_plus, step_grad_scale
@@ -184,16 +183,7 @@ class ElasticRewriter(Giver, Collector):
             )
         forms: Forms = distinct[0]
         at = self.weight_side(number, eqn)
-        sums, stacks = operand_axes(eqn, at)
-        outs = tuple(d for d in range(values[at].ndim) if d not in sums and d not in stacks)
-        ref = self.program.analysis.reads[number].ref
-        if ref is not None and eqn.primitive.name == "dot_general":
-            # Rows run through the leaf's axes, in the leaf's order; a product may name them in another.
-            dims = ref.dims
-            sums, outs = (
-                tuple(sorted(axes, key=lambda d: [(axis, -stride) for axis, stride, _ in dims[d]]))
-                for axes in (sums, outs)
-            )
+        stacks, outs, sums = self.weight_axes(number, eqn, values[at].ndim)
         ins = values[at].shape[eqn.params["dimension_numbers"].rhs_spec[1]] if _is_conv(eqn) else None
         values = list(values)
         if self.start:

@@ -3,9 +3,8 @@
 With few tokens a product takes as long as its weights take to arrive. What counts is how many bytes are under way on
 each processor, and how few steps of the ring they come in; so blocks of threads are tall and steps are deep where there
 are enough rows to go round. With many tokens tensor cores are the limit, if activations arrive in time: a tall block
-reads each of them for twice as many rows. Measured on an H200 (int4 g128, 57344 x 8192, 16 tokens): 111 us as 128 rows
-x 128 columns, 88 us twice as tall, 83 us twice as deep as well; other formats and sizes follow the same rule and were
-not measured one by one.
+reads each of them for twice as many rows. Experiments on an H200 led to these rules. What they give is not measured
+yet, and where a device was tuned (`qjax.kernels.tuned`) its figures go before them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SHARED = 220 * 1024
 """Bytes of shared memory that ring and results may take; the rest of 227 KiB is for barriers."""
 
 MOST_STAGES = 10
-"""Steps under way beyond which more did not help where it was measured."""
+"""Steps under way at most. A guess."""
 
 FEW = 64
 """Tokens up to which registers hold, for twice as many rows, sums of blocks besides totals."""
