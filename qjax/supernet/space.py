@@ -196,7 +196,7 @@ class Space:
         """Plain values, for files; `from_dict` reads them."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("_", "at")}
         rules = [{k: v for k, v in dataclasses.asdict(rule).items() if v is not None} for rule in self.at]
-        return jax.tree.map(lambda a: a, {**{k: _listed(v) for k, v in out.items()}, "at": _listed(rules)})
+        return jax.tree.map(lambda a: a, {**{k: listed(v) for k, v in out.items()}, "at": listed(rules)})
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Space:
@@ -439,10 +439,11 @@ def _distance(wanted: int, acts: bool, value: int) -> tuple[int, int]:
     return abs(value - wanted), -value
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """A value with lists in place of tuples, as it comes back from JSON."""
     if isinstance(value, (tuple, list)):
-        return [_listed(v) for v in value]
-    return {k: _listed(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return [listed(v) for v in value]
+    return {k: listed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _tupled(value: Any) -> Any:

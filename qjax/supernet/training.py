@@ -29,7 +29,7 @@ from qjax.checkpoint.parts import load_part, open_job, save_part
 from qjax.errors import DataError, RecipeError
 from qjax.supernet.elastic import State, Supernet
 from qjax.supernet.losses import gpg_terms, wdr_loss
-from qjax.supernet.space import sample_choice
+from qjax.supernet.sampling import Sampler, Sandwich, described
 from qjax.trees import check_trainable
 
 
@@ -39,7 +39,8 @@ class Schedule:
 
     Attributes:
         steps: optimizer steps.
-        subnets: of a step: the highest, random ones, the lowest; 1 is the highest alone.
+        sampling: which subnets a step runs, a sampler of `qjax.supernet.sampling`; `Sandwich` is EQ-Net's three: the
+            highest, a random one, the lowest.
         lam: share of the teacher in `gpg_loss`; 0 trains without guidance.
         wdr: factor of `wdr_loss`; 0 trains without it.
         learning_rate: of Adam at the start, going to 0 by a cosine. steps_rate: that of steps and offsets; None is the
@@ -50,7 +51,7 @@ class Schedule:
 
     steps: int
     _: dataclasses.KW_ONLY
-    subnets: int = 3
+    sampling: Sampler = Sandwich()
     lam: float = 0.5
     wdr: float = 1.0
     learning_rate: float = 1e-3
@@ -59,18 +60,13 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("subnets", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RecipeError(f"Schedule: {name}={value!r}; a whole number from {least} on")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise RecipeError(f"Schedule: steps={self.steps!r}; a whole number from 1 on")
+        described(self.sampling)
         if not 0 <= self.lam <= 1:
             raise RecipeError(f"Schedule: lam={self.lam!r}; from 0 to 1")
         if not (self.wdr >= 0 and self.learning_rate > 0 and self.clip > 0):
             raise RecipeError("Schedule: wdr is 0 or more, learning_rate and clip are above 0")
-
-    def kinds(self) -> list[str]:
-        """Which subnets a step runs, in order."""
-        return ["highest", *["random"] * max(self.subnets - 2, 0), *["lowest"] * (self.subnets > 1)]
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam for ``{"params", "state"}``, a group each."""
@@ -106,12 +102,11 @@ def make_step(t: Supernet, schedule: Schedule, optimizer: optax.GradientTransfor
         tuple, and metrics are scalars by name.
     """
     optimizer = optimizer or schedule.optimizer()
-    kinds = schedule.kinds()
 
     def step(params: Any, state: State, moments: Any, number: Any, inputs: Any, labels: Any) -> Any:
         domain = t.domain(params, *inputs)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(schedule.seed), number), len(kinds))
-        choices = [sample_choice(key, domain, kind) for key, kind in zip(keys, kinds, strict=True)]
+        key = jax.random.fold_in(jax.random.key(schedule.seed), number)
+        choices = schedule.sampling.choices(key, jnp.asarray(number) / schedule.steps, domain)
 
         def loss(trained: Any) -> Any:
             now, logits = trained["params"], []
@@ -120,8 +115,7 @@ def make_step(t: Supernet, schedule: Schedule, optimizer: optax.GradientTransfor
                 own, now = split_output(out, now)
                 logits.append(own)
             terms = gpg_terms(logits, labels, schedule.lam)
-            metrics = {f"{kind}{n}" if kind == "random" else kind: v
-                       for n, (kind, v) in enumerate(zip(kinds, terms, strict=True))}  # fmt: skip
+            metrics = dict(zip(schedule.sampling.names, terms, strict=True))
             total = sum(terms[1:], terms[0])
             if schedule.wdr:
                 metrics["wdr"] = wdr_loss(t.weights(trained["params"], *inputs))
@@ -248,7 +242,8 @@ def train(
 
 
 def _plain(schedule: Schedule) -> dict[str, Any]:
-    return {f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule) if f.name != "_"}
+    plain = {f.name: getattr(schedule, f.name) for f in dataclasses.fields(schedule) if f.name != "_"}
+    return {**plain, "sampling": described(schedule.sampling)}
 
 
 def _placing(mesh: Any) -> Callable[[Any, bool], Any]:

@@ -10,7 +10,7 @@ import pytest
 import qjax
 from qjax.errors import CheckpointError, DataError, RecipeError
 from qjax.models import CifarClassifier, CifarResNetConfig
-from qjax.supernet import Schedule, Space, recalibrate, train
+from qjax.supernet import Descending, Fixed, Sandwich, Schedule, Space, recalibrate, train
 
 SPACE = Space((2, 8), (2, 8), (True,), (True,), (True,), ends=None)
 SCHEDULE = Schedule(6, learning_rate=3e-2, steps_rate=1e-2)
@@ -102,8 +102,14 @@ def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_checkpoint(job, tm
     assert seen == [5, 6]
     with pytest.raises(DataError, match="a: NaN or infinity in its weight"):
         train(t, {**p, "a": p["a"].at[0, 0].set(jnp.nan)}, state, batches, SCHEDULE)
-    for wrong in (lambda: Schedule(0), lambda: Schedule(3, subnets=0), lambda: Schedule(3, lam=2)):
-        with pytest.raises(RecipeError, match="Schedule"):
+    for wrong in (
+        lambda: Schedule(0),
+        lambda: Sandwich(0),
+        lambda: Descending(until=0),
+        lambda: Schedule(3, sampling=3),
+        lambda: Schedule(3, lam=2),
+    ):
+        with pytest.raises(RecipeError, match="Schedule|Sandwich|Descending"):
             wrong()
 
 
@@ -125,3 +131,33 @@ def test_batch_norms_are_calibrated_for_a_subnet():
     assert evaluated.domain(params, x[0]) == domain  # one state for training and evaluation
     with pytest.raises(DataError, match="no moved statistics"):
         recalibrate(evaluated, params, state, choice, x)
+
+
+def test_what_a_step_runs_is_data():
+    domain = Space((2, 4, 8), (2, 4, 8, 0), ends=None).domain(["a", "b", "c"])
+    key = jax.random.key(3)
+    high, _, low = (np.asarray(c) for c in Sandwich().choices(key, 0.0, domain))
+    assert (high[:, :2] == (8, 0)).all() and (low[:, :2] == 2).all()
+    assert Sandwich(4).names == ("highest", "random1", "random2", "lowest") and Sandwich(1).names == ("highest",)
+
+    at = jax.jit(lambda k, progress: jnp.stack(Descending(3, until=0.5).choices(k, progress, domain)))
+    first, some, last = ([np.asarray(at(jax.random.key(n), p)) for n in range(20)] for p in (0.0, 0.3, 0.5))
+    assert all((c[:, :, :2] == (8, 0)).all() for c in first)
+    floors = (8 - 0.6 * 6, 9 - 0.6 * 7)  # 4.4 and 4.8, so that 8 bits are the fewest
+    assert {int(v) for c in some for v in c[1:, :, 0].ravel()} == {8} and floors[0] > 4
+    assert {int(v) for c in some for v in c[1:, :, 1].ravel()} == {8, 0} and floors[1] > 4
+    assert all((c[2, :, :2] == 2).all() for c in last)
+    np.testing.assert_array_equal(last[0], np.stack(Sandwich().choices(jax.random.key(0), 0.5, domain)))
+
+    (only,) = Fixed(4, 0, (False, True, False)).choices(key, 0.7, domain)
+    np.testing.assert_array_equal(only, [[4, 0, 0, 1, 0]] * 3)
+
+
+def test_a_network_for_one_form_moves_its_own_tables_alone(job, tmp_path):
+    t, p, state, _ = job
+    schedule = Schedule(2, sampling=Fixed(2), wdr=0.0)
+    train(t, p, state, batches, schedule, folder=tmp_path)
+    done = train(t, p, state, batches, schedule, folder=tmp_path)  # nothing is left to do
+    assert set(done.metrics) == {"loss", "fixed"}
+    moved = np.asarray(done.state["a"]["weight.scale.channel"] != state["a"]["weight.scale.channel"])
+    assert moved[:, 0].any() and not moved[:, 1:].any()
