@@ -122,3 +122,29 @@ def test_errors_of_a_uniform_grid():
     assert ((ratios > 3.7) & (ratios < 4.6)).all()
     zero = init_steps(jnp.zeros((2, 9)), symmetric=True, channel_axis=0)
     assert not np.asarray(zero[0]).any() and not np.asarray(lsq_plus(jnp.zeros(3), zero[0][0, 0], None, 2)).any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 8), st.floats(-2, 2), st.booleans())
+def test_an_asymmetric_grid_ends_where_the_range_does_and_values_stay(seed, bits, middle, symmetric):
+    x = np.random.default_rng(seed).laplace(middle, 1.0, 300)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    with jax.enable_x64(True):
+        step = np.ptp(x) / (2**bits - 1)
+        ends = lsq_plus(np.array([x.min(), x.max()]), step - 1e-6, x.min() - step * low, bits)
+        scale, offset = (t[0, bits - 2] for t in init_steps(jnp.asarray(x), symmetric=symmetric))
+        once = np.asarray(lsq_plus(x, scale, offset, bits))
+        again = np.asarray(lsq_plus(once, scale, offset, bits))
+    np.testing.assert_allclose(ends, [x.min(), x.max()], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(again, once, rtol=1e-14, atol=1e-14)
+    codes = (once - float(offset)) / (float(scale) + 1e-6)
+    assert len(np.unique(np.rint(codes))) <= 2**bits and low - 1e-6 <= codes.min() and codes.max() <= high + 1e-6
+
+
+def test_a_step_a_channel_errs_less_than_one_for_all_where_spreads_differ():
+    w = np.random.default_rng(5).standard_normal((8, 200)) * np.geomspace(0.05, 2, 8)[:, None]
+    own = init_steps(jnp.asarray(w), symmetric=True, channel_axis=0)[0]
+    one = init_steps(jnp.asarray(w), symmetric=True)[0]
+    for bits in range(4, 9):
+        errors = [np.mean((np.asarray(lsq_plus(w, t[:, bits - 2, None], None, bits)) - w) ** 2) for t in (own, one)]
+        assert errors[0] <= errors[1], (bits, errors)
