@@ -17,6 +17,7 @@ from qjax.models.moe import Moe, MoeConfig
 from qjax.models.opt import Opt, OptConfig
 from qjax.models.resnet import CifarClassifier, CifarResNet, CifarResNetConfig
 from qjax.models.rope import RopeScaling
+from qjax.models.swin import Swin, SwinClassifier, SwinConfig
 from qjax.models.text import Tokenizer, tokenizer
 from qjax.models.vit import ImageClassifier, Vit, VitConfig
 
@@ -38,6 +39,9 @@ __all__ = [
     "Opt",
     "OptConfig",
     "RopeScaling",
+    "Swin",
+    "SwinClassifier",
+    "SwinConfig",
     "TextEncoder",
     "Tokenizer",
     "Vit",

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qjax.errors import ModelError, near
-from qjax.models import bert, gpt2, llama, moe, opt, resnet, vit
+from qjax.models import bert, gpt2, llama, moe, opt, resnet, swin, vit
 from qjax.models.family import Family
 from qjax.models.functional import stack_layers
 from qjax.models.language import LanguageModel
@@ -34,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     gpt2.FAMILY,
     opt.FAMILY,
     vit.FAMILY,
+    swin.FAMILY,
     resnet.FAMILY,
     bert.FAMILY,
 )

@@ -22,7 +22,8 @@ from qjax.models.family import Family
 ARCHITECTURES = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """(height, width) of a setting that is one number where they are equal."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -90,8 +91,8 @@ class VitConfig:
         labels = given.get("id2label") or {}
         return cls(
             **{k: given[k] for k in needed},
-            image_size=_pair(given.get("image_size", 224)),
-            patch_size=_pair(given.get("patch_size", 16)),
+            image_size=pair(given.get("image_size", 224)),
+            patch_size=pair(given.get("patch_size", 16)),
             num_channels=given.get("num_channels", 3),
             num_labels=len(labels) or given.get("num_labels", 2),
             hidden_act=given.get("hidden_act", "gelu"),
@@ -123,10 +124,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """``down(act(up(x)))``."""
 
-    def __init__(self, config: VitConfig, rngs: nnx.Rngs) -> None:
-        self.up = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.down = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
-        self.act = ACTIVATIONS[config.hidden_act]
+    def __init__(self, size: int, inner: int, act: str, rngs: nnx.Rngs) -> None:
+        self.up = nnx.Linear(size, inner, rngs=rngs)
+        self.down = nnx.Linear(inner, size, rngs=rngs)
+        self.act = ACTIVATIONS[act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """X [..., hidden] to the same shape."""
@@ -141,7 +142,7 @@ class Layer(nnx.Module):
         self.attn_norm = nnx.LayerNorm(config.hidden_size, **norm)
         self.attn = Attention(config, rngs)
         self.mlp_norm = nnx.LayerNorm(config.hidden_size, **norm)
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """X [B, T, hidden] to the same shape."""

@@ -192,6 +192,30 @@ def test_classifier(case, tmp_path, transformers):
     close(jax.jit(fn)(params, pixels), theirs)
 
 
+SWINS = {
+    "swin": {},
+    "swin-odd": {"image_size": [50, 59], "depths": [1, 2, 1], "num_heads": [1, 2, 4], "qkv_bias": False},
+    "swin-positions": {"use_absolute_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "window_size": 4},
+}
+
+
+@pytest.mark.parametrize("case", SWINS)
+def test_classifier_in_windows(case, tmp_path, transformers):
+    sizes = {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 3], "window_size": 3, "image_size": 32}
+    sizes |= {"patch_size": 4, "num_labels": 5, "initializer_range": 0.3}
+    torch, model = write(transformers, "Swin", "ForImageClassification", {**sizes, **SWINS[case]}, tmp_path)
+    with torch.no_grad():  # they begin as zeros
+        for name, value in model.named_parameters():
+            if "relative_position_bias_table" in name:
+                value.normal_()
+    model.save_pretrained(tmp_path)
+    fn, params, config = models.load(tmp_path)
+    pixels = np.random.default_rng(2).normal(size=(3, *config.image_size, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).logits.numpy()
+    close(jax.jit(fn)(params, pixels), theirs)
+
+
 def test_registry_names_exist_in_transformers(transformers):
     for name in models.hf.REGISTRY.keys() - {"CifarResNet"}:  # which is no model of transformers
         assert hasattr(transformers, name), name
