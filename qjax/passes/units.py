@@ -153,6 +153,10 @@ def _linear(
     value = nodes[0].inputs[sides[0]]
     source = ax.root(value)
     made = _made_by(source, acts)
+    if made is None:  # windows of a feature map: rows moved about, channels as they were
+        source = _unmoved(value)
+        made = _made_by(source, acts)
+        made = made if isinstance(made, Norm) else None
     if isinstance(made, Activation):
         if made.kind != "gelu":
             note = f"its inputs are those of a {made.kind} and no GELU: they are quantized evenly"
@@ -185,6 +189,51 @@ def _made_by(source: Value, acts: Mapping[Any, Activation | Norm]) -> Activation
     return None
 
 
+def _unmoved(value: Value) -> Value:
+    """The value whose rows ops have moved about (Swin's windows and their shifts), with its channels as they were."""
+    while (node := value.node) is not None:
+        if node.name == "concatenate":  # jnp.roll: two slices in another order
+            cuts = [part.node for part in node.inputs]
+            wholes = [cut.inputs[0] for cut in cuts if cut is not None and cut.name == "slice"]
+            along = node.params["dimension"]
+            same = len(wholes) == len(cuts) and all(w is wholes[0] for w in wholes)
+            if not same or along == len(value.shape) - 1 or wholes[0].shape != value.shape:
+                return value
+            if len({cut.params["start_indices"][along] for cut in cuts if cut is not None}) < len(cuts):
+                return value  # one part twice
+            value = wholes[0]
+        elif _moves_rows(node):
+            value = node.inputs[0]
+        else:
+            return value
+    return value
+
+
+def _moves_rows(node: Node) -> bool:
+    """Whether a node takes or moves whole rows along the last axis, and adds none."""
+    if not node.inputs or not node.inputs[0].shape or not node.outputs or not node.outputs[0].shape:
+        return False
+    before, after, params = node.inputs[0].shape, node.outputs[0].shape, node.params
+    last = len(before) - 1
+    if before[-1] != after[-1]:
+        return False
+    match node.name:
+        case "transpose":
+            return params["permutation"][-1] == last
+        case "broadcast_in_dim":
+            return bool(params["broadcast_dimensions"]) and params["broadcast_dimensions"][-1] == len(after) - 1
+        case "squeeze":
+            return last not in {d % (last + 1) for d in params["dimensions"]}
+        case "expand_dims":
+            return True
+        case "reshape":
+            return params.get("dimensions") is None
+        case "pad":
+            return all((int(low), int(high), int(inner)) == (0, 0, 0) for low, high, inner in params["padding_config"])
+        case name:
+            return name in ax.TRANSPARENT
+
+
 def _readers(program: Program, name: str) -> int:
     """How many sites read the slice that a site reads."""
     site = program.by_name[name]
@@ -202,8 +251,9 @@ def _parameters(
     queue, ends = [source], set()
     for value in queue:
         for user in value.users:
-            if user.name in ax.TRANSPARENT:
-                queue.append(user.output)
+            onward = user.output.users if user.name == "slice" else [user]
+            if all(n.name in ax.TRANSPARENT or _unmoved(n.output) is _unmoved(source) for n in onward):
+                queue += [n.output for n in onward if n.output not in queue]
             else:
                 ends.add(user)
         if value in level.outputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qjax.errors import ModelError
-from qjax.models import LlamaConfig, RopeScaling, VitConfig
+from qjax.models import LlamaConfig, RopeScaling, SwinConfig, VitConfig
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,3 +81,17 @@ def test_vit_refusals():
         VitConfig.from_hf({"architectures": ["ViTForImageClassification"]})
     with pytest.raises(ModelError, match="hidden_act"):
         VitConfig.from_hf({**base, "hidden_act": "swoosh"})
+
+
+def test_swin_refusals():
+    base = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "image_size": 32}
+    assert SwinConfig.from_hf(base).grids == [(8, 8), (4, 4)]
+    for change, words in (
+        ({"num_heads": [2]}, "one number for each stage"),
+        ({"num_heads": [3, 4]}, "not a multiple of its 3 heads"),
+        ({"hidden_act": "swoosh"}, "hidden_act"),
+        ({"image_size": 28}, "stage 1 has 4 by 4 tokens, fewer than a window of 5"),
+        ({"depths": None}, "lacks depths"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            SwinConfig.from_hf({**base, **({"window_size": 5} if "image_size" in change else {}), **change})

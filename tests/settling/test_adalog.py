@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -103,6 +104,21 @@ def test_units_are_found_on_the_program():
                        {"a": np.ones((4, 4), F), "b": np.ones((4, 2), F)}, np.ones((3, 4), F))  # fmt: skip
     found = find_units(exact, recipe().decide(exact.sites, strict=False))[1]
     assert [u.kind for u in found] == ["plain", "gelu"] and found[1].shift == 0.16997124254703522
+
+
+def test_a_layer_norm_is_found_behind_windows_and_their_shifts():
+    def fn(params, x, pad=0, twice=False):
+        h = jnp.pad(layer_norm(params["norm"], x), ((0, 0), (0, pad), (0, 0), (0, 0)))
+        h = jnp.concatenate([h[:, 1:], h[:, 1:]], 1) if twice else jnp.roll(h, (-1, -1), (1, 2))
+        h = h.reshape(2, -1, 2, 2, 2, D).swapaxes(2, 3).reshape(-1, 4, D)
+        return dense(params["query"], h) + dense(params["key"], h)
+
+    x = np.ones((2, 4, 4, D), F)
+    for settings, kind in (({}, "norm"), ({"pad": 2}, "plain"), ({"twice": True, "pad": 1}, "plain")):
+        program = qjax.trace(functools.partial(fn, **settings), PARAMS, x)
+        (unit,) = find_units(program, recipe().decide(program.sites, strict=False))[1]
+        assert (unit.sites, unit.kind) == (("query/kernel", "key/kernel"), kind), settings
+    assert unit.norm is None
 
 
 def test_what_is_no_gelu_and_a_softmax_with_another_reader():
