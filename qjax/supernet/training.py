@@ -11,6 +11,7 @@ order.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -28,6 +29,8 @@ from jax import lax
 from qjax.checkpoint.parts import load_part, open_job, save_part
 from qjax.errors import DataError, RecipeError
 from qjax.supernet.elastic import State, Supernet
+from qjax.supernet.events import FOLDER as EVENTS
+from qjax.supernet.events import EventFile, require
 from qjax.supernet.losses import gpg_terms, wdr_loss
 from qjax.supernet.sampling import Sampler, Sandwich, described
 from qjax.trees import check_trainable
@@ -185,6 +188,7 @@ def train(
     save_every: int = 100,
     mesh: Any = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+    tensorboard: bool = False,
 ) -> Trained:
     """Train a supernet.
 
@@ -199,6 +203,8 @@ def train(
         save_every: steps between checkpoints.
         mesh: examples are split over all its devices, parameters are on each.
         progress: called as ``progress(done, total, metrics)`` after each step.
+        tensorboard: write metrics to event files in ``folder/events`` too (`qjax[tensorboard]`). A job that goes on
+            continues them: `tensorboard --logdir` shows each step once.
 
     Returns:
         The trained parameters and state, and the metrics of all steps.
@@ -206,9 +212,12 @@ def train(
     Raises:
         CheckpointError: the folder holds another job (another space or schedule, other sites).
         DataError: a loss is NaN or infinite; the message names the site. The last checkpoint is kept.
+        ImportError: ``tensorboard`` without tensorboardX.
     """
     for tree in (params, state):
         check_trainable(tree)
+    if tensorboard:
+        require(folder)
     optimizer = optimizer or schedule.optimizer()
     moments = optimizer.init({"params": params, "state": state})
     inputs, _ = batches(0)
@@ -225,19 +234,27 @@ def train(
     place = _placing(mesh)
     carry = place(carry, False)
     step = jax.jit(make_step(t, schedule, optimizer))
-    for number in range(first, schedule.steps):
-        inputs, labels = (place(part, True) for part in batches(number))
-        *after, metrics = step(*carry, number, inputs, labels)
-        metrics = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(metrics["loss"]):
-            raise DataError(_blame(t, carry, inputs, number, metrics, folder))
-        carry = tuple(after)
-        for name, value in metrics.items():
-            rows.setdefault(name, []).append(value)
-        if folder is not None and ((number + 1) % save_every == 0 or number + 1 == schedule.steps):
-            _save(folder, carry, number + 1, rows)
-        if progress is not None:
-            progress(number + 1, schedule.steps, metrics)
+    with contextlib.ExitStack() as opened:
+        events = None
+        if tensorboard and folder is not None:
+            events = opened.enter_context(contextlib.closing(EventFile(folder / EVENTS, first, rows)))
+        for number in range(first, schedule.steps):
+            inputs, labels = (place(part, True) for part in batches(number))
+            *after, metrics = step(*carry, number, inputs, labels)
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if not np.isfinite(metrics["loss"]):
+                raise DataError(_blame(t, carry, inputs, number, metrics, folder))
+            carry = tuple(after)
+            for name, value in metrics.items():
+                rows.setdefault(name, []).append(value)
+            if events is not None:
+                events.write(number + 1, metrics)
+            if folder is not None and ((number + 1) % save_every == 0 or number + 1 == schedule.steps):
+                if events is not None:
+                    events.flush()  # before the checkpoint, from which on nobody writes these steps again
+                _save(folder, carry, number + 1, rows)
+            if progress is not None:
+                progress(number + 1, schedule.steps, metrics)
     return Trained(carry[0], carry[1], {name: np.asarray(values) for name, values in rows.items()})
 
 

@@ -1,6 +1,10 @@
 """Training of supernets: steps, resume, meshes, batch norms."""
 
 import csv
+import functools
+import importlib.util
+import struct
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.errors import CheckpointError, DataError, RecipeError
+from qjax.errors import CheckpointError, DataError, QjaxError, RecipeError
 from qjax.models import CifarClassifier, CifarResNetConfig
 from qjax.supernet import Descending, Fixed, Sandwich, Schedule, Space, recalibrate, train
 
@@ -161,3 +165,64 @@ def test_a_network_for_one_form_moves_its_own_tables_alone(job, tmp_path):
     assert set(done.metrics) == {"loss", "fixed"}
     moved = np.asarray(done.state["a"]["weight.scale.channel"] != state["a"]["weight.scale.channel"])
     assert moved[:, 0].any() and not moved[:, 1:].any()
+
+
+def events_in(folder):
+    """What the event files hold, by their format: length, masked CRC-32C of it, record, masked CRC-32C of that."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    table = [functools.reduce(lambda c, _: (c >> 1) ^ (0x82F63B78 if c & 1 else 0), range(8), n) for n in range(256)]
+
+    def masked(data):
+        crc = functools.reduce(lambda c, b: table[(c ^ b) & 0xFF] ^ (c >> 8), data, 0xFFFFFFFF) ^ 0xFFFFFFFF
+        return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+    shown = {}
+    for file in sorted(folder.glob("events.out.tfevents.*"), key=lambda f: int(f.suffix[1:])):
+        data = file.read_bytes()
+        while data:
+            (length,), (check,) = struct.unpack("<Q", data[:8]), struct.unpack("<I", data[8:12])
+            record, (own,) = data[12 : 12 + length], struct.unpack("<I", data[12 + length : 16 + length])
+            assert check == masked(data[:8]) and own == masked(record)
+            event, data = Event.FromString(record), data[16 + length :]
+            if event.session_log.status == SessionLog.START:  # what TensorBoard drops
+                shown = {step: v for step, v in shown.items() if step < event.step}
+            if event.summary.value:
+                assert event.step not in shown and event.wall_time > 1e9
+                shown[event.step] = {v.tag: v.simple_value for v in event.summary.value}
+    return shown
+
+
+def test_metrics_are_event_files_that_a_killed_job_continues(job, tmp_path):
+    pytest.importorskip("tensorboardX", reason="it comes with qjax[tensorboard]")
+    t, p, state, _ = job
+    schedule = Schedule(6, sampling=Fixed(2), wdr=0.0)
+
+    def killer(done, *_):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    how = {"folder": tmp_path, "save_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        train(t, p, state, batches, schedule, **how, tensorboard=True, progress=killer)
+    assert len(events_in(tmp_path / "events")) == 5
+    done = train(t, p, state, batches, schedule, **how, tensorboard=True)
+    shown = events_in(tmp_path / "events")
+    assert list(shown) == [1, 2, 3, 4, 5, 6]
+    for name, values in done.metrics.items():
+        np.testing.assert_allclose([shown[n + 1][name] for n in range(6)], values, rtol=1e-6)
+    for file in (tmp_path / "events").iterdir():
+        file.unlink()
+    train(t, p, state, batches, schedule, **how, tensorboard=True)  # asked for later: from the metrics at hand
+    assert events_in(tmp_path / "events") == shown
+
+
+def test_event_files_that_cannot_be_are_refused_before_anything_is_done(job, tmp_path, monkeypatch):
+    t, p, state, _ = job
+    if importlib.util.find_spec("tensorboardX"):
+        with pytest.raises(QjaxError, match="give folder="):
+            train(t, p, state, batches, SCHEDULE, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"pip install 'qjax\[tensorboard\]'"):
+        train(t, p, state, batches, SCHEDULE, folder=tmp_path, tensorboard=True)
+    assert not list(tmp_path.iterdir())
