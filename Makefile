@@ -40,8 +40,9 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	@$(VENV)/bin/mkdocs build --strict --site-dir build/docs
 
-# What is installed is remembered by a stamp for each set of requirements, older than pyproject.toml when that changes.
-$(VENV)/.installed-%: pyproject.toml
+# What is installed is remembered by a stamp for each set of requirements, older than pyproject.toml when that changes,
+# and than what the CPU kernels are compiled from.
+$(VENV)/.installed-%: pyproject.toml setup.py qjax/kernels/cpu/build.py $(wildcard qjax/kernels/cpu/src/*)
 	@test -n "$(PYTHON)" || { echo "qjax needs Python 3.11 or newer with the venv module; none was found."; \
 		echo "Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "== Making the environment $(VENV) with $$($(PYTHON) --version) (the first time takes a few minutes)"

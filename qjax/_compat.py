@@ -164,6 +164,11 @@ def partitioned_devices(ctx: Any) -> int:
     return getattr(context, "num_devices", 1)
 
 
+def for_export(ctx: Any) -> bool:
+    """Return whether `jax.export` is lowering, which refuses custom calls that jax gives no guarantee for."""
+    return bool(getattr(ctx.module_context.lowering_parameters, "for_export", False))
+
+
 def with_mesh(ctx: Any) -> Any:
     """Return the context of a lowering that the compiler may partition with a mesh in it, or None if none is known.
 

@@ -54,6 +54,7 @@ class Problem:
         settings: further static settings of the op, such as the strides of a convolution.
         capability: compute capability of the CUDA device, such as (9, 0); None elsewhere or where it is not known.
         terms: what is added to the product before it is rounded: "bias", "residual" (`qjax.kernels.dot.terms`).
+        exported: whether it is lowered by `jax.export`, for a program that runs where kernels of ours may not be.
     """
 
     op: str
@@ -70,6 +71,7 @@ class Problem:
     settings: Any = None
     capability: tuple[int, int] | None = None
     terms: tuple[str, ...] = ()
+    exported: bool = False
 
     @property
     def matrices(self) -> int:

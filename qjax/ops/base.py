@@ -295,6 +295,7 @@ class LinearOp:
         devices = _compat.partitioned_devices(ctx)
         operands = call.operands(ctx.avals_in)
         problem = self.definition.problem(call.spec, operands, where, devices)
+        problem = dataclasses.replace(problem, exported=_compat.for_export(ctx))
         if devices > 1 and self.definition.roles(call.spec, operands, ctx.avals_in) is not None:
             alone = select(dataclasses.replace(problem, devices=1), call.spec.implementation)
             wider = _compat.with_mesh(ctx) if alone.refuses(problem) else None

@@ -1,0 +1,9 @@
+"""Kernels for CPUs, compiled from C++: `build` makes them, `library` loads them, the other files are lowerings.
+
+Without a compiler there are none, and products run on XLA.
+"""
+
+from qjax.kernels.cpu import dot, library
+from qjax.kernels.cpu.library import instruction_sets, status
+
+__all__ = ["dot", "instruction_sets", "library", "status"]

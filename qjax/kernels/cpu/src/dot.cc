@@ -1,0 +1,108 @@
+// Which instructions a product runs by, and how it is cut in tasks.
+#include "problem.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace qjax {
+
+bool has_isa(int isa) {
+  if (isa == kPortable) return true;
+#if defined(__x86_64__)
+  if (isa == kAvx2) return __builtin_cpu_supports("avx2");
+  if (isa == kAvx512Vnni || isa == kAmx) {
+    static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512vnni");
+    if (isa == kAvx512Vnni) return wide;
+#if defined(QJAX_HAS_AMX)
+    return wide && amx_allowed();
+#endif
+  }
+#endif
+  return false;
+}
+
+const char* isa_name(int isa) {
+  static const char* const names[kIsaCount] = {"portable", "avx2", "avx512_vnni", "amx"};
+  return isa >= 0 && isa < kIsaCount ? names[isa] : "unknown";
+}
+
+// Whether groups fall on chunks, or whole groups in one, as the vector kernels have it.
+static bool regular(const Dot& d) {
+  const int64_t bytes = d.group_bytes();
+  return d.groups() <= 1 || bytes % kChunk == 0 || bytes == 32 || bytes == 16;
+}
+
+int best_isa(const Dot& d) {
+  if (!regular(d)) return kPortable;
+  for (int isa = kIsaCount - 1; isa > kPortable; isa--) {
+    if (isa == kAmx && d.m < 2) continue;  // nothing to gain for one row
+    if (has_isa(isa)) return isa;
+  }
+  return kPortable;
+}
+
+// A panel laid out anew, its scales and zero points, and float sums of a tile.
+int64_t scratch_bytes(const Dot& d) {
+  const int64_t laid = kPanel * d.q_stride(), numbers = 2 * kPanel * (d.groups() + 1) * 4;
+  const int64_t bytes = laid + numbers + 64 * 1024;
+  return (bytes + 63) / 64 * 64;
+}
+
+namespace {
+
+struct Work {
+  const Dot* dot;
+  int isa;
+  int64_t step;
+  char* scratch;
+  int64_t bytes;
+};
+
+void task(void* argument, int64_t number, int64_t worker) {
+  const Work& work = *static_cast<const Work*>(argument);
+  const Dot& d = *work.dot;
+  const int64_t n0 = number * work.step, n1 = n0 + work.step < d.n ? n0 + work.step : d.n;
+  char* scratch = work.scratch + worker * work.bytes;
+  (void)scratch;
+  switch (work.isa) {
+#if defined(__x86_64__)
+    case kAvx2:
+      return panel_avx2(d, n0, n1);
+    case kAvx512Vnni:
+      return panel_avx512(d, n0, n1, scratch);
+#if defined(QJAX_HAS_AMX)
+    case kAmx:
+      return panel_amx(d, n0, n1, scratch);
+#endif
+#endif
+    default:
+      return panel_portable(d, n0, n1);
+  }
+}
+
+}  // namespace
+
+void run_dot(const Dot& d, int isa, const Pool& pool, char* scratch) {
+  if (d.m == 0 || d.n == 0) return;
+  if (d.k == 0) {
+    for (int64_t i = 0; i < d.m * d.n; i++) d.y[i] = 0.0f;
+    return;
+  }
+  if (!regular(d)) isa = kPortable;
+  // Panels for many rows; for one row as many blocks at a time as leave each thread four tasks, to share evenly.
+  int64_t step = kPanel;
+  if (d.m == 1) {
+    const int64_t blocks = (d.n + kBlock - 1) / kBlock, tasks = 4 * pool.workers;
+    step = kBlock * ((blocks + tasks - 1) / tasks);
+  }
+  Work work{&d, isa, step, scratch, scratch_bytes(d)};
+  const int64_t count = (d.n + step - 1) / step;
+  const bool small = d.m * d.n * d.k < (int64_t{1} << 17);  // less work than waking a thread
+  const int64_t workers = small ? 1 : pool.workers < count ? pool.workers : count;
+  pool.run(pool.context, workers, count, task, &work);
+}
+
+}  // namespace qjax

@@ -1,0 +1,207 @@
+// The handler that XLA calls: checks every dtype and shape, allocates scratch memory, shares the work among XLA's threads.
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+
+#include "problem.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using qjax::Dot;
+using qjax::Quantize;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+// Null where there is not that much.
+Memory aligned(int64_t bytes) {
+  return Memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))));
+}
+
+// Tasks are taken from a counter by whoever is free, the caller among them: if every thread of the pool is busy, the
+// caller does all of them, so that it never waits for what has not begun. A thread that comes late finds none left, and
+// looks at nothing but the counter, which it shares in owning.
+void run_in_pool(void* context, int64_t workers, int64_t count, void (*task)(void*, int64_t, int64_t), void* argument) {
+  if (workers <= 1 || count <= 1) {
+    for (int64_t i = 0; i < count; i++) task(argument, i, 0);
+    return;
+  }
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, count, task, argument](int64_t worker) {
+    for (int64_t i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      task(argument, i, worker);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  auto* pool = static_cast<ffi::ThreadPool*>(context);
+  for (int64_t w = 1; w < workers; w++) pool->Schedule([work, w] { work(w); });
+  work(0);
+  for (int64_t spins = 0; state->done.load(std::memory_order_acquire) < count; spins++) {
+    if (spins > 1000) std::this_thread::yield();
+  }
+}
+
+ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("qjax_dot: " + what); }
+
+std::string shape(const ffi::AnyBuffer& a) {
+  std::string out = "[";
+  for (size_t i = 0; i < a.dimensions().size(); i++) out += (i ? ", " : "") + std::to_string(a.dimensions()[i]);
+  return out + "]";
+}
+
+bool is(const ffi::AnyBuffer& a, ffi::DataType type, size_t rank) {
+  return a.element_type() == type && a.dimensions().size() == rank;
+}
+
+// [s, rows or 1, columns or 1], as strides that are 0 where one number serves all.
+bool broadcasts(const ffi::AnyBuffer& a, int64_t rows, int64_t columns, int64_t* along_rows, int64_t* along_columns) {
+  const int64_t r = a.dimensions()[1], c = a.dimensions()[2];
+  if ((r != rows && r != 1) || (c != columns && c != 1)) return false;
+  *along_rows = r == 1 && rows != 1 ? 0 : c;
+  *along_columns = c == 1 ? 0 : 1;
+  return true;
+}
+
+struct Rows {
+  const Quantize* what;
+  int isa;
+  int64_t step;
+};
+
+void quantize_task(void* argument, int64_t number, int64_t) {
+  const Rows& rows = *static_cast<const Rows*>(argument);
+  const int64_t first = number * rows.step, last = first + rows.step;
+  qjax::quantize_rows(*rows.what, first, last < rows.what->m ? last : rows.what->m, rows.isa);
+}
+
+// The sizes of the stack: of every operand the first.
+bool stacked(const ffi::AnyBuffer& a, ffi::DataType type, int64_t stack) {
+  return is(a, type, 3) && a.dimensions()[0] == stack;
+}
+
+// x f32, or s8 codes, [s, m, k]; sx f32 [s, m or 1, 1]; w u8 or s8 [s, n, bytes]; scale f32 [s, n or 1, groups or 1];
+// zeros u8, likewise, or [s, 0, 0] -> y f32 [s, m, n]. Each of the s matrices by itself.
+ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+               ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group, int64_t is_signed,
+               int64_t low, int64_t high, int64_t isa) {
+  const bool codes = x.element_type() == ffi::S8;
+  if (!(codes || x.element_type() == ffi::F32) || x.dimensions().size() != 3)
+    return invalid("activations have to be float32 or int8 [s, m, k], they are of shape " + shape(x));
+  if (bits != 8 && bits != 4 && bits != 2) return invalid("codes of " + std::to_string(bits) + " bits; 8, 4 or 2");
+  const int64_t stack = x.dimensions()[0];
+  if (!stacked(w, ffi::U8, stack) && !stacked(w, ffi::S8, stack))
+    return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  Dot d{};
+  d.m = x.dimensions()[1];
+  d.k = x.dimensions()[2];
+  d.n = w.dimensions()[1];
+  d.row_bytes = w.dimensions()[2];
+  d.bits = bits;
+  if (d.row_bytes != (d.k * bits + 7) / 8)
+    return invalid("rows of " + std::to_string(d.row_bytes) + " bytes do not hold " + std::to_string(d.k) +
+                   " codes of " + std::to_string(bits) + " bits");
+  d.group = group > 0 && group < d.k ? group : (d.k > 0 ? d.k : 1);
+  const int64_t groups = d.groups(), columns = groups > 0 ? groups : 1;
+  if (groups > 1 && d.group % d.phases()) return invalid("groups have to begin with a byte");
+  if (low < -128 || high > 127 || low > high) return invalid("codes of activations are int8");
+  if (!stacked(sx, ffi::F32, stack) || sx.dimensions()[2] != 1 || (sx.dimensions()[1] != d.m && sx.dimensions()[1] != 1))
+    return invalid("scales of activations have to be float32 [s, m or 1, 1], they are of shape " + shape(sx));
+  if (!stacked(scale, ffi::F32, stack) || !broadcasts(scale, d.n, columns, &d.scale_n, &d.scale_g))
+    return invalid("scales have to be float32 [s, n or 1, groups or 1] for " + std::to_string(groups) +
+                   " groups, they are of shape " + shape(scale));
+  if (!stacked(zeros, ffi::U8, stack)) return invalid("zero points have to be uint8, they are of shape " + shape(zeros));
+  const bool has_zeros = zeros.element_count() > 0;
+  if (has_zeros && !broadcasts(zeros, d.n, columns, &d.zeros_n, &d.zeros_g))
+    return invalid("zero points have to be [s, n or 1, groups or 1], they are of shape " + shape(zeros));
+  if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
+    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
+  if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
+  if (is_signed) {
+    d.flip = bits == 8 ? 0x80 : bits == 4 ? 0x88 : 0xaa;
+    d.zero = 1 << (bits - 1);
+  }
+  const int chosen = isa < 0 ? qjax::best_isa(d) : static_cast<int>(isa);
+  if (!qjax::has_isa(chosen))
+    return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                      std::string("qjax_dot: this processor has no ") + qjax::isa_name(chosen));
+
+  qjax::Pool pool{threads.num_threads() > 1 ? threads.num_threads() : 1, &threads, run_in_pool};
+  Memory q = aligned(d.m * d.q_stride() + 64), sums = aligned(d.m * columns * 4), scales = aligned(d.m * 4);
+  Memory scratch = aligned(qjax::scratch_bytes(d) * pool.workers);
+  if (!q || !sums || !scales || !scratch)
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for activations and scratch");
+  float* own = reinterpret_cast<float*>(scales.get());
+  Quantize quantize{};
+  quantize.m = d.m;
+  quantize.k = d.k;
+  quantize.bits = bits;
+  quantize.group = d.group;
+  quantize.sx = own;
+  quantize.low = static_cast<float>(low);
+  quantize.high = static_cast<float>(high);
+  quantize.q = reinterpret_cast<int8_t*>(q.get());
+  quantize.qsum = reinterpret_cast<int32_t*>(sums.get());
+  d.q = quantize.q;
+  d.qsum = quantize.qsum;
+  d.sx = own;
+  const int64_t one_sx = sx.dimensions()[1], one_scale = scale.dimensions()[1] * scale.dimensions()[2];
+  const int64_t one_zero = zeros.dimensions()[1] * zeros.dimensions()[2];
+  try {
+    for (int64_t s = 0; s < stack; s++) {
+      const float* given = static_cast<const float*>(sx.untyped_data()) + s * one_sx;
+      for (int64_t m = 0; m < d.m; m++) own[m] = given[one_sx == 1 ? 0 : m];
+      if (codes)
+        quantize.codes = static_cast<const int8_t*>(x.untyped_data()) + s * d.m * d.k;
+      else
+        quantize.x = static_cast<const float*>(x.untyped_data()) + s * d.m * d.k;
+      d.w = static_cast<const uint8_t*>(w.untyped_data()) + s * d.n * d.row_bytes;
+      d.scale = static_cast<const float*>(scale.untyped_data()) + s * one_scale;
+      if (has_zeros) d.zeros = static_cast<const uint8_t*>(zeros.untyped_data()) + s * one_zero;
+      d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
+      Rows rows{&quantize, chosen, (int64_t{1} << 16) / (d.k + 1) + 1};
+      pool.run(pool.context, pool.workers, (d.m + rows.step - 1) / rows.step, quantize_task, &rows);
+      qjax::run_dot(d, chosen, pool, scratch.get());
+    }
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for tasks");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_dot, dot,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("is_signed")
+                                  .Attr<int64_t>("low")
+                                  .Attr<int64_t>("high")
+                                  .Attr<int64_t>("isa"));
+
+// For the loader, which asks before it hands handlers to XLA.
+extern "C" {
+int qjax_interface_major() { return XLA_FFI_API_MAJOR; }
+int qjax_interface_minor() { return XLA_FFI_API_MINOR; }
+const char* qjax_digest() { return QJAX_DIGEST; }
+int qjax_has_isa(int isa) { return isa >= 0 && isa < qjax::kIsaCount && qjax::has_isa(isa); }
+const char* qjax_isa_name(int isa) { return qjax::isa_name(isa); }
+}

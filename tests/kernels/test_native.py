@@ -1,0 +1,204 @@
+"""The compiled CPU kernels against integer arithmetic in NumPy, to the last bit, by every instruction set there is."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qjax import ops
+from qjax.errors import LoweringError
+from qjax.formats import Int, quantize_array
+from qjax.kernels.cpu import build, library
+from qjax.kernels.cpu.dot import product
+from qjax.testing import check_lowering
+
+TOKEN = Int(8, per="token")
+
+
+def packed(codes, bits):
+    """[n, k] integers as rows of a little-endian bit stream."""
+    low = (codes.astype(np.int64) & (2**bits - 1)).astype(np.uint8)
+    stream = np.unpackbits(low[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(stream.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+
+
+def by_hand(x, sx, codes, scale, zero, group):
+    """What `src/problem.h` says: exact sums of groups, scaled and added in float32 in the order of groups."""
+    k = codes.shape[1]
+    with np.errstate(all="ignore"):
+        steps = x * (np.float32(1) / sx)
+        q = np.where(np.isnan(steps), 0, np.clip(np.round(steps), -128, 127)).astype(np.int64)
+        total = np.zeros((len(x), len(codes)), np.float32)
+        for g in range(-(-k // group)):
+            part = slice(g * group, (g + 1) * group)
+            sums = (q[:, part] @ (codes[:, part] - zero[:, g, None]).T).astype(np.float32)
+            if group >= k:
+                return sums * sx * scale[:, 0]
+            total += sums * scale[:, g]
+        return total * sx
+
+
+@given(
+    bits=st.sampled_from([2, 4, 4, 8]),
+    signed=st.booleans(),
+    group=st.sampled_from([None, None, 32, 64, 128, 40, 256]),
+    m=st.sampled_from([1, 2, 3, 11, 16, 37]),
+    n=st.sampled_from([1, 16, 33, 70]),
+    k=st.sampled_from([1, 63, 130, 256, 384, 500]),
+    values=st.sampled_from(["normal", "nan", "infinite", "largest codes"]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_integer_arithmetic_to_the_bit(native, bits, signed, group, m, n, k, values, seed):
+    rng = np.random.default_rng(seed)
+    low = -(2 ** (bits - 1)) if signed else 0
+    codes = rng.integers(low, low + 2**bits, (n, k))
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    if values == "largest codes":
+        codes[:], x[:] = (low if signed else low + 2**bits - 1), -100
+    elif values != "normal":
+        x[-1, 0] = np.nan if values == "nan" else np.inf
+    width = min(group or k, k)
+    groups = -(-k // width)
+    scale = rng.uniform(0.01, 1, (n, groups)).astype(np.float32)
+    zero = np.zeros((n, groups), np.int64) if signed else rng.integers(0, 2**bits, (n, groups))
+    sx = (np.abs(x).max(axis=1, keepdims=True) / np.float32(127.5)).astype(np.float32)
+    fmt = Int(bits, symmetric=signed, **({"group": group} if group else {}))
+    stored = packed(codes, bits)
+    expected = by_hand(x, sx, codes, scale, zero, width)
+    zeros = None if signed else jnp.asarray(zero, jnp.uint8)[None]
+    for name in native.instruction_sets():
+        y = product(x[None], sx[None], stored[None], scale[None], zeros, weight=fmt, act=TOKEN, instructions=name)
+        np.testing.assert_array_equal(np.asarray(y)[0], expected, err_msg=f"{name} {fmt.name}")
+
+
+def test_is_a_lowering(native):
+    """Dtypes, rows in several axes, stacks, empty shapes, vmap and scan, as the exported suite draws them."""
+    acts = [TOKEN, Int(8, per="tensor"), Int(6, per="token", scale="qmax")]
+    check_lowering("dot", "native", weights=[Int(8), Int(4, group=32), Int(4, symmetric=False)], acts=acts, examples=3)
+
+
+def test_a_token_does_not_depend_on_the_others(native):
+    rng = np.random.default_rng(0)
+    w = quantize_array(jnp.asarray(rng.standard_normal((96, 256)), jnp.float32), Int(4, group=64), in_axes=1)
+    x = jnp.asarray(rng.standard_normal((40, 256)), jnp.float32)
+    run = jax.jit(lambda x: ops.q_dot(x, w, act=(TOKEN, ops.activation_aux(x, TOKEN)), implementation="native"))
+    together = np.asarray(run(x))
+    for rows in (slice(3, 4), slice(7, 12), slice(8, 40)):
+        np.testing.assert_array_equal(np.asarray(run(x[rows])), together[rows])
+
+
+def test_wrong_operands_are_errors(native):
+    """A program that somebody else wrote must not crash the process."""
+    x, sx = jnp.zeros((1, 3, 64)), jnp.ones((1, 3, 1))
+    w, s = jnp.zeros((1, 8, 32), jnp.uint8), jnp.ones((1, 8, 2))
+    no = jnp.zeros((1, 0, 0), jnp.uint8)
+    settings = {"bits": 4, "group": 32, "is_signed": 1, "low": -128, "high": 127, "isa": -1}
+
+    def call(*operands, out=((1, 3, 8), jnp.float32), **changed):
+        attributes = {k: np.int64(v) for k, v in {**settings, **changed}.items()}
+        return jax.ffi.ffi_call(library.TARGET, jax.ShapeDtypeStruct(*out))(*operands, **attributes)
+
+    assert call(x, sx, w, s, no).shape == (1, 3, 8)
+    wrong = [
+        (lambda: call(x.astype(jnp.float16), sx, w, s, no), "float32 or int8"),
+        (lambda: call(x[0], sx, w, s, no), r"\[3, 64\]"),
+        (lambda: call(x, sx[:, :2], w, s, no), "scales of activations"),
+        (lambda: call(x, sx, w[:, :, :31], s, no), "rows of 31 bytes"),
+        (lambda: call(x, sx, w.astype(jnp.int32), s, no), "weight has to be bytes"),
+        (lambda: call(x, sx, jnp.concatenate([w, w]), s, no), "weight has to be bytes"),
+        (lambda: call(x, sx, w, s[:, :7], no), "scales have to be"),
+        (lambda: call(x, sx, w, s.astype(jnp.float16), no), "scales have to be"),
+        (lambda: call(x, sx, w, s, jnp.zeros((1, 3, 2), jnp.uint8)), "zero points"),
+        (lambda: call(x, sx, w, s, no, out=((1, 3, 9), jnp.float32)), "result"),
+        (lambda: call(x, sx, w, s, no, out=((1, 3, 8), jnp.int32)), "result"),
+        (lambda: call(x, sx, w, s, no, bits=3), "codes of 3 bits"),
+        (lambda: call(x, sx, w, s, no, group=31), "begin with a byte"),
+        (lambda: call(x, sx, w, s, no, isa=17), "no unknown"),
+        (lambda: call(x, sx, w, s, no, low=-300), "int8"),
+    ]
+    for run, says in wrong:
+        with pytest.raises(Exception, match=says):
+            run().block_until_ready()
+
+
+def test_a_named_kernel_says_why_it_cannot(native):
+    w = quantize_array(jnp.ones((8, 32)), Int(3), in_axes=1)
+    for act, says in (
+        (None, "are not quantized"),
+        (Int(8, per="token", symmetric=False), "activations have no kernel"),
+    ):
+        aux = (act, ops.activation_aux(jnp.ones((2, 32)), act)) if act else None
+        with pytest.raises(LoweringError, match=says):
+            ops.q_dot(jnp.ones((2, 32)), w, act=aux, implementation="native")
+    with pytest.raises(LoweringError, match="int3 per channel weights have no kernel"):
+        ops.q_dot(
+            jnp.ones((2, 32)), w, act=(TOKEN, ops.activation_aux(jnp.ones((2, 32)), TOKEN)), implementation="native"
+        )
+
+
+def test_which_library_is_taken(native, tmp_path):
+    """None that is newer than jaxlib, which XLA would not start with; none of other sources; none that is broken."""
+    major, minor = build.interface(build.headers())
+    assert "none is made" in library.find(tmp_path)
+    (tmp_path / build.file_name((major, minor + 1))).write_bytes(b"")
+    assert "takes none newer" in library.find(tmp_path)
+    (tmp_path / build.file_name((major, minor))).write_bytes(b"no library")
+    assert "cannot be loaded" in library.find(tmp_path)
+    for made in build.HERE.glob("native-*.so"):
+        (tmp_path / made.name).write_bytes(made.read_bytes())
+    assert not isinstance(library.find(tmp_path), str)
+
+
+def test_a_library_of_other_sources_is_not_taken(native, monkeypatch):
+    monkeypatch.setattr(build, "digest", lambda: "of other sources")
+    found = library.find(build.HERE)
+    assert isinstance(found, str) and "other sources" in found
+
+
+def test_without_a_compiler_the_build_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nowhere/c++ -O9")
+    with pytest.raises(build.BuildError, match="/nowhere/c.. could not be started"):
+        build.build(tmp_path)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(build.BuildError, match="failed with exit code 1"):
+        build.build(tmp_path)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(build.BuildError, match="no C.. compiler was found"):
+        build.build(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["", "/nowhere/c++"])
+def test_installing(root, tmp_path, compiler):
+    """``pip wheel .`` with and without a compiler: the package is made either way, and works."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "tests", "benchmarks", "docs")
+    shutil.copytree(root, source, ignore=ignored, symlinks=True)
+    environment = {**os.environ, "CXX": compiler} if compiler else {k: v for k, v in os.environ.items() if k != "CXX"}
+    wheel = [sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps", "-w", str(tmp_path)]
+    run = subprocess.run([*wheel, str(source)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    (made,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(made, tmp_path / "there", "zip")
+    program = (
+        "import jax.numpy as jnp, qjax; from qjax import ops; from qjax.kernels import cpu\n"
+        "w = qjax.formats.quantize_array(jnp.ones((8, 64)), qjax.Int(8), in_axes=1)\n"
+        "act = qjax.Int(8, per='token'); x = jnp.ones((4, 64))\n"
+        "y = ops.q_dot(x, w, act=(act, ops.activation_aux(x, act)))\n"
+        "print(cpu.status(), float(y[0, 0]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "there")}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path / "there"
+    )
+    assert run.returncode == 0, run.stderr
+    assert ("not there" if compiler else "portable") in run.stdout and "64.0" in run.stdout
