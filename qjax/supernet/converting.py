@@ -86,3 +86,13 @@ def _inputs(fields: Fields, row: np.ndarray, forms: Forms) -> tuple[Format | Non
 def _numbers(scale: Any, offset: Any, symmetric: bool, forms: Forms) -> dict[str, Any]:
     step, beta = steps_of(scale.astype(jnp.float32), offset.astype(jnp.float32), forms.abs_offset)
     return {"scale": step} if symmetric else {"scale": step, "offset": beta}
+
+
+def in_effect(fields: Fields, forms: Forms) -> dict[str, np.ndarray]:
+    """Tables of a site as their steps and offsets act, float32: |scale| + 1e-6, and offsets or their magnitude."""
+    out = {}
+    for name, a in fields.items():
+        a = jnp.asarray(a, jnp.float32)
+        step, beta = steps_of(a, a, forms.abs_offset)
+        out[name] = np.asarray(step if ".scale" in name else beta if ".offset" in name else a)
+    return out

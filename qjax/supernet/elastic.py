@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,9 +31,10 @@ from qjax.formats import Int
 from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe, Rule
 from qjax.rewriting.taps import NONFINITE
-from qjax.supernet.converting import Converted, converted
+from qjax.supernet.converting import Converted, converted, in_effect
+from qjax.supernet.export import check_destination, layers, write
 from qjax.supernet.rewriter import CHOICE, REACHED, ElasticRewriter, Forms
-from qjax.supernet.space import Domain, Space
+from qjax.supernet.space import BITS, Domain, Space
 from qjax.transforms import Model, quantize_with
 
 State = dict[str, dict[str, Any]]
@@ -160,6 +162,34 @@ class Supernet:
         domain, owners = self._sites(program)
         forms = self._forms(domain)
         return converted(domain, owners, forms, _fields(domain, owners, forms, state), domain.check(choice)).recipe
+
+    def export(self, folder: str | Path, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> Path:
+        """Write a subnet's codes, steps and offsets, and the tables of all forms, for runtimes other than this one.
+
+        `qjax.supernet.export` says what the files hold. They are there together or not at all.
+
+        Args:
+            folder: where to; an older export in it is replaced.
+            params, state, choice, *args, **kwargs: as for `convert`.
+
+        Returns:
+            The folder, absolute.
+
+        Raises:
+            SearchError: a choice that the space does not allow.
+            DataError: a state of another function or space.
+            CheckpointError: the folder holds something else.
+        """
+        check_destination(folder)
+        model = self.convert(params, state, choice, *args, **kwargs)
+        program, _ = self._traced(params, args, kwargs)
+        domain, owners = self._sites(program)
+        forms, choice = self._forms(domain), domain.check(choice)
+        found = converted(domain, owners, forms, _fields(domain, owners, forms, state), choice)
+        stored = dict(zip(program.leaf_names, Signature.of(model.params, (), {})[1], strict=False))
+        parts = layers(program.by_name, domain, owners, choice, stored, found.constants, state)
+        tables = {f"{n}/{k}": a for n in domain.sites for k, a in in_effect(state[n], forms).items()}
+        return write(folder, *parts, tables, {"space": self.space.to_dict(), "columns": list(BITS)})
 
     def weights(self, params: Any, *args: Any, first: bool = False, **kwargs: Any) -> dict[str, Any]:
         """The weights of the sites, a layer each, for `wdr_loss`.

@@ -1,15 +1,20 @@
 """Supernets from traced functions: values, derivatives, scans, one program for all choices, conversion."""
 
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from constructs import CASES, batch, params
 from jax import lax
+from safetensors.numpy import load_file
 
 import qjax
-from qjax.errors import DataError, RecipeError, SearchError
+from qjax.errors import CheckpointError, DataError, RecipeError, SearchError
 from qjax.supernet import At, Space, init_steps, lsq_plus, sample_choice
+from qjax.supernet.export import write
 
 SPACE = Space((2, 4, 8), (0, 3, 8), ends=None)
 
@@ -133,6 +138,75 @@ def test_a_subnet_becomes_a_model_with_the_same_outputs(net):
     assert model.params["head"].fmt == qjax.formats.Affine(2, per="tensor")
     assert model.params["head"].nbytes == 5 * 8 * 2 // 8 + 8
     assert t.recipe(p, state, choice, x) == model.recipe
+
+
+def read_codes(entry, codes):
+    """Codes [N, K] of a layer by the words of the manifest."""
+    if entry["codes"] == "int8":
+        return codes.astype(np.int64)
+    bits = int(entry["codes"].split()[1])
+    stream = np.unpackbits(codes, axis=-1, bitorder="little")[..., : entry["k"] * bits]
+    numbers = stream.reshape(*codes.shape[:-1], entry["k"], bits) @ (1 << np.arange(bits))
+    return np.where(numbers >= 1 << (bits - 1), numbers - (1 << bits), numbers)
+
+
+def test_a_subnet_is_exported_as_codes_that_a_reader_with_numpy_multiplies(net, tmp_path):
+    t, p, x, state, domain = net
+    choice = np.array([[4, 8, 1, 0, 1], [4, 8, 1, 1, 1], [8, 3, 0, 1, 0], [2, 8, 0, 0, 0]], np.int32)
+    write(tmp_path / "subnet", {}, {}, {}, {})
+    folder = t.export(tmp_path / "subnet", p, state, choice, x)  # in the place of another
+    assert sorted(f.name for f in folder.iterdir()) == ["subnet.json", "subnet.safetensors", "tables.safetensors"]
+    said = json.loads((folder / "subnet.json").read_text())
+    assert said["version"] == 1 and Space.from_dict(said["space"]) == SPACE
+    for name, digest in said["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    found = load_file(folder / "subnet.safetensors")
+    matrices = {"conv": p["conv"].reshape(18, 8).T, "layers/0": p["layers"][0].T, "layers/1": p["layers"][1].T,
+                "head": p["head"]}  # fmt: skip
+    for (name, entry), row in zip(said["sites"].items(), choice, strict=True):
+        bits, a_bits, channel, symmetric, act_symmetric = (int(v) for v in row)
+        assert [entry[k] for k in ("weight_bits", "act_bits", "per_channel", "weight_symmetric", "act_symmetric")] == [
+            *map(int, row)
+        ]
+        where = "channel" if channel else "tensor"
+        table = state[name]["weight.scale." + where + ("" if symmetric else ".asymmetric")]
+        step = np.abs(np.asarray(table, np.float64)[:, bits - 2]) + 1e-6
+        beta = np.zeros(1) if symmetric else np.asarray(state[name][f"weight.offset.{where}"], np.float64)[:, bits - 2]
+        w = np.asarray(matrices[name], np.float64)
+        exact = (w - beta[:, None]) / step[:, None]
+        codes = read_codes(entry, found[f"{name}/weight.codes"])
+        assert found[f"{name}/weight.codes"].dtype == (np.int8 if bits == 8 else np.uint8)
+        clipped = np.clip(exact, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        assert codes.shape == w.shape and (np.abs(codes - clipped) < 0.5 + 1e-3).all()
+        np.testing.assert_allclose(found[f"{name}/weight.scale"], step, rtol=1e-6)
+        assert (f"{name}/weight.offset" in found) == (not symmetric)
+        assert (f"{name}/weight.code_sums" in found) == (not symmetric or not act_symmetric)
+        if f"{name}/weight.code_sums" in found:
+            np.testing.assert_array_equal(found[f"{name}/weight.code_sums"], codes.sum(1))
+    entry = said["sites"]["conv"]
+    assert (entry["in_axes"], entry["out_axes"], entry["n"], entry["k"]) == ([0, 1, 2], [3], 8, 18)
+    assert [said["sites"][n]["input_signed"] for n in said["sites"]] == [True, False, True, True]
+    # the product of the last layer as section 4 of the specification has it, on what the supernet gives it
+    head = {k.removeprefix("head/"): v.astype(np.float64) for k, v in found.items() if k.startswith("head/")}
+    c_w = read_codes(said["sites"]["head"], found["head/weight.codes"])
+    a = np.asarray(jax.random.normal(jax.random.key(5), (4, 8)), np.float64)
+    s_x, b_x, s_w, b_w = (head[k] for k in ("input.scale", "input.offset", "weight.scale", "weight.offset"))
+    c_x = np.clip(np.rint((a - b_x) / s_x), -128, 127)
+    y = s_w * s_x * (c_x @ c_w.T) + s_w * b_x * head["weight.code_sums"]
+    y = y + s_x * b_w * c_x.sum(1, keepdims=True) + 8 * b_w * b_x
+    row = dict(zip(domain.sites, choice, strict=True))["head"]
+    want = rounded(a, state["head"], row, 0, "input") @ rounded(p["head"], state["head"], row, 0, "weight").T
+    np.testing.assert_allclose(y, want, atol=2e-5)
+    tables = load_file(folder / "tables.safetensors")
+    assert set(tables) == {f"{n}/{k}" for n in domain.sites for k in state[n]}
+    np.testing.assert_allclose(
+        tables["head/weight.scale.channel"], np.abs(state["head"]["weight.scale.channel"]) + 1e-6
+    )
+    np.testing.assert_array_equal(tables["head/weight.offset.tensor"], state["head"]["weight.offset.tensor"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    with pytest.raises(CheckpointError, match="other things and no exported subnet"):
+        t.export(tmp_path / "other", p, state, choice, x)
 
 
 def test_what_reads_one_weight_is_tied_and_what_an_embedding_reads_is_left():
