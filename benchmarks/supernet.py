@@ -39,7 +39,9 @@ BITS = (2, 3, 4, 6, 8)
 FORMS = tuple(itertools.product((True, False), repeat=3))
 SINGLE = {"channel": (True, True, True), "tensor": (False, False, False)}
 SINGLE_BITS = (2, 3, 4, 8)
-SUPERNETS = ("supernet", "no-wdr", "no-gpg")
+SUPERNETS = {"supernet": BITS, "no-wdr": (2, 4), "no-gpg": (2, 4)}
+"""Rows, and the bits that they are tested at."""
+
 ROWS = (*SUPERNETS, *(f"lsq-{form}-{bits}" for bits in SINGLE_BITS for form in SINGLE))
 CALIBRATION, TESTED = (20, 100), 100
 
@@ -139,7 +141,7 @@ class Bench:
             wdr=0.0 if name == "no-wdr" or single else 1.0,
             learning_rate=self.given.rate,
         )
-        wanted = [single] if single else list(itertools.product(FORMS, BITS))
+        wanted = [single] if single else list(itertools.product(FORMS, SUPERNETS[name]))
         left = [(f, b) for f, b in wanted if self.kept(name, f, b) is None]
         if not left:
             return
@@ -199,13 +201,13 @@ def written(bench: Bench, of_float: np.ndarray) -> None:
         "symmetry of activations. Weights and activations have the same bits, the first and last layer 8.",
         "",
     ]
-    for name in SUPERNETS:
-        cells = {(f, b): bench.kept(name, f, b) for f in FORMS for b in BITS}
+    for name, tested in SUPERNETS.items():
+        cells = {(f, b): bench.kept(name, f, b) for f in FORMS for b in tested}
         if not any(c is not None for c in cells.values()):
             continue
         shown = {k: "" if c is None else f"{100 * c[0].mean():.2f}" for k, c in cells.items()}
         text += [f"### {name}", "", measure.table(
-            ["form", *(f"{b} bits" for b in BITS)], [[name_of(f), *(shown[f, b] for b in BITS)] for f in FORMS]
+            ["form", *(f"{b} bits" for b in tested)], [[name_of(f), *(shown[f, b] for b in tested)] for f in FORMS]
         ), ""]  # fmt: skip
         record["top1"][name] = {bench.key(f, b): float(c[0].mean()) for (f, b), c in cells.items() if c is not None}
         record["kurtosis"][name] = next(c[1]["kurtosis"] for c in cells.values() if c is not None)
@@ -225,7 +227,7 @@ def written(bench: Bench, of_float: np.ndarray) -> None:
         text += ["### Beside networks trained for one form", ""]
         text += [measure.table(["form", "own network", "supernet", "difference ± standard error"], lines), ""]
     lines = []
-    for name, bits in itertools.product(SUPERNETS[1:], BITS):
+    for name, bits in [(name, b) for name, tested in SUPERNETS.items() for b in tested if name != "supernet"]:
         pairs = [(bench.kept("supernet", f, bits), bench.kept(name, f, bits)) for f in FORMS]
         both = [(a[0], b[0]) for a, b in pairs if a is not None and b is not None]
         if len(both) == len(FORMS):

@@ -7,12 +7,15 @@ only_inside_qjax(__name__)
 from qjax.models.bert import Bert, BertConfig, TextEncoder, sentence_embedding
 from qjax.models.config import LlamaConfig
 from qjax.models.decoder import init_cache
+from qjax.models.efficientnet import EfficientNet, EfficientNetClassifier, EfficientNetConfig
 from qjax.models.functional import fuse, stack_layers, unstack_layers
 from qjax.models.gpt2 import Gpt2, Gpt2Config
 from qjax.models.hf import abstract, load, read_config, save_weights
+from qjax.models.imagenet_resnet import ResNet, ResNetClassifier, ResNetConfig
 from qjax.models.images import ImageProcessor, image_processor
 from qjax.models.language import LanguageModel, generate, stream
 from qjax.models.llama import Llama
+from qjax.models.mobilenet import MobileNetV2, MobileNetV2Classifier, MobileNetV2Config
 from qjax.models.moe import Moe, MoeConfig
 from qjax.models.opt import Opt, OptConfig
 from qjax.models.resnet import CifarClassifier, CifarResNet, CifarResNetConfig
@@ -27,6 +30,9 @@ __all__ = [
     "CifarClassifier",
     "CifarResNet",
     "CifarResNetConfig",
+    "EfficientNet",
+    "EfficientNetClassifier",
+    "EfficientNetConfig",
     "Gpt2",
     "Gpt2Config",
     "ImageClassifier",
@@ -34,10 +40,16 @@ __all__ = [
     "LanguageModel",
     "Llama",
     "LlamaConfig",
+    "MobileNetV2",
+    "MobileNetV2Classifier",
+    "MobileNetV2Config",
     "Moe",
     "MoeConfig",
     "Opt",
     "OptConfig",
+    "ResNet",
+    "ResNetClassifier",
+    "ResNetConfig",
     "RopeScaling",
     "Swin",
     "SwinClassifier",

@@ -6,8 +6,9 @@ without the leaf where that is one of ``LEAVES``; values are templates in which 
     "layers/*/mlp/up": ("model.layers.{0}.mlp.up_proj",)
 
 Several templates are dialects of the libraries that write checkpoints; the first is the one we write. A parent may
-stand for its children, which then keep their names: ``layers/*/attn`` covers ``layers/3/attn/q_proj/kernel``. Where a
-leaf of ours stacks what a checkpoint keeps apart (experts), the template has ``{{e}}`` for the number in the stack.
+stand for its children, which then keep their names: ``layers/*/attn`` covers ``layers/3/attn/q_proj/kernel``. A key may
+have numbers in place of ``*``, where theirs do not count as ours do. Where a leaf of ours stacks what a checkpoint
+keeps apart (experts), the template has ``{{e}}`` for the number in the stack.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Family:
         leaves: how the last part of our name ends theirs, the first is the one we write.
         ignored: pattern, searched in names of tensors that checkpoints carry and that no weight answers to.
         as_stored: pattern, searched in our names: kernels that are stored as [in, out], as ours are.
+        timm: names of timm's models, each with the settings of a config.json that make it; for the first architecture.
     """
 
     architectures: Mapping[str, str]
@@ -50,6 +52,7 @@ class Family:
     leaves: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LEAVES)
     ignored: str = r"(?!)"
     as_stored: str = r"(?!)"
+    timm: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def checkpoint_names(self, config: Any, name: str) -> list[str]:
         """Names that a checkpoint may give to our parameter, the one we write first."""
@@ -60,7 +63,7 @@ class Family:
         generic = ["*" if part.isdigit() else part for part in path]
         table = self.names(config)
         for count in range(len(path), 0, -1):
-            templates = table.get("/".join(generic[:count]))
+            templates = table.get("/".join(path[:count])) or table.get("/".join(generic[:count]))
             if templates is not None:
                 children = "".join(f".{part}" for part in path[count:])
                 return [t.format(*numbers) + children + tail for t in templates for tail in tails]

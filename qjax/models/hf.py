@@ -19,7 +19,19 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qjax.errors import ModelError, near
-from qjax.models import bert, gpt2, llama, moe, opt, resnet, swin, vit
+from qjax.models import (
+    bert,
+    efficientnet,
+    gpt2,
+    imagenet_resnet,
+    llama,
+    mobilenet,
+    moe,
+    opt,
+    resnet,
+    swin,
+    vit,
+)
 from qjax.models.family import Family
 from qjax.models.functional import stack_layers
 from qjax.models.language import LanguageModel
@@ -36,6 +48,9 @@ FAMILIES: tuple[Family, ...] = (
     vit.FAMILY,
     swin.FAMILY,
     resnet.FAMILY,
+    imagenet_resnet.FAMILY,
+    mobilenet.FAMILY,
+    efficientnet.FAMILY,
     bert.FAMILY,
 )
 
@@ -43,6 +58,11 @@ REGISTRY: dict[str, Family] = {name: family for family in FAMILIES for name in f
 
 # model_type of a config.json whose "architectures" is missing; the first architecture of a type is meant
 _BY_TYPE = {kind: name for name, family in reversed(REGISTRY.items()) for kind in [family.architectures[name]]}
+
+# timm's model names: the architecture, and the settings that make it
+_TIMM = {
+    timm: (next(iter(family.architectures)), settings) for family in FAMILIES for timm, settings in family.timm.items()
+}
 
 
 def checkpoint_names(config: Config, name: str) -> list[str]:
@@ -68,8 +88,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     config = read_json(path, "take the one that came with the checkpoint")
     names = config.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else _BY_TYPE.get(str(config.get("model_type")))
+    timm = str(config.get("architecture", "")).partition(".")[0]
+    if name is None and timm in _TIMM:
+        name, settings = _TIMM[timm]
+        config = {**config, **settings, "num_labels": config.get("num_classes", 1000)}
     if name not in REGISTRY:
-        shown = name or config.get("model_type") or "none named"
+        shown = name or config.get("model_type") or timm or "none named"
         raise ModelError(
             f"{path} is of architecture {shown!r}, which is not supported{near(str(shown), REGISTRY)}; supported are "
             f"{', '.join(REGISTRY)}; for any other model bring your own JAX function to qjax.quantize."

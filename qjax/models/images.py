@@ -55,6 +55,18 @@ class ImageProcessor:
             std=tuple(config.get("image_std", (0.5, 0.5, 0.5))) if normalise else (1.0, 1.0, 1.0),
         )
 
+    @classmethod
+    def from_timm(cls, config: dict[str, Any]) -> ImageProcessor:
+        """Read the ``pretrained_cfg`` of a timm model's ``config.json``: the short side, then the centre."""
+        _, height, width = config["input_size"]
+        return cls(
+            size=int(min(height, width) / config.get("crop_pct", 0.875)),
+            crop=(height, width),
+            resample={"bilinear": 2, "bicubic": 3}[config.get("interpolation", "bicubic")],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+
     def __call__(self, images: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Prepare images.
 
@@ -101,8 +113,9 @@ class ImageProcessor:
 def image_processor(folder: str | Path) -> ImageProcessor:
     """Read how a folder's model wants its images.
 
-    That is its ``preprocessor_config.json``; without one, ``image_size``, ``image_mean`` and ``image_std`` of
-    ``config.json`` where those name a mean; else 224 x 224 pixels from -1 to 1, as ViT has them.
+    That is its ``preprocessor_config.json``; without one, the ``pretrained_cfg`` of a timm model's ``config.json``, or
+    ``image_size``, ``image_mean`` and ``image_std`` there if it names a mean; else 224 x 224 pixels from -1 to 1, as
+    ViT has them.
 
     Raises:
         ModelError: the file is damaged.
@@ -113,6 +126,8 @@ def image_processor(folder: str | Path) -> ImageProcessor:
             return ImageProcessor.from_hf(json.loads(path.read_text("utf-8")))
         path = Path(folder) / "config.json"
         config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if "pretrained_cfg" in config:
+            return ImageProcessor.from_timm(config["pretrained_cfg"])
         if "image_mean" not in config:
             return ImageProcessor()
         given = {k: config[k] for k in ("image_mean", "image_std") if k in config}

@@ -12,15 +12,15 @@ the batch and returns the moved ones; nothing is kept aside.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qjax.errors import ModelError
-from qjax.models import functional
-from qjax.models.family import LEAVES, Family
+from qjax.models.convolutional import LEAVES, BatchNorm, ConvClassifier
+from qjax.models.family import Family
 
 ARCHITECTURE = "CifarResNet"
 
@@ -93,40 +93,6 @@ class CifarResNetConfig:
         )
 
 
-class BatchNorm(nnx.Module):
-    """``(x - mean) / sqrt(var + eps) * scale + bias`` for each channel."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        self.scale = nnx.Param(jnp.ones((size,)))
-        self.bias = nnx.Param(jnp.zeros((size,)))
-        self.mean = nnx.BatchStat(jnp.zeros((size,)))
-        self.var = nnx.BatchStat(jnp.ones((size,)))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array, momentum: float | None = None) -> jax.Array:
-        """X [B, H, W, size] to the same shape, computed in float32; dtype is kept.
-
-        With ``momentum``, by the statistics of the batch, and this module's move towards them: by so much, as torch
-        counts it, the variance as an unbiased estimate. The module is a value made for this one call.
-        """
-        wide = x.astype(jnp.float32)
-        if momentum is None:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            mean = jnp.mean(wide, axis=(0, 1, 2))
-            var = jnp.mean(jnp.square(wide - mean), axis=(0, 1, 2))
-            count = x.size // x.shape[-1]
-            self._move(self.mean, mean, momentum)
-            self._move(self.var, var * (count / max(count - 1, 1)), momentum)
-        wide = (wide - mean) * jax.lax.rsqrt(var + self.eps)
-        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-    @staticmethod
-    def _move(statistic: nnx.BatchStat, seen: jax.Array, momentum: float) -> None:
-        old = statistic[...]
-        statistic[...] = jax.lax.stop_gradient(old + momentum * (seen - old).astype(old.dtype))
-
-
 def _conv(ins: int, outs: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
     init = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
     padding = ((1, 1), (1, 1))  # not SAME: with stride 2 that pads one side only
@@ -188,7 +154,7 @@ class CifarResNet(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class CifarClassifier:
+class CifarClassifier(ConvClassifier):
     """A residual network as a function of its parameters: ``fn(params, pixels [B, H, W, 3]) -> logits [B, classes]``.
 
     Attributes:
@@ -196,42 +162,7 @@ class CifarClassifier:
     """
 
     config: CifarResNetConfig
-
-    def __call__(self, params: Any, pixels: jax.Array) -> jax.Array:
-        """Class logits of normalised pixels, with the running statistics in ``params``."""
-        return functional.bind(CifarResNet, self.config, params)(pixels)
-
-    def train_step_stats(self, params: Any, pixels: jax.Array, *, momentum: float = 0.1) -> tuple[jax.Array, Any]:
-        """The training form: normalise with the statistics of this batch.
-
-        Args:
-            params: weights and running statistics; they are not changed.
-            pixels: float [B, H, W, channels].
-            momentum: how far running statistics move towards those of the batch, 0 to 1.
-
-        Returns:
-            Logits [B, classes], and ``params`` with the moved statistics in place of the old ones (weights as they
-            were). No gradient flows through the statistics that are returned, so that this is the ``has_aux`` of a
-            loss: ``jax.value_and_grad(loss, has_aux=True)``; the gradients of statistics are zeros.
-
-        Raises:
-            ModelError: pixels of another shape.
-        """
-        module = functional.bind(CifarResNet, self.config, params)
-        logits = module(pixels, momentum)
-        return logits, functional.to_params(nnx.state(module))
-
-    def init(self, seed: int = 0) -> Any:
-        """Random weights, running means of zero and variances of one."""
-        return functional.init_params(CifarResNet, self.config, seed)
-
-    def abstract_params(self, dtype: Any = jnp.float32) -> Any:
-        """Shapes of the parameters."""
-        return functional.abstract_params(CifarResNet, self.config, dtype)
-
-    def module(self, params: Any) -> CifarResNet:
-        """The Flax NNX module with these parameters in it."""
-        return functional.bind(CifarResNet, self.config, params)
+    network: ClassVar[Any] = CifarResNet
 
 
 def names(config: CifarResNetConfig) -> dict[str, tuple[str, ...]]:
@@ -245,6 +176,6 @@ FAMILY = Family(
     config=CifarResNetConfig.from_hf,
     function=CifarClassifier,
     names=names,
-    leaves={**LEAVES, "mean": (".running_mean",), "var": (".running_var",)},
+    leaves=LEAVES,
     ignored=r"\.num_batches_tracked$",
 )

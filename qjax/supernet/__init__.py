@@ -8,6 +8,7 @@ from qjax.supernet.elastic import Supernet, elastic
 from qjax.supernet.losses import gpg_loss, gpg_terms, moments, wdr_loss
 from qjax.supernet.quantizer import code_range, init_steps, lsq_plus, step_grad_scale
 from qjax.supernet.sampling import Descending, Fixed, Sampler, Sandwich
+from qjax.supernet.sizes import Sizes, compression, sizes
 from qjax.supernet.space import At, Domain, Space, encode_choice, sample_choice
 from qjax.supernet.training import Schedule, Trained, make_step, recalibrate, train
 
@@ -19,10 +20,12 @@ __all__ = [
     "Sampler",
     "Sandwich",
     "Schedule",
+    "Sizes",
     "Space",
     "Supernet",
     "Trained",
     "code_range",
+    "compression",
     "elastic",
     "encode_choice",
     "gpg_loss",
@@ -33,6 +36,7 @@ __all__ = [
     "moments",
     "recalibrate",
     "sample_choice",
+    "sizes",
     "step_grad_scale",
     "train",
     "wdr_loss",
