@@ -21,7 +21,9 @@ class Affine(Format):
     """Uniform integers with a real offset: ``value = code * scale + offset``.
 
     ``Int(symmetric=False)`` has an integer zero point, so that 0 is exact and products can be formed on codes. Here the
-    grid may lie anywhere: both ends of a range are met, 0 is in general not exact, and products are formed in float.
+    grid may lie anywhere: both ends of a range are met, and 0 is in general not exact. Dots whose other operand is
+    `Int` or `Affine` too are formed on codes and corrected (`qjax.kernels.dot.affine`), others and convolutions in
+    float: the padding of a convolution is 0, which is no code.
     Fitted to a range, scale = (max - min) / (2**b - 1) and the smallest code is min; the range is widened to
     include 0, as that of every format. Steps and offsets that were learned (`qjax.elastic`) are kept as they are.
 

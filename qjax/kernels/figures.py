@@ -24,6 +24,7 @@ HOW = {
     "reference": "unpacked whole for a float product",
     "experts": "unpacked one matrix at a time",
     "int_dot": "int8 x int8 -> int32 product on codes",
+    "affine_dot": "int8 x int8 -> int32 product on codes, corrected for offsets",
     "int_conv": "int8 x int8 -> int32 convolution on codes",
     "float8_dot": "float8 product on codes, which XLA on CPU widens first",
 }

@@ -130,8 +130,8 @@ class Supernet:
     def convert(self, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> Model:
         """The packed model of a subnet, with the supernet's outputs at that choice.
 
-        Symmetric weights and activations are `Int` and run on integers where both are; asymmetric ones are
-        `qjax.formats.Affine`, whose products are formed in float.
+        Symmetric weights and activations are `Int`, asymmetric ones `qjax.formats.Affine`. Dots run on integer codes
+        where both operands have them, convolutions where both are symmetric; others are formed in float.
 
         Args:
             params: the trained parameters.

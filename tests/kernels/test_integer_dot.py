@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qjax import ops
-from qjax.formats import Int, quantize_array
-from qjax.kernels.dot import integer
+from qjax.formats import NF4, Affine, Int, quantize_array
+from qjax.kernels.dot import affine, integer
+from qjax.ops.dot import q_dot_op
+from qjax.testing import check_lowering
 
 
 def by_hand(x, w, act, aux):
@@ -77,8 +79,6 @@ def test_whole_array_form_equals_the_one_for_one_device(fmt, act, stack):
     aux = ops.activation_aux(x, act, stack_ndim=len(stack))
     spec = ops.Spec(out_dtype=np.dtype(np.float32), act=act)
     operands = ops.Operands(x, aux, q)
-    from qjax.ops.dot import q_dot_op
-
     problem = q_dot_op.definition.problem(spec, operands, "cpu", 1)
     one, many = (
         jax.jit(lambda x, q, aux, p=p: integer.int_dot(p, x, q, (act, aux)))(x, q, aux)
@@ -108,3 +108,57 @@ def test_a_sum_that_may_overflow_is_left_to_floats():
     choice = ops.choose("dot", Int(8), Int(8, per="token"), (4, 8, integer.LARGEST_SUM + 1), "cpu")
     assert choice.name.startswith("dequantize")
     assert ops.choose("dot", Int(8, group=128), Int(8, per="token"), (4, 8, 2**18), "cpu").name == "int_dot"
+
+
+AFFINE_ACTS = [Affine(8, per="tensor", signed=False), Affine(5, per="token"), Int(8, per="token", symmetric=False),
+               Int(8, per="tensor"), Affine(8, per="tensor")]  # fmt: skip
+AFFINE_WEIGHTS = [Affine(8), Affine(2, per="tensor"), Int(4, symmetric=False), Affine(5, signed=False), Int(8)]
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("n", range(5))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_offsets_are_exact_on_codes(n, rows):
+    act, fmt = AFFINE_ACTS[n], AFFINE_WEIGHTS[n]
+    act = act if isinstance(act, Affine) or isinstance(fmt, Affine) else Affine(8, per="token")
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((rows, 40)).astype(np.float32) + 1
+    w = quantize_array(jnp.asarray(rng.standard_normal((40, 24)) + 0.5, jnp.float32), fmt, in_axes=0)
+    aux = ops.activation_aux(jnp.asarray(x), act)
+
+    def numbers(codes, fmt, aux):
+        zero = np.asarray(fmt.zero_of(aux), np.float64) if "zero" in aux else 0
+        shift = np.asarray(aux["offset"], np.float64) if "offset" in aux else 0
+        return (np.asarray(codes, np.float64) - zero) * np.asarray(aux["scale"], np.float64) + shift
+
+    want = numbers(act.encode(x, aux), act, aux) @ numbers(w.canonical().unpacked(), fmt, w.canonical().aux).T
+    run = jax.jit(lambda x, w, aux: ops.q_dot(x, w, act=(act, aux)))
+    np.testing.assert_allclose(run(x, w, aux), want, rtol=0, atol=2e-6 * np.abs(want).max())
+    text = run.lower(x, w, aux).as_text()
+    assert (
+        "xi8>" in text and "xi32>" in text and ops.choose("dot", fmt, act, (rows, 24, 40), "cpu").name == "affine_dot"
+    )
+
+
+@pytest.mark.slow
+def test_offsets_keep_the_promises_of_lowerings():
+    check_lowering("dot", "affine_dot", weights=AFFINE_WEIGHTS, acts=AFFINE_ACTS, examples=30)
+
+
+def test_offsets_over_devices_are_those_on_one():
+    rng = np.random.default_rng(0)
+    act, fmt = Affine(8, per="token", signed=False), Affine(4)
+    x = jnp.asarray(rng.standard_normal((2, 3, 2, 64)) + 1, jnp.float32)
+    q = quantize_array(jnp.asarray(rng.standard_normal((2, 64, 24)), jnp.float32), fmt, in_axes=1, stack_axes=0)
+    aux = ops.activation_aux(x, act, stack_ndim=1)
+    problem = q_dot_op.definition.problem(
+        ops.Spec(out_dtype=np.dtype(np.float32), act=act), ops.Operands(x, aux, q.canonical()), "cpu", 1
+    )
+    one, many = (
+        jax.jit(lambda x, q, aux, p=p: affine.affine_dot(p, x, q, (act, aux)))(x, q.canonical(), aux)
+        for p in (problem, dataclasses.replace(problem, devices=2))
+    )
+    np.testing.assert_allclose(one, many, rtol=2e-6, atol=2e-5)
+    for act, fmt, why in ((None, Affine(8), "not quantized"), (Int(8), Affine(8, group=8), "scale per group"),
+                          (Int(8), Int(8), "neither operand"), (Affine(8), NF4(), "no integers")):  # fmt: skip
+        assert why in str(affine._affine_pair(dataclasses.replace(problem, weight=fmt, act=act)))
