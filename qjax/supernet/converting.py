@@ -14,8 +14,8 @@ from qjax.recipe import Recipe, Rule
 from qjax.rewriting.given import Fields
 from qjax.sources import static
 from qjax.supernet.quantizer import steps_of
-from qjax.supernet.rewriter import INPUT_SIGNED, Forms, input_names_of, input_steps, names_of
 from qjax.supernet.space import Domain
+from qjax.supernet.tables import CHANNEL, INPUT_SIGNED, TENSOR, Forms, by_output, input_names_of, input_steps, names_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Converted:
 
     Attributes:
         recipe: a rule for each site.
-        scales: site -> scale (and offset) of its weight, [*stack, N or 1, 1].
+        scales: site -> scale (and offset) of its weight, [*stack, N or 1, 1], or [*stack, N, groups].
         constants: site -> those of its activations, [1, 1].
     """
 
@@ -34,19 +34,23 @@ class Converted:
 
 
 def converted(
-    domain: Domain, owners: Mapping[str, str], forms: Forms, fields: Mapping[str, Fields], choice: np.ndarray
+    domain: Domain,
+    owners: Mapping[str, str],
+    forms: Mapping[str, Forms],
+    fields: Mapping[str, Fields],
+    choice: np.ndarray,
 ) -> Converted:
     """The formats and numbers of a subnet.
 
     Args:
         domain: the choices. owners: site -> the first one that reads the same weight.
-        forms: what the tables hold. fields: tables by site, concrete.
-        choice: int32 [N, 5], of the domain.
+        forms: what the tables hold. fields: tables; both by site, concrete.
+        choice: int32 [N, 5 or 6], of the domain.
     """
     rules, scales, constants = [], {}, {}
     for name, row in zip(domain.sites, choice, strict=True):
-        weights, numbers = _weights(fields[name], row, forms)
-        inputs, constant = _inputs(fields[name], row, forms)
+        weights, numbers = _weights(fields[name], row, forms[name])
+        inputs, constant = _inputs(fields[name], row, forms[name])
         rules.append(Rule(name, weights=weights, inputs=None if inputs is None else static(inputs)))
         if owners[name] == name:
             scales[name] = numbers
@@ -58,12 +62,14 @@ def converted(
 
 def _weights(fields: Fields, row: np.ndarray, forms: Forms) -> tuple[Format, dict[str, Any]]:
     bits, _, channel, symmetric = (int(v) for v in row[:4])
-    per = "channel" if channel else "tensor"
-    fmt = Int(bits, per=per) if symmetric else Affine(bits, per=per)
-    scale, offset = names_of(bool(channel), bool(symmetric))
+    grain = forms.groups[int(row[5])] if forms.groups else CHANNEL if channel else TENSOR
+    how: Any = {"group": grain} if forms.groups else {"per": grain}
+    scale, offset = names_of(grain, bool(symmetric))
     s = jnp.asarray(fields[scale])[..., bits - 2 : bits - 1]
     beta = jnp.zeros_like(s) if offset is None else jnp.asarray(fields[offset])[..., bits - 2 : bits - 1]
-    return fmt, _numbers(s, beta, bool(symmetric), forms)
+    if forms.groups:
+        s, beta = (by_output(a[..., 0], int(grain), forms) for a in (s, beta))
+    return (Int if symmetric else Affine)(bits, **how), _numbers(s, beta, bool(symmetric), forms)
 
 
 def _inputs(fields: Fields, row: np.ndarray, forms: Forms) -> tuple[Format | None, dict[str, Any]]:

@@ -33,12 +33,14 @@ from qjax.recipe import Recipe, Rule
 from qjax.rewriting.taps import NONFINITE
 from qjax.supernet.converting import Converted, converted, in_effect
 from qjax.supernet.export import check_destination, layers, write
-from qjax.supernet.rewriter import CHOICE, REACHED, ElasticRewriter, Forms
+from qjax.supernet.rewriter import REACHED, ElasticRewriter
 from qjax.supernet.space import BITS, Domain, Space
+from qjax.supernet.tables import CHANNEL, CHOICE, TENSOR, Forms, Roles
 from qjax.transforms import Model, quantize_with
 
 State = dict[str, dict[str, Any]]
-"""Site -> table -> array: [*stack, N or 1, 7] of weights, [1, 7] of activations, and the flag ``input.signed``."""
+"""Site -> table -> array: [*stack, N or 1, 7] of weights, or [*stack, N * groups, 7] in a space with groups; [1, 7] of
+activations, and the flag ``input.signed``."""
 
 
 class Supernet:
@@ -89,10 +91,13 @@ class Supernet:
         program, arrays = self._traced(params, args, kwargs)
         domain, owners = self._sites(program)
         highest = dict(zip(domain.sites, jnp.asarray(domain.uniform(8)), strict=True))
-        forms = self._forms(domain, sample)
+        forms = self._forms(program, domain, owners, sample)
         replay = jax.jit(lambda arrays: ElasticRewriter(program, highest, forms).observe(arrays)[1])
         found = replay(arrays)
-        return {name: _first_state(name, found.get(name), _names(forms, owners[name] == name)) for name in domain.sites}
+        return {
+            name: _first_state(name, found.get(name), _names(forms[name], owners[name] == name))
+            for name in domain.sites
+        }
 
     def apply(self, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         """Call the function as a subnet.
@@ -100,8 +105,8 @@ class Supernet:
         Args:
             params: float parameters; what is trained, with the state.
             state: from `init`, or after optimizer steps.
-            choice: int32 [N, 5], may be traced: rows as in `domain`. Values that the space does not allow are not
-                looked for; `Domain.check` does.
+            choice: int32 [N, 5], or [N, 6] with groups, may be traced: rows as in `domain`. Values that the space does
+                not allow are not looked for; `Domain.check` does.
             *args, **kwargs: arguments of the function.
 
         Returns:
@@ -112,7 +117,7 @@ class Supernet:
         """
         program, arrays = self._traced(params, args, kwargs)
         domain, owners = self._sites(program)
-        forms = self._forms(domain)
+        forms = self._forms(program, domain, owners)
         choice = jnp.asarray(choice)
         if choice.shape != domain.shape:
             raise DataError(
@@ -136,7 +141,7 @@ class Supernet:
         Args:
             params: the trained parameters.
             state: as trained.
-            choice: int [N, 5], concrete.
+            choice: int [N, 5 or 6], concrete.
             *args, **kwargs: example arguments; abstract ones are enough.
 
         Raises:
@@ -145,7 +150,7 @@ class Supernet:
         """
         program, _ = self._traced(params, args, kwargs)
         domain, owners = self._sites(program)
-        forms = self._forms(domain)
+        forms = self._forms(program, domain, owners)
         fields = _fields(domain, owners, forms, state)
         found: Converted = converted(domain, owners, forms, fields, domain.check(choice))
         return quantize_with(
@@ -160,7 +165,7 @@ class Supernet:
         """
         program, _ = self._traced(params, args, kwargs)
         domain, owners = self._sites(program)
-        forms = self._forms(domain)
+        forms = self._forms(program, domain, owners)
         return converted(domain, owners, forms, _fields(domain, owners, forms, state), domain.check(choice)).recipe
 
     def export(self, folder: str | Path, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> Path:
@@ -184,11 +189,11 @@ class Supernet:
         model = self.convert(params, state, choice, *args, **kwargs)
         program, _ = self._traced(params, args, kwargs)
         domain, owners = self._sites(program)
-        forms, choice = self._forms(domain), domain.check(choice)
+        forms, choice = self._forms(program, domain, owners), domain.check(choice)
         found = converted(domain, owners, forms, _fields(domain, owners, forms, state), choice)
         stored = dict(zip(program.leaf_names, Signature.of(model.params, (), {})[1], strict=False))
         parts = layers(program.by_name, domain, owners, choice, stored, found.constants, state)
-        tables = {f"{n}/{k}": a for n in domain.sites for k, a in in_effect(state[n], forms).items()}
+        tables = {f"{n}/{k}": a for n in domain.sites for k, a in in_effect(state[n], forms[n]).items()}
         return write(folder, *parts, tables, {"space": self.space.to_dict(), "columns": list(BITS)})
 
     def weights(self, params: Any, *args: Any, first: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -215,19 +220,39 @@ class Supernet:
         signature, arrays = Signature.of(params, args, kwargs)
         return trace_flat(self.fn, signature, arrays), arrays
 
-    def _forms(self, domain: Domain, sample: int | None = None) -> Forms:
-        """What tables there are: the same for all sites, so that layers of a scan stack."""
-        weights = {(bool(c), bool(s)) for row in domain.allowed for c in row[2] for s in row[3]}
+    def _forms(
+        self, program: Program, domain: Domain, owners: Mapping[str, str], sample: int | None = None
+    ) -> dict[str, Forms]:
+        """What tables each site has: all that some site may ask for, so that layers of a scan stack.
+
+        Of groups, those that divide the contracted axis of the weight, which are the same for the layers of a scan.
+        """
+        space = self.space
         acts = {bool(s) for row in domain.allowed if any(row[1]) for s in row[4]}
-        pairs, flags = tuple(sorted(weights, reverse=True)), tuple(sorted(acts, reverse=True))
-        return Forms(pairs, flags, self.space.abs_offset, sample)
+        flags = tuple(sorted(acts, reverse=True))
+        if space.groups:
+            grains = [(space.groups[g], bool(s)) for row in domain.allowed for g in row[5] for s in row[3]]
+        else:
+            grains = [(CHANNEL if c else TENSOR, bool(s)) for row in domain.allowed for c in row[2] for s in row[3]]
+        grains = sorted(set(grains), key=lambda g: (str(g[0]), not g[1]))
+        out = {}
+        for n, name in enumerate(domain.sites):
+            own, first = (_roles(program.by_name[site]) for site in (name, owners[name]))
+            length = _contracted(program, owners[name])
+            for g in domain.allowed[n][5] if space.groups else ():
+                if length % space.groups[g]:
+                    raise RecipeError(
+                        f"{name}: groups of {space.groups[g]} do not divide the {length} numbers that each output "
+                        f"sums over; say which lengths it may have: At({name!r}, groups=...), or leave it out: "
+                        f"At({name!r}, skip=True)"
+                    )
+            fitting = tuple((g, s) for g, s in grains if isinstance(g, str) or length % g == 0)
+            roles = None if own == first else first
+            out[name] = Forms(fitting, flags, space.abs_offset, sample, space.groups, length, roles)
+        return out
 
     def _sites(self, program: Program) -> tuple[Domain, dict[str, str]]:
         """The domain, and for each site the first one that reads the same weight, which keeps its tables."""
-        if self.space.groups:
-            raise RecipeError(
-                "a space with groups cannot be made elastic yet; leave groups out and use per-channel steps"
-            )
         candidates = [s for s in program.sites if s.op in LINEAR and s.leaf is not None and not s.reason]
         names = {s.name for s in candidates if not self.space.skips(s.name)}
         skipped = [Rule(s.name, op=s.op, skip=True) for s in program.sites if s.op in LINEAR and s.name not in names]
@@ -290,9 +315,23 @@ def _first_state(name: str, found: Mapping[str, Any] | None, names: list[str]) -
     return {field: found[field] for field in names}
 
 
-def _fields(domain: Domain, owners: Mapping[str, str], forms: Forms, state: State) -> dict[str, dict[str, Any]]:
+def _roles(site: Site) -> Roles:
+    """How a product uses the axes of the leaf that it reads."""
+    return tuple(sorted(site.batch_axes)), tuple(sorted(site.out_axes)), tuple(sorted(site.in_axes))
+
+
+def _contracted(program: Program, name: str) -> int:
+    """How many numbers each output of a site sums over."""
+    site = program.by_name[name]
+    shape = dict(zip(program.leaf_names, program.leaf_avals, strict=True))[site.leaf or ""].shape
+    return math.prod(shape[axis] for axis in site.in_axes)
+
+
+def _fields(
+    domain: Domain, owners: Mapping[str, str], forms: Mapping[str, Forms], state: State
+) -> dict[str, dict[str, Any]]:
     """The tables that each site is given, checked."""
-    wanted = {name: set(_names(forms, owners[name] == name)) for name in domain.sites}
+    wanted = {name: set(_names(forms[name], owners[name] == name)) for name in domain.sites}
     for name in [*wanted, *state]:
         has = set(state[name]) if name in state else set()
         if has != wanted.get(name, set()):
@@ -300,9 +339,9 @@ def _fields(domain: Domain, owners: Mapping[str, str], forms: Forms, state: Stat
                 f"the state does not belong to this space and function: {name} has {', '.join(sorted(has)) or 'none'} "
                 f"and needs {', '.join(sorted(wanted.get(name, set()))) or 'none'}; make it with init"
             )
-    own = set(forms.weight_fields())
     return {
-        name: {**state[name], **{k: a for k, a in state[owners[name]].items() if k in own}} for name in domain.sites
+        name: {**state[name], **{k: state[owners[name]][k] for k in forms[name].weight_fields()}}
+        for name in domain.sites
     }
 
 

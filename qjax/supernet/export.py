@@ -2,7 +2,7 @@
 
     subnet.json           what each layer is: form, shape, axes, the layer whose weight it reads
     subnet.safetensors    SITE/weight.codes, .scale, .offset, .code_sums, SITE/input.scale, .offset
-    tables.safetensors    SITE/TABLE [*stack, N or 1, 7], columns of 2 to 8 bits: what another form would take
+    tables.safetensors    SITE/TABLE [*stack, N, 1 or N * groups, 7], columns of 2 to 8 bits: what another form takes
 
 Numbers are ``code * scale + offset``; without an offset it is 0. Steps and offsets are those in effect: |s| + 1e-6, and
 the magnitude of an offset where the space says ``abs_offset``. Weights are matrices [*stack, N, K], K being the summed
@@ -28,8 +28,8 @@ from safetensors.numpy import save_file
 from qjax.analysis.naming import Site
 from qjax.errors import CheckpointError
 from qjax.formats import QArray
-from qjax.supernet.rewriter import INPUT_SIGNED
 from qjax.supernet.space import COLUMNS, Domain
+from qjax.supernet.tables import INPUT_SIGNED
 
 MANIFEST, SUBNET, TABLES = "subnet.json", "subnet.safetensors", "tables.safetensors"
 VERSION = 1

@@ -58,13 +58,20 @@ def wdr_loss(
     return skewness * jnp.mean(skew**2) + kurtosis * jnp.mean((kurt - target) ** 2)
 
 
-def gpg_terms(logits: Sequence[Any], labels: Any, lam: float = 0.5, mask: Any = None) -> list[Array]:
+def gpg_terms(
+    logits: Sequence[Any], labels: Any, lam: float = 0.5, mask: Any = None, teacher: Any = None
+) -> list[Array]:
     """The loss of each subnet of `gpg_loss`, in order."""
     if not len(logits):
         raise DataError("gpg_loss: there are no logits; pass those of the highest subnet first, the lowest last")
-    out, teacher = [], None
+    if teacher is not None and jnp.shape(teacher) != jnp.shape(logits[0]):
+        raise DataError(
+            f"gpg_loss: the teacher's logits are {jnp.shape(teacher)}, and those of the subnets {jnp.shape(logits[0])}"
+        )
+    out = []
+    teacher = None if teacher is None else jax.lax.stop_gradient(_log_softmax(teacher))
     for own in logits:
-        logp = jax.nn.log_softmax(jnp.asarray(own).astype(jnp.promote_types(own.dtype, jnp.float32)), axis=-1)
+        logp = _log_softmax(own)
         hard = _mean(-jnp.take_along_axis(logp, jnp.asarray(labels)[..., None], axis=-1)[..., 0], mask)
         if teacher is None:
             out.append(hard)
@@ -75,24 +82,37 @@ def gpg_terms(logits: Sequence[Any], labels: Any, lam: float = 0.5, mask: Any = 
     return out
 
 
-def gpg_loss(logits: Sequence[Any], labels: Any, lam: float = 0.5, *, mask: Any = None) -> Array:
+def gpg_loss(logits: Sequence[Any], labels: Any, lam: float = 0.5, *, mask: Any = None, teacher: Any = None) -> Array:
     """Group progressive guidance: the highest subnet learns from labels, each later one also from the one before it.
 
     Equations 7 and 8: ``CE(Y_H, y)``, then ``lam KL(teacher || student) + (1 - lam) CE(student, y)``, summed. The
     teacher of a subnet is the one before it (not the highest), and takes no derivative. The paper does not say lam;
     0.5 is the code's.
 
+    With ``teacher``, the chain begins at another model, such as the float one: the highest subnet's loss becomes
+    ``lam KL(teacher || H) + (1 - lam) CE(H, y)``, and the others learn as before. This is not in the paper. For a
+    language model, where what is wanted is the float model's distribution, ``lam=1`` leaves the labels out.
+
     Args:
         logits: [highest, random..., lowest], each float [..., classes]; any number of them.
-        labels: int [...], of the shape of the logits without classes.
+        labels: int [...], of the shape of the logits without classes: [batch], or [batch, length] of next tokens.
         lam: share of the teacher.
         mask: bool [...]: which examples count; None is all of them.
+        teacher: float [..., classes], the logits that the highest subnet learns from; None has it learn from labels.
 
     Returns:
         A scalar.
+
+    Raises:
+        DataError: there are no logits, or the teacher's have another shape.
     """
-    first, *others = gpg_terms(logits, labels, lam, mask)
+    first, *others = gpg_terms(logits, labels, lam, mask, teacher)
     return sum(others, first)
+
+
+def _log_softmax(logits: Any) -> Any:
+    logits = jnp.asarray(logits)
+    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
 
 
 def _mean(values: Any, mask: Any) -> Any:

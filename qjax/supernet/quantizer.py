@@ -114,13 +114,14 @@ def _to(g: Any, like: Any) -> Any:
     return jnp.broadcast_to(g, like.shape).astype(like.dtype)
 
 
-def step_grad_scale(bits: Any, count: float, signed: Any = True, factor: float = 1.0) -> Array:
+def step_grad_scale(bits: Any, count: Any, signed: Any = True, factor: float = 1.0) -> Array:
     """The gain of derivatives in steps: ``factor / sqrt(largest code * count)``.
 
     EQ-Net's code: factor 1 and all elements per tensor, of the batch at hand for activations; factor 2 and the elements
     over the number of input channels for scales per channel of weights (LSQ would take those of an output channel).
+    Groups, which EQ-Net has not, take factor 1 and the numbers of a group. All but the factor may be traced.
     """
-    return factor / jnp.sqrt(code_range(bits, signed)[1] * max(count, 1.0))
+    return factor / jnp.sqrt(code_range(bits, signed)[1] * jnp.maximum(count, 1.0))
 
 
 def init_steps(x: Any, *, symmetric: bool, channel_axis: int | None = None, signed: bool = True) -> tuple[Array, Array]:

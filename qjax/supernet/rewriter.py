@@ -7,7 +7,6 @@ subnet.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,65 +21,21 @@ from qjax.errors import RecipeError
 from qjax.rewriting.given import Fields, Giver
 from qjax.rewriting.taps import NONFINITE, Collector
 from qjax.supernet.quantizer import init_rows, lsq_plus, step_grad_scale
-
-CHOICE = "choice"
-"""The row of the choice among the fields of a site."""
-
-INPUT_SIGNED = "input.signed"
-"""1 where activations have been negative when training began; float32, with derivative zero."""
+from qjax.supernet.tables import (
+    CHANNEL,
+    CHOICE,
+    INPUT_SIGNED,
+    TENSOR,
+    Forms,
+    group_steps,
+    input_names_of,
+    input_steps,
+    names_of,
+    weight_steps,
+)
 
 REACHED = "reached"
 """Field of a contribution: 1 where the site ran."""
-
-FEW, MANY = 0, 6
-"""First and last column of a table."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Forms:
-    """What the tables of every site hold: what the space can ask for.
-
-    Attributes:
-        weights: (per channel, symmetric) pairs. acts: symmetries of activations; empty where they are float always.
-        abs_offset: as in `Space`.
-        sample: how many elements of a tensor an initial step is tried on at most; None is all.
-    """
-
-    weights: tuple[tuple[bool, bool], ...]
-    acts: tuple[bool, ...]
-    abs_offset: bool = False
-    sample: int | None = None
-
-    def weight_fields(self) -> list[str]:
-        """Names of the tables of a weight."""
-        out = []
-        for channel, symmetric in self.weights:
-            scale, offset = names_of(channel, symmetric)
-            out += [scale] if offset is None else [scale, offset]
-        return out
-
-    def input_fields(self) -> list[str]:
-        """Names of the tables of activations."""
-        if not self.acts:
-            return []
-        out = [INPUT_SIGNED]
-        for symmetric in self.acts:
-            scale, offset = input_names_of(symmetric)
-            out += [scale] if offset is None else [scale, offset]
-        return out
-
-
-def names_of(channel: bool, symmetric: bool) -> tuple[str, str | None]:
-    """Names of the scale and the offset of a weight in a form."""
-    where = "channel" if channel else "tensor"
-    if symmetric:
-        return f"weight.scale.{where}", None
-    return f"weight.scale.{where}.asymmetric", f"weight.offset.{where}"
-
-
-def input_names_of(symmetric: bool) -> tuple[str, str | None]:
-    """Names of the scale and the offset of activations in a form."""
-    return ("input.scale", None) if symmetric else ("input.scale.asymmetric", "input.offset")
 
 
 class FirstSteps:
@@ -143,18 +98,21 @@ class ElasticRewriter(Giver, Collector):
 
     Args:
         program: the trace.
-        sites: names of the elastic sites.
-        forms: what their tables hold.
-        fields: site name -> its tables, and its row of the choice; None to contribute the first ones.
+        sites: elastic site -> its row of the choice.
+        forms: site -> what its tables hold.
+        fields: site -> its tables, and its row of the choice; None to contribute the first ones.
     """
 
     def __init__(
-        self, program: Any, sites: Mapping[str, Any], forms: Forms, fields: Mapping[str, Fields] | None = None
+        self,
+        program: Any,
+        sites: Mapping[str, Any],
+        forms: Mapping[str, Forms],
+        fields: Mapping[str, Fields] | None = None,
     ):
-        super().__init__(program, dict.fromkeys(sites, forms))  # type: ignore[arg-type]
+        super().__init__(program, {name: forms[name] for name in sites})  # type: ignore[arg-type]
         self.start = fields is None
         self.taps = dict.fromkeys(sites, _FIRST) if self.start else {}
-        self.highest = dict(sites)
         self.hold(fields if fields is not None else {n: {CHOICE: row} for n, row in sites.items()})
 
     @property
@@ -183,16 +141,34 @@ class ElasticRewriter(Giver, Collector):
             )
         forms: Forms = distinct[0]
         at = self.weight_side(number, eqn)
-        stacks, outs, sums = self.weight_axes(number, eqn, values[at].ndim)
+        axes = self.weight_axes(number, eqn, values[at].ndim)
+        if forms.roles is not None:
+            axes = self._axes_of_the_first(number, forms, where)
         ins = values[at].shape[eqn.params["dimension_numbers"].rhs_spec[1]] if _is_conv(eqn) else None
         values = list(values)
         if self.start:
-            tables = first_tables(values[at], values[1 - at], (stacks, outs, sums), forms)
+            tables = first_tables(values[at], values[1 - at], axes, forms)
             self._contribute(number, tables)
             fields = {**tables, CHOICE: fields[CHOICE]}
-        values[at] = elastic_weight(values[at], fields, forms, (stacks, outs, sums), ins)
+        values[at] = elastic_weight(values[at], fields, forms, axes, ins)
         values[1 - at] = elastic_input(values[1 - at], fields, forms)
         return bind(eqn, values)
+
+    def _axes_of_the_first(self, number: int, forms: Forms, where: str) -> Axes:
+        """The axes of an operand as the first reader of its weight uses them, in the order of the leaf."""
+        assert forms.roles is not None
+        dims, out = self.program.analysis.reads[number].ref.dims, ([], [], [])
+        for d, parts in enumerate(dims):
+            axes = {axis for axis, *_ in parts}
+            role = next((r for r in range(3) if axes <= set(forms.roles[r])), None)
+            if role is None:
+                raise RecipeError(
+                    f"{where}: it reads its weight in another shape than the first product of it does, so that the "
+                    f"weight has no one set of steps; leave it out: At({where!r}, skip=True)"
+                )
+            out[role].append(d)
+        stacks, outs, sums = (tuple(sorted(o, key=lambda d: [(a, -stride) for a, stride, _ in dims[d]])) for o in out)
+        return stacks, outs, sums
 
     def _contribute(self, number: int, fields: Fields) -> None:
         self.tap_of[number] = _FIRST
@@ -208,51 +184,12 @@ Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Axes of a weight as operand: stacks of matrices, kept ones in the order of N, summed ones."""
 
 
-def _column(table: Any, bits: Any) -> Any:
-    """The column of a bit width of a table [..., 7]; its derivative in the others is exactly zero."""
-    return lax.dynamic_index_in_dim(table, jnp.clip(bits - 2, FEW, MANY), table.ndim - 1, keepdims=False)
-
-
-def _selected(fields: Fields, names: tuple[str, str | None], bits: Any) -> tuple[Any, Any]:
-    """The step and offset of one form."""
-    scale = _column(fields[names[0]], bits)
-    return scale, jnp.zeros_like(scale) if names[1] is None else _column(fields[names[1]], bits)
-
-
-def weight_steps(fields: Fields, forms: Forms, row: Any, rows: int) -> tuple[Any, Any]:
-    """The steps and offsets of a weight at a choice, [*stacks, rows] each.
-
-    Args:
-        fields: tables of the site.
-        forms: what they hold.
-        row: int32 [5], may be traced.
-        rows: N.
-    """
-    found: Any = None
-    for channel, symmetric in forms.weights:
-        own = _selected(fields, names_of(channel, symmetric), row[0])
-        own = tuple(jnp.broadcast_to(a, (*a.shape[:-1], rows)) for a in own)
-        here = (row[2] == int(channel)) & (row[3] == int(symmetric))
-        found = own if found is None else tuple(jnp.where(here, a, b) for a, b in zip(own, found, strict=True))
-    return found
-
-
-def input_steps(fields: Fields, forms: Forms, row: Any) -> tuple[Any, Any]:
-    """The step and offset of activations at a choice, [1] each."""
-    found: Any = None
-    for symmetric in forms.acts:
-        own = _selected(fields, input_names_of(symmetric), row[1])
-        here = row[4] == int(symmetric)
-        found = own if found is None else tuple(jnp.where(here, a, b) for a, b in zip(own, found, strict=True))
-    return found
-
-
 def elastic_weight(w: Any, fields: Fields, forms: Forms, axes: Axes, ins: int | None = None) -> Any:
     """Round a weight in the form of its row of the choice.
 
     Args:
         w: float, any shape.
-        fields: tables [*stacks, N or 1, 7] and the row.
+        fields: tables [*stacks, N or 1, 7], or [*stacks, N * groups, 7], and the row.
         forms: what the tables hold.
         axes: of w.
         ins: input channels of a convolution; None is what the product sums over.
@@ -260,6 +197,8 @@ def elastic_weight(w: Any, fields: Fields, forms: Forms, axes: Axes, ins: int | 
     Returns:
         Of the shape and dtype of w.
     """
+    if forms.lengths:
+        return _grouped_weight(w, fields, forms, axes)
     stacks, outs, sums = axes
     row = fields[CHOICE]
     n, k = (math.prod(w.shape[d] for d in dims) for dims in (outs, sums))
@@ -274,6 +213,21 @@ def elastic_weight(w: Any, fields: Fields, forms: Forms, axes: Axes, ins: int | 
     per_channel = step_grad_scale(row[0], n * k / (ins or k), factor=2.0)
     gain = jnp.where(row[2] == 1, per_channel, step_grad_scale(row[0], n * k))
     return lsq_plus(w, laid(scale), laid(offset), row[0], grad_scale=gain, abs_offset=forms.abs_offset)
+
+
+def _grouped_weight(w: Any, fields: Fields, forms: Forms, axes: Axes) -> Any:
+    """`elastic_weight` with a step for each output and group along the contracted axes.
+
+    EQ-Net has no groups. The gain of their derivatives is LSQ's own (Esser et al. 2020, section 2.2), with the numbers
+    that share a step: ``1 / sqrt(largest code * length of the group)``.
+    """
+    row, order = fields[CHOICE], [d for dims in axes for d in dims]
+    scale, offset, unit = group_steps(fields, forms, row)
+    laid = lax.transpose(w, order)
+    runs = laid.reshape(*scale.shape, unit)
+    gain = step_grad_scale(row[0], jnp.asarray(forms.groups, jnp.float32)[row[5]])
+    near = lsq_plus(runs, scale[..., None], offset[..., None], row[0], grad_scale=gain, abs_offset=forms.abs_offset)
+    return lax.transpose(near.reshape(laid.shape), tuple(order.index(d) for d in range(w.ndim)))
 
 
 def elastic_input(x: Any, fields: Fields, forms: Forms) -> Any:
@@ -308,12 +262,12 @@ def first_tables(w: Any, x: Any, axes: Axes, forms: Forms) -> Fields:
     lead = [w.shape[d] for d in stacks]
     matrix = lax.stop_gradient(lax.transpose(w, order)).reshape(-1, n, k).astype(jnp.float32)
     fields: dict[str, Any] = {REACHED: jnp.ones((), jnp.float32)}
-    for channel, symmetric in forms.weights:
-        rows = matrix.reshape(-1, k if channel else n * k)
-        names = names_of(channel, symmetric)
-        for name, table in zip(names, _first(rows, symmetric, channel, forms.sample), strict=True):
+    for grain, symmetric in forms.weights:
+        length = {CHANNEL: k, TENSOR: n * k}[grain] if isinstance(grain, str) else grain
+        found = _first(matrix.reshape(-1, length), symmetric, grain == CHANNEL, forms.sample)
+        for name, table in zip(names_of(grain, symmetric), found, strict=True):
             if name is not None:
-                fields[name] = table.reshape(*lead, n if channel else 1, table.shape[-1])
+                fields[name] = table.reshape(*lead, table.shape[0] // max(math.prod(lead), 1), table.shape[1])
     if forms.acts:
         x = lax.stop_gradient(x).astype(jnp.float32)
         signed = jnp.min(x, initial=0.0) < -1e-9

@@ -115,7 +115,7 @@ class Space:
                 raise RecipeError(f"Space: groups={self.groups!r}; lengths of groups are integers from 1 on")
         if len(set(self.groups)) != len(self.groups):
             raise RecipeError(f"Space: groups={self.groups!r} names a length twice")
-        if self.groups and len(self.per_channel) > 1:
+        if self.groups:
             set_("per_channel", (True,))
         set_("at", tuple(self.at))
         if self.ends is not None:
@@ -125,6 +125,8 @@ class Space:
             for pattern in group:
                 compile_pattern(pattern)
         for rule in self.at:
+            if self.groups and rule.per_channel is not None:
+                raise RecipeError(f"At({rule.match!r}): per_channel has no meaning in a space with groups")
             for group in rule.groups or ():
                 if group not in self.groups:
                     raise RecipeError(
@@ -283,7 +285,14 @@ class Domain:
         """int32 [N, columns]: how many values each column may have."""
         return np.asarray([[len(values) for values in row] for row in self.allowed], np.int32).reshape(self.shape)
 
-    def uniform(self, weight_bits: int, act_bits: int | None = None, form: Sequence[bool] | None = None) -> np.ndarray:
+    def uniform(
+        self,
+        weight_bits: int,
+        act_bits: int | None = None,
+        form: Sequence[bool] | None = None,
+        *,
+        group: int | None = None,
+    ) -> np.ndarray:
         """The choice with these bits and one form everywhere, where the domain allows it.
 
         Sites that may not have a value (the first and the last one, say) have the allowed value nearest to it, the
@@ -293,11 +302,20 @@ class Domain:
             weight_bits: 2 to 8.
             act_bits: 2 to 8, or 0 for float; None is as many as the weights.
             form: (per channel, weights symmetric, activations symmetric); None is per channel and symmetric.
+            group: a length among ``Space.groups``; None is the first of them. A site that may not have it has the one
+                that stands nearest to it in that list.
 
         Returns:
-            int32 [N, 5 or 6]; the first group where there are groups.
+            int32 [N, 5 or 6].
+
+        Raises:
+            SearchError: the space has no such group.
         """
-        wanted = (weight_bits, weight_bits if act_bits is None else act_bits, *(form or (True, True, True)), 0)
+        groups = self.space.groups
+        if group is not None and group not in groups:
+            raise SearchError(f"uniform: group={group!r}; the space has {', '.join(map(str, groups)) or 'no groups'}")
+        place = 0 if group is None else groups.index(group)
+        wanted = (weight_bits, weight_bits if act_bits is None else act_bits, *(form or (True, True, True)), place)
         out = np.zeros(self.shape, np.int32)
         for n, row in enumerate(self.allowed):
             for c, values in enumerate(row):

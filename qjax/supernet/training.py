@@ -101,12 +101,13 @@ def make_step(t: Supernet, schedule: Schedule, optimizer: optax.GradientTransfor
         optimizer: for ``{"params", "state"}``; None is the schedule's.
 
     Returns:
-        ``step(params, state, moments, number, inputs, labels) -> (params, state, moments, metrics)``; inputs is a
-        tuple, and metrics are scalars by name.
+        ``step(params, state, moments, number, inputs, labels, taught=None) -> (params, state, moments, metrics)``;
+        inputs is a tuple, taught the logits that the highest subnet learns from (`gpg_loss`'s teacher), and metrics
+        are scalars by name.
     """
     optimizer = optimizer or schedule.optimizer()
 
-    def step(params: Any, state: State, moments: Any, number: Any, inputs: Any, labels: Any) -> Any:
+    def step(params: Any, state: State, moments: Any, number: Any, inputs: Any, labels: Any, taught: Any = None) -> Any:
         domain = t.domain(params, *inputs)
         key = jax.random.fold_in(jax.random.key(schedule.seed), number)
         choices = schedule.sampling.choices(key, jnp.asarray(number) / schedule.steps, domain)
@@ -117,7 +118,7 @@ def make_step(t: Supernet, schedule: Schedule, optimizer: optax.GradientTransfor
                 out, _ = t.apply(now, trained["state"], choice, *inputs)
                 own, now = split_output(out, now)
                 logits.append(own)
-            terms = gpg_terms(logits, labels, schedule.lam)
+            terms = gpg_terms(logits, labels, schedule.lam, teacher=taught)
             metrics = dict(zip(schedule.sampling.names, terms, strict=True))
             total = sum(terms[1:], terms[0])
             if schedule.wdr:
@@ -189,13 +190,14 @@ def train(
     mesh: Any = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
     tensorboard: bool = False,
+    teacher: Callable[..., Any] | None = None,
 ) -> Trained:
     """Train a supernet.
 
     Args:
         t: as for `make_step`.
         params, state: where training starts; ``state`` from ``t.init``.
-        batches: number of a step -> (tuple of arguments, integer labels).
+        batches: number of a step -> (tuple of arguments, integer labels, of the shape of the logits without classes).
         schedule: what a step is made of.
         optimizer: as for `make_step`. Its settings are not in the job's description: resume with the same one.
         folder: where checkpoints and ``metrics.csv`` are kept. A job that was killed goes on from the last checkpoint,
@@ -205,6 +207,9 @@ def train(
         progress: called as ``progress(done, total, metrics)`` after each step.
         tensorboard: write metrics to event files in ``folder/events`` too (`qjax[tensorboard]`). A job that goes on
             continues them: `tensorboard --logdir` shows each step once.
+        teacher: called with the arguments of each batch, for the logits that the highest subnet learns from; the float
+            model's: ``functools.partial(jax.jit(fn), params)``. None has it learn from labels alone, as in EQ-Net.
+            The job's description says whether there is one, not which: resume with the same.
 
     Returns:
         The trained parameters and state, and the metrics of all steps.
@@ -226,6 +231,7 @@ def train(
     first, carry = 0, (params, state, moments)
     if folder is not None:
         said = {"space": t.space.to_dict(), "sites": sites, "schedule": _plain(schedule)}
+        said |= {"teacher": True} if teacher is not None else {}
         folder = open_job(folder, said, "training of a supernet")
         found = load_part(folder / "training")
         if found is not None:
@@ -240,7 +246,8 @@ def train(
             events = opened.enter_context(contextlib.closing(EventFile(folder / EVENTS, first, rows)))
         for number in range(first, schedule.steps):
             inputs, labels = (place(part, True) for part in batches(number))
-            *after, metrics = step(*carry, number, inputs, labels)
+            taught = None if teacher is None else split_output(teacher(*inputs), params)[0]
+            *after, metrics = step(*carry, number, inputs, labels, taught)
             metrics = {name: float(value) for name, value in metrics.items()}
             if not np.isfinite(metrics["loss"]):
                 raise DataError(_blame(t, carry, inputs, number, metrics, folder))

@@ -74,6 +74,8 @@ def test_gpg_is_a_chain_whose_teachers_take_no_derivative():
         same = gpg_loss([h, h], y) - gpg_loss([h], y)
         masked = gpg_loss([h, r], y, mask=np.arange(6) < 4)
         first = gpg_loss([h[:4], r[:4]], y[:4])
+        taught, (gt, *_) = jax.value_and_grad(lambda *z: gpg_loss(z[1:], y, lam, teacher=z[0]), (0, 1, 2))(low, h, r)
+        words = gpg_loss([a.reshape(2, 3, 5) for a in (h, r)], y.reshape(2, 3), lam, teacher=low.reshape(2, 3, 5))
     np.testing.assert_allclose(loss, want, rtol=1e-12)
     np.testing.assert_allclose(gh, alone[0], rtol=1e-12)  # nothing as a teacher
     p = np.exp(logp(r))
@@ -81,5 +83,10 @@ def test_gpg_is_a_chain_whose_teachers_take_no_derivative():
     assert np.abs(gl).sum() > 0 and min(kl(h, r), kl(r, low)) >= 0
     np.testing.assert_allclose(same, 0.5 * ce(h), rtol=1e-12)
     np.testing.assert_allclose(masked, first, rtol=1e-12)
+    want = lam * kl(low, h) + (1 - lam) * ce(h) + lam * kl(h, r) + (1 - lam) * ce(r)
+    np.testing.assert_allclose([taught, words], want, rtol=1e-12)  # labels [batch, length] are as so many examples
+    assert not np.abs(gt).any()
     with pytest.raises(DataError, match="no logits"):
         gpg_loss([], y)
+    with pytest.raises(DataError, match=r"the teacher's logits are \(4, 5\), and those of the subnets \(6, 5\)"):
+        gpg_loss([h], y, teacher=h[:4])

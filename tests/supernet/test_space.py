@@ -52,6 +52,11 @@ def test_groups_have_a_column_of_their_own():
     assert domain.shape == (2, 6) and domain.size == 2**2 * 2**2
     choices = jax.vmap(lambda key: sample_choice(key, domain))(jax.random.split(jax.random.key(0), 50))
     assert set(np.asarray(choices)[..., 5].ravel().tolist()) == {0, 1}
+    assert domain.uniform(4, 0, group=64)[:, 5].tolist() == [1, 1] and domain.space.per_channel == (True,)
+    with pytest.raises(SearchError, match="group=16; the space has 32, 64"):
+        domain.uniform(4, 0, group=16)
+    with pytest.raises(RecipeError, match="per_channel has no meaning"):
+        Space(groups=(32,), at=(At("**", per_channel=(True,)),))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 import qjax
 from qjax.errors import CheckpointError, DataError, QjaxError, RecipeError
+from qjax.evaluate import logit_divergence
 from qjax.models import CifarClassifier, CifarResNetConfig
 from qjax.supernet import Descending, Fixed, Sandwich, Schedule, Space, recalibrate, train
 
@@ -78,6 +79,17 @@ def test_it_learns_and_goes_on_exactly_where_it_was_killed(job, tmp_path):
     other = qjax.elastic(network, Space((2, 4), (2, 8), (True,), (True,), (True,), ends=None))
     with pytest.raises(CheckpointError, match="space differ"):
         train(other, p, state, batches, SCHEDULE, folder=tmp_path)
+
+
+def test_the_float_model_teaches_the_highest_subnet(job):
+    t, p, state, _ = job
+    x = jax.random.normal(jax.random.key(5), (4, 3, 6))
+    schedule = Schedule(2, sampling=Sandwich(2), lam=1.0, wdr=0)
+    teacher = functools.partial(network, p)
+    done = train(t, p, state, lambda n: ((x,), np.zeros((4, 3), np.int32)), schedule, teacher=teacher)
+    highest, lowest = (t.apply(p, state, t.domain(p, x).uniform(bits), x)[0] for bits in (8, 2))
+    np.testing.assert_allclose(done.metrics["highest"][0], logit_divergence(teacher(x), highest).kl, rtol=1e-3)
+    np.testing.assert_allclose(done.metrics["lowest"][0], logit_divergence(highest, lowest).kl, rtol=1e-3)
 
 
 def test_it_is_the_same_over_the_devices_of_a_mesh(job):
