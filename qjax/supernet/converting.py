@@ -76,7 +76,7 @@ def _inputs(fields: Fields, row: np.ndarray, forms: Forms) -> tuple[Format | Non
     bits, symmetric = int(row[1]), bool(row[4])
     if not bits:
         return None, {}
-    signed = bool(np.asarray(fields[INPUT_SIGNED]).reshape(()) > 0.5)
+    signed = bool(np.asarray(fields[INPUT_SIGNED]).reshape(()) > 0)
     if not symmetric:
         fmt: Format = Affine(bits, per="tensor", signed=signed)
     else:

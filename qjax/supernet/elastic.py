@@ -147,9 +147,11 @@ class Supernet:
         Raises:
             SearchError: a choice that the space does not allow.
             DataError: a state of another function or space.
+            RecipeError: something other than products reads the weight of a site, and would see it rounded.
         """
         program, _ = self._traced(params, args, kwargs)
         domain, owners = self._sites(program)
+        _check_alone(program, domain)
         forms = self._forms(program, domain, owners)
         fields = _fields(domain, owners, forms, state)
         found: Converted = converted(domain, owners, forms, fields, domain.check(choice))
@@ -300,6 +302,19 @@ def _check_whole(program: Program, site: Site, leaf: LeafPlan) -> None:
             f"shard_map), whose steps belong to all of them; split what comes out in place of the weight, shard with "
             f"jit, or leave it out: At({site.name!r}, skip=True)"
         )
+
+
+def _check_alone(program: Program, domain: Domain) -> None:
+    """Refuse to pack a weight that something reads in float in the supernet: the packed model has it no more."""
+    for name in domain.sites:
+        leaf = program.by_name[name].leaf
+        uses = program.analysis.other_uses.get(program.leaf_names.index(leaf or ""))
+        if uses:
+            raise RecipeError(
+                f"{name}: {leaf} is read outside of products too (by {', '.join(sorted(uses))}), in float in the "
+                "supernet and decoded from its codes in a packed model, so the two would differ; leave it out: "
+                f"At({name!r}, skip=True), or give that reader a parameter of its own"
+            )
 
 
 def _names(forms: Forms, owner: bool) -> list[str]:

@@ -107,7 +107,7 @@ def layers(
             entries[name] |= said
         numbers = constants.get(name, {})
         if numbers:
-            entries[name]["input_signed"] = bool(np.asarray(state[name][INPUT_SIGNED]).reshape(()) > 0.5)
+            entries[name]["input_signed"] = bool(np.asarray(state[name][INPUT_SIGNED]).reshape(()) > 0)
         own |= {
             f"input.{k}": np.asarray(numbers[k], np.float32).reshape(1) for k in ("scale", "offset") if k in numbers
         }

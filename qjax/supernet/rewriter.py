@@ -242,7 +242,7 @@ def elastic_input(x: Any, fields: Fields, forms: Forms) -> Any:
         return x
     row = fields[CHOICE]
     scale, offset = (a.reshape((1,) * x.ndim) for a in input_steps(fields, forms, row))
-    bits, signed = jnp.maximum(row[1], 2), fields[INPUT_SIGNED].reshape(()) > 0.5
+    bits, signed = jnp.maximum(row[1], 2), fields[INPUT_SIGNED].reshape(()) > 0
     gain = step_grad_scale(bits, x.size, signed)
     near = lsq_plus(x, scale, offset, bits, signed=signed, grad_scale=gain, abs_offset=forms.abs_offset)
     return jnp.where(row[1] == 0, x, near)

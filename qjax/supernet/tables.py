@@ -20,7 +20,11 @@ CHOICE = "choice"
 """The row of the choice among the fields of a site."""
 
 INPUT_SIGNED = "input.signed"
-"""1 where activations have been negative when training began; float32, with derivative zero."""
+"""Above 0 where activations have been negative when training began, 0 where not; float32, with derivative zero.
+
+Float because optimizers and `jax.grad` take no other leaves. Weight decay shrinks it and never brings it to 0, nor 0
+away from there, so what it says stays.
+"""
 
 CHANNEL, TENSOR = "channel", "tensor"
 """Granularities of weights; a whole number is the length of a group."""

@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from constructs import CASES, batch, params
 from jax import lax
@@ -15,6 +16,8 @@ import qjax
 from qjax.errors import CheckpointError, DataError, RecipeError, SearchError
 from qjax.supernet import At, Space, init_steps, lsq_plus, sample_choice
 from qjax.supernet.export import write
+from qjax.supernet.rewriter import elastic_input
+from qjax.supernet.tables import CHOICE, INPUT_SIGNED, Forms
 
 SPACE = Space((2, 4, 8), (0, 3, 8), ends=None)
 
@@ -236,6 +239,45 @@ def test_what_reads_one_weight_is_tied_and_what_an_embedding_reads_is_left():
     np.testing.assert_allclose(
         tied(tied.params, ids), t.apply(p, state, domain.uniform(2), ids)[0], rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_weight_that_something_else_reads_in_float_is_not_packed():
+    def fn(p, x):
+        return x @ p["a"] @ p["b"] + jnp.tanh(p["b"]).sum()
+
+    p = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 3))}
+    x = jnp.ones((2, 4))
+    for skip, refused in ((), True), ((At("b", skip=True),), False):
+        t = qjax.elastic(fn, Space((4, 8), (0,), (True,), (True,), (True,), ends=None, at=skip))
+        choice = t.domain(p, x).uniform(4)
+        state = {name: {"weight.scale.channel": jnp.full((n, 7), 0.2)} for name, n in (("a", 4), ("b", 3))}
+        state = {name: state[name] for name in t.domain(p, x).sites}
+        if refused:
+            with pytest.raises(RecipeError, match=r"b: b is read outside of products too \(by tanh\)"):
+                t.convert(p, state, choice, x)
+        else:
+            model = t.convert(p, state, choice, x)
+            np.testing.assert_allclose(model(model.params, x), t.apply(p, state, choice, x)[0], rtol=1e-5)
+
+
+def test_weight_decay_leaves_the_sign_of_activations():
+    forms = Forms((), (True, False))
+    x = jnp.linspace(-1.0, 2.0, 7)
+    tables = {"input.scale": jnp.full((1, 7), 0.3), "input.scale.asymmetric": jnp.full((1, 7), 0.4),
+              "input.offset": jnp.full((1, 7), 0.1)}  # fmt: skip
+    decay = optax.adamw(0.1, weight_decay=1.0)
+    for signed in (0.0, 1.0):
+        flag = {INPUT_SIGNED: jnp.full((1,), signed)}
+        moments = decay.init(flag)
+        for _ in range(30):
+            updates, moments = decay.update({INPUT_SIGNED: jnp.zeros(1)}, moments, flag)
+            flag = optax.apply_updates(flag, updates)
+        assert float(flag[INPUT_SIGNED][0]) < 0.1
+        for row in ([8, 3, 1, 1, 1], [8, 3, 1, 1, 0]):
+            own = {**tables, CHOICE: jnp.asarray(row)}
+            got = elastic_input(x, {**own, **flag}, forms)
+            np.testing.assert_array_equal(got, elastic_input(x, {**own, INPUT_SIGNED: jnp.full((1,), signed)}, forms))
+            assert bool((got < -0.2).any()) == bool(signed)
 
 
 def test_what_does_not_belong_is_refused(net):
