@@ -25,6 +25,7 @@ HOW = {
     "experts": "unpacked one matrix at a time",
     "int_dot": "int8 x int8 -> int32 product on codes",
     "affine_dot": "int8 x int8 -> int32 product on codes, corrected for offsets",
+    "native": "integer products on codes by compiled kernels",
     "int_conv": "int8 x int8 -> int32 convolution on codes",
     "float8_dot": "float8 product on codes, which XLA on CPU widens first",
 }

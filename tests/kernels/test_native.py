@@ -4,19 +4,24 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from qjax import ops
-from qjax.errors import LoweringError
+from qjax.errors import LoweringError, QjaxWarning
 from qjax.formats import Int, quantize_array
-from qjax.kernels.cpu import build, library
-from qjax.kernels.cpu.dot import product
+from qjax.kernels.cpu import build, dot, instruction_sets, library
+from qjax.kernels.cpu.dot import float_product, product
 from qjax.testing import check_lowering
 
 TOKEN = Int(8, per="token")
@@ -72,7 +77,16 @@ def test_equals_integer_arithmetic_to_the_bit(native, bits, signed, group, m, n,
     fmt = Int(bits, symmetric=signed, **({"group": group} if group else {}))
     stored = packed(codes, bits)
     expected = by_hand(x, sx, codes, scale, zero, width)
-    zeros = None if signed else jnp.asarray(zero, jnp.uint8)[None]
+    zeros = jnp.zeros((1, 0, 0), jnp.uint8) if signed else jnp.asarray(zero, jnp.uint8)[None]
+    real = (codes - np.repeat(zero, width, axis=1)[:, :k]) * np.repeat(np.float64(scale), width, axis=1)[:, :k]
+    with np.errstate(all="ignore"):
+        floats, terms = x @ real.T, np.abs(x) @ np.abs(real).T
+    for name in set(native.instruction_sets()) & {"portable", "avx512_vnni"}:  # there are no others for floats
+        y = float_product(x[None], stored[None], scale[None], zeros, weight=fmt, instructions=name)
+        with np.errstate(all="ignore"):
+            off = np.abs(np.asarray(y)[0] - floats) / np.maximum(terms, 1e-30)
+        assert np.all((off < 1e-5) | ~np.isfinite(floats)), f"{name} {fmt.name}, floats: {off.max()}"
+        assert np.array_equal(np.isfinite(y)[0], np.isfinite(floats)), f"{name} {fmt.name}, floats"
     for name in native.instruction_sets():
         y = product(x[None], sx[None], stored[None], scale[None], zeros, weight=fmt, act=TOKEN, instructions=name)
         np.testing.assert_array_equal(np.asarray(y)[0], expected, err_msg=f"{name} {fmt.name}")
@@ -80,7 +94,7 @@ def test_equals_integer_arithmetic_to_the_bit(native, bits, signed, group, m, n,
 
 def test_is_a_lowering(native):
     """Dtypes, rows in several axes, stacks, empty shapes, vmap and scan, as the exported suite draws them."""
-    acts = [TOKEN, Int(8, per="tensor"), Int(6, per="token", scale="qmax")]
+    acts = [TOKEN, None, Int(8, per="tensor"), Int(6, per="token", scale="qmax")]
     check_lowering("dot", "native", weights=[Int(8), Int(4, group=32), Int(4, symmetric=False)], acts=acts, examples=3)
 
 
@@ -94,6 +108,71 @@ def test_a_token_does_not_depend_on_the_others(native):
         np.testing.assert_array_equal(np.asarray(run(x[rows])), together[rows])
 
 
+@pytest.fixture(scope="module")
+def layer(native):
+    """A weight, activations and a product by name, with what it gives on one device."""
+    rng = np.random.default_rng(0)
+    w = quantize_array(jnp.asarray(rng.standard_normal((64, 256)), jnp.float32), Int(4, group=32), in_axes=1)
+    x = jnp.asarray(rng.standard_normal((16, 256)), jnp.float32)
+
+    def run(x, w, implementation="native"):
+        return ops.q_dot(x, w, act=(TOKEN, ops.activation_aux(x, TOKEN)), implementation=implementation)
+
+    return w.canonical(), x, run, np.asarray(jax.jit(run)(x, w))
+
+
+def test_over_a_mesh_each_device_runs_it_on_what_it_holds(layer):
+    w, x, run, alone = layer
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, outputs = NamedSharding(mesh, P("data")), NamedSharding(mesh, P("model"))
+    placed = jax.tree.map(lambda a: jax.device_put(a, outputs), w)
+    whole = jax.jit(run).lower(jax.device_put(x, rows), placed).compile()
+    assert "all-gather" not in whole.as_text() and "qjax_dot" in whole.as_text()
+    y = whole(jax.device_put(x, rows), placed)
+    np.testing.assert_array_equal(np.asarray(y), alone)
+    assert y.sharding.spec == P("data", "model")
+    inside = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P("model")), out_specs=P("data", "model"))
+    np.testing.assert_array_equal(np.asarray(jax.jit(inside)(x, w)), alone)
+
+
+def test_threads_of_python_may_call_it_at_once(layer):
+    w, x, run, alone = layer
+    compiled = jax.jit(run)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: np.asarray(compiled(x, w)), range(40)):
+            np.testing.assert_array_equal(y, alone)
+
+
+def test_the_default_for_large_weights_but_not_for_export(layer, monkeypatch):
+    w, x, run, alone = layer
+    if dot.FAST not in instruction_sets():
+        pytest.skip(f"this processor has no {dot.FAST}")
+    choice = ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu")
+    assert choice.name == "int_dot"
+    monkeypatch.setattr(dot, "SMALLEST", 1)
+    assert ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu").name == "native"
+    choosing = jax.jit(lambda x, w: run(x, w, None))
+    exported = jax.export.export(choosing)(x, w)
+    assert "qjax_dot" not in exported.mlir_module()
+    assert "qjax_dot" in choosing.lower(x, w).as_text()
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("qjax_dot")]  # for those who know where it will run
+    exported = jax.export.export(jax.jit(run), disabled_checks=allowed)(x, w)
+    np.testing.assert_array_equal(np.asarray(exported.call(x, w)), alone)
+
+
+def test_a_product_that_would_have_had_it_says_so_once(layer, monkeypatch):
+    w, _, _, _ = layer
+    monkeypatch.setattr(dot, "SMALLEST", 1)
+    monkeypatch.setattr(dot, "library", lambda: "none is made")
+    monkeypatch.setattr(library, "library", lambda: "none is made")
+    library.say_once.cache_clear()
+    with pytest.warns(QjaxWarning, match="without its CPU kernels, on XLA alone: none is made"):
+        assert ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu").name == "int_dot"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu")
+
+
 def test_wrong_operands_are_errors(native):
     """A program that somebody else wrote must not crash the process."""
     x, sx = jnp.zeros((1, 3, 64)), jnp.ones((1, 3, 1))
@@ -103,9 +182,13 @@ def test_wrong_operands_are_errors(native):
 
     def call(*operands, out=((1, 3, 8), jnp.float32), **changed):
         attributes = {k: np.int64(v) for k, v in {**settings, **changed}.items()}
-        return jax.ffi.ffi_call(library.TARGET, jax.ShapeDtypeStruct(*out))(*operands, **attributes)
+        return jax.ffi.ffi_call(library.DOT, jax.ShapeDtypeStruct(*out))(*operands, **attributes)
 
-    assert call(x, sx, w, s, no).shape == (1, 3, 8)
+    def floats(*operands, out=((1, 3, 8), jnp.float32)):
+        attributes = {k: np.int64(settings[k]) for k in ("bits", "group", "is_signed", "isa")}
+        return jax.ffi.ffi_call(library.FLOAT_DOT, jax.ShapeDtypeStruct(*out))(*operands, **attributes)
+
+    assert call(x, sx, w, s, no).shape == floats(x, w, s, no).shape == (1, 3, 8)
     wrong = [
         (lambda: call(x.astype(jnp.float16), sx, w, s, no), "float32 or int8"),
         (lambda: call(x[0], sx, w, s, no), r"\[3, 64\]"),
@@ -122,6 +205,9 @@ def test_wrong_operands_are_errors(native):
         (lambda: call(x, sx, w, s, no, group=31), "begin with a byte"),
         (lambda: call(x, sx, w, s, no, isa=17), "no unknown"),
         (lambda: call(x, sx, w, s, no, low=-300), "int8"),
+        (lambda: floats(x.astype(jnp.int8), w, s, no), "activations have to be float32"),
+        (lambda: floats(x, w, s[:, :, :1], no, out=((1, 2, 8), jnp.float32)), "result"),
+        (lambda: floats(x, w[:, :, :31], s, no), "rows of 31 bytes"),
     ]
     for run, says in wrong:
         with pytest.raises(Exception, match=says):
@@ -130,13 +216,10 @@ def test_wrong_operands_are_errors(native):
 
 def test_a_named_kernel_says_why_it_cannot(native):
     w = quantize_array(jnp.ones((8, 32)), Int(3), in_axes=1)
-    for act, says in (
-        (None, "are not quantized"),
-        (Int(8, per="token", symmetric=False), "activations have no kernel"),
-    ):
-        aux = (act, ops.activation_aux(jnp.ones((2, 32)), act)) if act else None
-        with pytest.raises(LoweringError, match=says):
-            ops.q_dot(jnp.ones((2, 32)), w, act=aux, implementation="native")
+    act = Int(8, per="token", symmetric=False)
+    aux = ops.activation_aux(jnp.ones((2, 32)), act)
+    with pytest.raises(LoweringError, match="uint8 per token activations have no kernel"):
+        ops.q_dot(jnp.ones((2, 32)), w, act=(act, aux), implementation="native")
     with pytest.raises(LoweringError, match="int3 per channel weights have no kernel"):
         ops.q_dot(
             jnp.ones((2, 32)), w, act=(TOKEN, ops.activation_aux(jnp.ones((2, 32)), TOKEN)), implementation="native"
@@ -202,3 +285,19 @@ def test_installing(root, tmp_path, compiler):
     )
     assert run.returncode == 0, run.stderr
     assert ("not there" if compiler else "portable") in run.stdout and "64.0" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["-O3", "-O1 -fsanitize=address,undefined", "-O1 -fsanitize=thread"])
+def test_random_problems_without_xla(root, tmp_path, flags):
+    """Arrays that end at forbidden pages, several threads, sanitizers: ``tests/native/driver.cc``."""
+    sources = [str(p) for p in build.sources() if p.name != "ffi.cc"]
+    command = [*build.compiler(), *build.FLAGS, "-g", "-fno-sanitize-recover=all", *flags.split()]
+    command += ["-I", str(build.SOURCES), str(root / "tests" / "native" / "driver.cc"), *sources]
+    made = subprocess.run([*command, "-o", str(tmp_path / "driver")], capture_output=True, text=True)
+    if made.returncode and "cannot find" in made.stderr:
+        pytest.skip(f"the compiler has no library for {flags}")
+    assert made.returncode == 0, made.stderr
+    run = subprocess.run([str(tmp_path / "driver"), "20"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(run.stdout.split()[0]) >= 5

@@ -17,7 +17,7 @@ TOKEN = Int(8, per="token")
     ("fmt", "act", "shapes", "platform", "name"),
     [
         (Int(8), None, (4, 64, 64), "cpu", "dequantize"),
-        (Int(4, group=32), None, (4, 4096, 4096), "cpu", "dequantize_blocks"),
+        (Int(3, group=32), None, (4, 4096, 4096), "cpu", "dequantize_blocks"),
         (Int(4, group=32), None, (4, 4096, 4096), "tpu", "dequantize"),
         (Int(8), TOKEN, (4, 64, 64), "cpu", "int_dot"),
         (Int(4, group=32), TOKEN, (4, 64, 64), "cuda", "int_dot"),

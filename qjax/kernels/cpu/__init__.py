@@ -7,3 +7,5 @@ from qjax.kernels.cpu import dot, library
 from qjax.kernels.cpu.library import instruction_sets, status
 
 __all__ = ["dot", "instruction_sets", "library", "status"]
+
+library.library()  # now, for programs that were exported with a kernel in them and are run without asking for one

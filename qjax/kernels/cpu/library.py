@@ -18,8 +18,8 @@ import jax
 from qjax.errors import warn
 from qjax.kernels.cpu import build
 
-TARGET = "qjax_dot"
-"""How XLA calls the product."""
+DOT, FLOAT_DOT = "qjax_dot", "qjax_float_dot"
+"""How XLA calls the products, with int8 activations and with floats; so are the handlers in the library called."""
 
 ISAS = ("portable", "avx2", "avx512_vnni", "amx")
 """Instruction sets, as numbered in ``src/problem.h``."""
@@ -35,7 +35,8 @@ def library() -> ctypes.CDLL | str:
     found = find(build.HERE)
     if isinstance(found, str):
         return found
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(found.qjax_dot), platform="cpu")
+    for name in (DOT, FLOAT_DOT):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu")
     return found
 
 

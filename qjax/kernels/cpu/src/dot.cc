@@ -29,8 +29,7 @@ const char* isa_name(int isa) {
   return isa >= 0 && isa < kIsaCount ? names[isa] : "unknown";
 }
 
-// Whether groups fall on chunks, or whole groups in one, as the vector kernels have it.
-static bool regular(const Dot& d) {
+bool regular(const Dot& d) {
   const int64_t bytes = d.group_bytes();
   return d.groups() <= 1 || bytes % kChunk == 0 || bytes == 32 || bytes == 16;
 }
@@ -38,7 +37,7 @@ static bool regular(const Dot& d) {
 int best_isa(const Dot& d) {
   if (!regular(d)) return kPortable;
   for (int isa = kIsaCount - 1; isa > kPortable; isa--) {
-    if (isa == kAmx && d.m < 2) continue;  // nothing to gain for one row
+    if (isa == kAmx && d.m < 8) continue;  // tiles half empty: level with vectors (benchmarks/cpu_native.py)
     if (has_isa(isa)) return isa;
   }
   return kPortable;
@@ -94,7 +93,7 @@ void run_dot(const Dot& d, int isa, const Pool& pool, char* scratch) {
   if (!regular(d)) isa = kPortable;
   // Panels for many rows; for one row as many blocks at a time as leave each thread four tasks, to share evenly.
   int64_t step = kPanel;
-  if (d.m == 1) {
+  if (d.m == 1 && isa != kAmx) {
     const int64_t blocks = (d.n + kBlock - 1) / kBlock, tasks = 4 * pool.workers;
     step = kBlock * ((blocks + tasks - 1) / tasks);
   }

@@ -1,12 +1,12 @@
 // The handler that XLA calls: checks every dtype and shape, allocates scratch memory, shares the work among XLA's threads.
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <string>
-#include <thread>
+#include <utility>
 
 #include "problem.h"
+#include "share.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -26,30 +26,9 @@ Memory aligned(int64_t bytes) {
   return Memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))));
 }
 
-// Tasks are taken from a counter by whoever is free, the caller among them: if every thread of the pool is busy, the
-// caller does all of them, so that it never waits for what has not begun. A thread that comes late finds none left, and
-// looks at nothing but the counter, which it shares in owning.
 void run_in_pool(void* context, int64_t workers, int64_t count, void (*task)(void*, int64_t, int64_t), void* argument) {
-  if (workers <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; i++) task(argument, i, 0);
-    return;
-  }
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  auto work = [state, count, task, argument](int64_t worker) {
-    for (int64_t i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      task(argument, i, worker);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
   auto* pool = static_cast<ffi::ThreadPool*>(context);
-  for (int64_t w = 1; w < workers; w++) pool->Schedule([work, w] { work(w); });
-  work(0);
-  for (int64_t spins = 0; state->done.load(std::memory_order_acquire) < count; spins++) {
-    if (spins > 1000) std::this_thread::yield();
-  }
+  qjax::share([pool](auto work) { pool->Schedule(std::move(work)); }, workers, count, task, argument);
 }
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("qjax_dot: " + what); }
@@ -90,19 +69,15 @@ bool stacked(const ffi::AnyBuffer& a, ffi::DataType type, int64_t stack) {
   return is(a, type, 3) && a.dimensions()[0] == stack;
 }
 
-// x f32, or s8 codes, [s, m, k]; sx f32 [s, m or 1, 1]; w u8 or s8 [s, n, bytes]; scale f32 [s, n or 1, groups or 1];
-// zeros u8, likewise, or [s, 0, 0] -> y f32 [s, m, n]. Each of the s matrices by itself.
-ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-               ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group, int64_t is_signed,
-               int64_t low, int64_t high, int64_t isa) {
-  const bool codes = x.element_type() == ffi::S8;
-  if (!(codes || x.element_type() == ffi::F32) || x.dimensions().size() != 3)
-    return invalid("activations have to be float32 or int8 [s, m, k], they are of shape " + shape(x));
+// Fills in what a problem says of the weight and of sizes; x [s, m, k], w u8 or s8 [s, n, bytes], scale f32 [s, n or 1,
+// groups or 1], zeros u8, likewise, or [s, 0, 0], y f32 [s, m, n].
+ffi::Error describe(Dot& d, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
+                    const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& y, int64_t bits, int64_t group,
+                    int64_t is_signed) {
   if (bits != 8 && bits != 4 && bits != 2) return invalid("codes of " + std::to_string(bits) + " bits; 8, 4 or 2");
   const int64_t stack = x.dimensions()[0];
   if (!stacked(w, ffi::U8, stack) && !stacked(w, ffi::S8, stack))
     return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
-  Dot d{};
   d.m = x.dimensions()[1];
   d.k = x.dimensions()[2];
   d.n = w.dimensions()[1];
@@ -114,27 +89,52 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   d.group = group > 0 && group < d.k ? group : (d.k > 0 ? d.k : 1);
   const int64_t groups = d.groups(), columns = groups > 0 ? groups : 1;
   if (groups > 1 && d.group % d.phases()) return invalid("groups have to begin with a byte");
-  if (low < -128 || high > 127 || low > high) return invalid("codes of activations are int8");
-  if (!stacked(sx, ffi::F32, stack) || sx.dimensions()[2] != 1 || (sx.dimensions()[1] != d.m && sx.dimensions()[1] != 1))
-    return invalid("scales of activations have to be float32 [s, m or 1, 1], they are of shape " + shape(sx));
   if (!stacked(scale, ffi::F32, stack) || !broadcasts(scale, d.n, columns, &d.scale_n, &d.scale_g))
     return invalid("scales have to be float32 [s, n or 1, groups or 1] for " + std::to_string(groups) +
                    " groups, they are of shape " + shape(scale));
   if (!stacked(zeros, ffi::U8, stack)) return invalid("zero points have to be uint8, they are of shape " + shape(zeros));
-  const bool has_zeros = zeros.element_count() > 0;
-  if (has_zeros && !broadcasts(zeros, d.n, columns, &d.zeros_n, &d.zeros_g))
+  if (zeros.element_count() > 0 && !broadcasts(zeros, d.n, columns, &d.zeros_n, &d.zeros_g))
     return invalid("zero points have to be [s, n or 1, groups or 1], they are of shape " + shape(zeros));
-  if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
-    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
-  if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
+  if (!stacked(y, ffi::F32, stack) || y.dimensions()[1] != d.m || y.dimensions()[2] != d.n)
+    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(y));
   if (is_signed) {
     d.flip = bits == 8 ? 0x80 : bits == 4 ? 0x88 : 0xaa;
     d.zero = 1 << (bits - 1);
   }
+  return ffi::Error::Success();
+}
+
+// Matrix s of a stack.
+void take(Dot& d, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& zeros,
+          const ffi::AnyBuffer& y) {
+  d.w = static_cast<const uint8_t*>(w.untyped_data()) + s * d.n * d.row_bytes;
+  d.scale = static_cast<const float*>(scale.untyped_data()) + s * scale.dimensions()[1] * scale.dimensions()[2];
+  if (zeros.element_count() > 0)
+    d.zeros = static_cast<const uint8_t*>(zeros.untyped_data()) + s * zeros.dimensions()[1] * zeros.dimensions()[2];
+  d.y = static_cast<float*>(y.untyped_data()) + s * d.m * d.n;
+}
+
+ffi::Error no_isa(int isa) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                    std::string("qjax_dot: this processor has no ") + qjax::isa_name(isa));
+}
+
+// x f32, or s8 codes, [s, m, k]; sx f32 [s, m or 1, 1]; the others as above. Each of the s matrices by itself.
+ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+               ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group, int64_t is_signed,
+               int64_t low, int64_t high, int64_t isa) {
+  const bool codes = x.element_type() == ffi::S8;
+  if (!(codes || x.element_type() == ffi::F32) || x.dimensions().size() != 3)
+    return invalid("activations have to be float32 or int8 [s, m, k], they are of shape " + shape(x));
+  Dot d{};
+  if (ffi::Error wrong = describe(d, x, w, scale, zeros, *y, bits, group, is_signed); wrong.failure()) return wrong;
+  const int64_t stack = x.dimensions()[0], columns = d.groups() > 0 ? d.groups() : 1;
+  if (low < -128 || high > 127 || low > high) return invalid("codes of activations are int8");
+  if (!stacked(sx, ffi::F32, stack) || sx.dimensions()[2] != 1 || (sx.dimensions()[1] != d.m && sx.dimensions()[1] != 1))
+    return invalid("scales of activations have to be float32 [s, m or 1, 1], they are of shape " + shape(sx));
+  if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
   const int chosen = isa < 0 ? qjax::best_isa(d) : static_cast<int>(isa);
-  if (!qjax::has_isa(chosen))
-    return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                      std::string("qjax_dot: this processor has no ") + qjax::isa_name(chosen));
+  if (!qjax::has_isa(chosen)) return no_isa(chosen);
 
   qjax::Pool pool{threads.num_threads() > 1 ? threads.num_threads() : 1, &threads, run_in_pool};
   Memory q = aligned(d.m * d.q_stride() + 64), sums = aligned(d.m * columns * 4), scales = aligned(d.m * 4);
@@ -155,8 +155,7 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   d.q = quantize.q;
   d.qsum = quantize.qsum;
   d.sx = own;
-  const int64_t one_sx = sx.dimensions()[1], one_scale = scale.dimensions()[1] * scale.dimensions()[2];
-  const int64_t one_zero = zeros.dimensions()[1] * zeros.dimensions()[2];
+  const int64_t one_sx = sx.dimensions()[1];
   try {
     for (int64_t s = 0; s < stack; s++) {
       const float* given = static_cast<const float*>(sx.untyped_data()) + s * one_sx;
@@ -165,13 +164,40 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
         quantize.codes = static_cast<const int8_t*>(x.untyped_data()) + s * d.m * d.k;
       else
         quantize.x = static_cast<const float*>(x.untyped_data()) + s * d.m * d.k;
-      d.w = static_cast<const uint8_t*>(w.untyped_data()) + s * d.n * d.row_bytes;
-      d.scale = static_cast<const float*>(scale.untyped_data()) + s * one_scale;
-      if (has_zeros) d.zeros = static_cast<const uint8_t*>(zeros.untyped_data()) + s * one_zero;
-      d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
+      take(d, s, w, scale, zeros, *y);
       Rows rows{&quantize, chosen, (int64_t{1} << 16) / (d.k + 1) + 1};
       pool.run(pool.context, pool.workers, (d.m + rows.step - 1) / rows.step, quantize_task, &rows);
       qjax::run_dot(d, chosen, pool, scratch.get());
+    }
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for tasks");
+  }
+  return ffi::Error::Success();
+}
+
+// x f32 [s, m, k]; the others as above.
+ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+                     ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group,
+                     int64_t is_signed, int64_t isa) {
+  if (x.element_type() != ffi::F32 || x.dimensions().size() != 3)
+    return invalid("activations have to be float32 [s, m, k], they are of shape " + shape(x));
+  qjax::FloatDot f{};
+  Dot& d = f.dot;
+  if (ffi::Error wrong = describe(d, x, w, scale, zeros, *y, bits, group, is_signed); wrong.failure()) return wrong;
+  const int64_t stack = x.dimensions()[0];
+  if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
+  const int chosen = isa < 0 ? qjax::best_isa(d) : static_cast<int>(isa);
+  if (!qjax::has_isa(chosen)) return no_isa(chosen);
+  qjax::Pool pool{threads.num_threads() > 1 ? threads.num_threads() : 1, &threads, run_in_pool};
+  Memory laid = aligned(d.m * f.x_stride() * 4);
+  if (!laid) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for activations");
+  f.x = reinterpret_cast<float*>(laid.get());
+  try {
+    for (int64_t s = 0; s < stack; s++) {
+      qjax::arrange_floats(static_cast<const float*>(x.untyped_data()) + s * d.m * d.k, d.m, d.k, bits,
+                           reinterpret_cast<float*>(laid.get()));
+      take(d, s, w, scale, zeros, *y);
+      qjax::run_float_dot(f, chosen, pool);
     }
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for tasks");
@@ -195,6 +221,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_dot, dot,
                                   .Attr<int64_t>("is_signed")
                                   .Attr<int64_t>("low")
                                   .Attr<int64_t>("high")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_float_dot, float_dot,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("is_signed")
                                   .Attr<int64_t>("isa"));
 
 // For the loader, which asks before it hands handlers to XLA.

@@ -78,6 +78,9 @@ struct Quantize {
 
 void quantize_rows(const Quantize& what, int64_t first, int64_t last, int isa);
 
+// Whether groups fall on chunks, or several whole ones in each, as the vector kernels have it; the portable one takes all.
+bool regular(const Dot& dot);
+
 // The best instruction set of this processor for a problem.
 int best_isa(const Dot& dot);
 bool has_isa(int isa);
@@ -85,6 +88,27 @@ const char* isa_name(int isa);
 
 // Bytes of scratch memory per worker.
 int64_t scratch_bytes(const Dot& dot);
+
+// The product with activations that stay floats:
+//
+//   y[m, n] = sum over k of (u[n, k] - z[n, g]) * s[n, g] * x[m, k]
+//
+// in float32, terms in an order that depends on the instruction set alone. Activations lie as vector instructions take
+// codes out of words: for each chunk of 64 bytes, and each of the 32 / bits codes j of a word, 16 numbers, those that meet
+// code j of each word. Zeros fill the last chunk.
+void arrange_floats(const float* x, int64_t m, int64_t k, int64_t bits, float* out);
+
+struct FloatDot {
+  Dot dot;           // q, qsum and sx are not used
+  const float* x;    // [m, chunks, 512 / bits]
+  int64_t x_stride() const { return dot.chunks() * (512 / dot.bits); }
+};
+
+void run_float_dot(const FloatDot& dot, int isa, const Pool& pool);
+void float_rows_portable(const FloatDot& dot, int64_t n0, int64_t n1);
+#if defined(__x86_64__)
+void float_rows_avx512(const FloatDot& dot, int64_t n0, int64_t n1);
+#endif
 
 // Everything: y from q. `scratch` has scratch_bytes for each worker, aligned to 64 bytes.
 void run_dot(const Dot& dot, int isa, const Pool& pool, char* scratch);

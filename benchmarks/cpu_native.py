@@ -1,0 +1,141 @@
+"""The compiled CPU kernels beside XLA: layers of Llama-3-8B, 1 to 512 tokens, cold weights where tokens are few.
+
+    python -m benchmarks.cpu_native                       # on an idle machine; about five minutes on two cores
+    python -m benchmarks.cpu_native --clock processor     # on a busy one: processor time of all threads, not wall time
+
+Every call multiplies by the next of several copies of a weight. For up to 16 tokens they are together larger than the
+last-level cache, so that each is read from memory, as in a model. "read" is NumPy's maximum over as many bytes as the
+4-bit weight has, by as many threads: what share of the memory's speed is reached is the ratio of the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure
+from qjax import ops
+from qjax.formats import Format, Int, quantize_array
+from qjax.kernels import cpu
+
+TOKEN = Int(8, per="token")
+SHAPES = ((4096, 4096), (14336, 4096))
+TOKENS = (1, 4, 16, 64, 512)
+FORMATS: dict[str, Format] = {"W8A8": Int(8), "W4A8 g128": Int(4, group=128)}
+COLD = 16
+"""Up to so many tokens weights are cold."""
+
+INTEGERS = [(name, lowering) for name in FORMATS for lowering in ("int_dot", "native")]
+FLOATS = [(name, lowering) for name in FORMATS for lowering in ("dequantize_blocks", "native")]
+""" "W8A8 native" with activations quantized as they come, "W8A16 native" with those that stay float32."""
+
+
+def in_turn(function: Callable[..., Any], x: Any, weights: list[Any]) -> Callable[[], Any]:
+    """Return a call of the compiled function with the next weight each time."""
+    ready = jax.jit(function).lower(x, weights[0]).compile()
+    following = itertools.cycle(weights)
+    return lambda: ready(x, next(following))
+
+
+def product(name: str, quantized: bool) -> Callable[..., Any]:
+    """Return the product by a named lowering, activations quantized as they come, or floats."""
+    aux = lambda x: (TOKEN, ops.activation_aux(x, TOKEN)) if quantized else None  # noqa: E731
+    return lambda x, w: ops.q_dot(x, w, act=aux(x), implementation=name)
+
+
+def label(name: str, lowering: str, quantized: bool) -> str:
+    """How a case is called."""
+    return f"{name if quantized else name.replace('A8', 'A16')} {lowering}"
+
+
+def reading(nbytes: int, total: int) -> Callable[[], Any]:
+    """Return a call that reads the next stretch of memory, by a thread for each core."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = np.ones(total // 8, np.int64)
+    step = nbytes // 8 // threads
+    starts = itertools.cycle(range(0, len(memory) - step * threads + 1, step * threads))
+    pool = ThreadPoolExecutor(threads)
+
+    def read() -> None:
+        first = next(starts)
+        list(pool.map(lambda i: memory[first + i * step : first + (i + 1) * step].max(), range(threads)))
+
+    return read
+
+
+def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, Any]]:
+    """Measure one layer."""
+    n, k = shape
+    rng = np.random.default_rng(0)
+    floats = jnp.asarray(rng.standard_normal((k, n), np.float32) / k**0.5)
+    weights: dict[str, Any] = {"float32": floats}
+    weights |= {name: quantize_array(floats, fmt, in_axes=0).canonical() for name, fmt in FORMATS.items()}
+    sizes = {name: sum(a.nbytes for a in jax.tree.leaves(w)) for name, w in weights.items()}
+    copies = {
+        name: [jax.tree.map(functools.partial(jnp.array, copy=True), w) for _ in range(-(-cache // sizes[name]) + 1)]
+        for name, w in weights.items()
+    }
+    found = []
+    for tokens in TOKENS:
+        few = lambda name, tokens=tokens: copies[name] if tokens <= COLD else copies[name][:2]  # noqa: E731
+        x = jnp.asarray(rng.standard_normal((tokens, k)), jnp.float32)
+        cases = {"float32": in_turn(lambda x, w: x @ w, x, few("float32"))}
+        for quantized, kinds in ((True, INTEGERS), (False, FLOATS if tokens <= COLD else [])):
+            for name, lowering in kinds:
+                cases[label(name, lowering, quantized)] = in_turn(product(lowering, quantized), x, few(name))
+        if tokens == 1:
+            cases["read"] = reading(sizes["W4A8 g128"], max(cache, 2 * sizes["W4A8 g128"]))
+        times = measure.interleaved(cases, **how)
+        row = {"shape": [n, k], "tokens": tokens, "float_ms": times["float32"].least * 1e3}
+        row |= {name: times["float32"].least_over(t) for name, t in times.items() if name not in ("float32", "read")}
+        if tokens == 1:
+            row["of_reading"] = times["read"].least_over(times["W4A8 g128 native"])
+        found.append(row)
+        print(row, flush=True)
+    return found
+
+
+def main() -> None:
+    """Run, print, save."""
+    options = measure.parser(__doc__)
+    options.add_argument("--budget", type=float, default=20, help="seconds for each layer and number of tokens")
+    options.add_argument("--cache", type=int, default=512, help="MiB of copies of a weight: more than the cache")
+    options.add_argument("--clock", choices=["wall", "processor"], default="wall")
+    given = options.parse_args()
+    clock = time.perf_counter if given.clock == "wall" else time.process_time
+    found = []
+    for shape in SHAPES:
+        found += measured(shape, given.cache << 20, budget=given.budget, least_rounds=4, clock=clock)
+    kinds = [f"{name} {lowering}" for name in FORMATS for lowering in ("int_dot", "native")]
+    rows = [
+        [
+            f"{f['shape'][0]} x {f['shape'][1]}",
+            f["tokens"],
+            f"{f['float_ms']:.3g}",
+            *(f"{f[kind]:.2f}" for kind in kinds),
+        ]
+        for f in found
+    ]
+    shares = ", ".join(f"{f['of_reading']:.0%} at {f['shape'][0]} x {f['shape'][1]}" for f in found if f["tokens"] == 1)
+    busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+    text = (
+        f"Speed beside XLA's float32 product (above 1: faster), least {given.clock} time of each; int8 activations are "
+        f"quantized as they come. {cpu.status()}.\n\n"
+        + measure.table(["layer", "tokens", "float32, ms", *kinds], rows)
+        + f"\n\nW4A8 g128 by one token reaches this share of the speed at which NumPy reads memory: {shares}."
+        + ("\n\n**Taken on a busy machine**, to be repeated on an idle one." if busy else "")
+    )
+    measure.save("cpu_native", {"clock": given.clock, "measured": found}, text, given.out)
+
+
+if __name__ == "__main__":
+    main()

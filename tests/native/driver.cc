@@ -1,0 +1,223 @@
+// The CPU kernels without XLA and Python, for sanitizers: random problems, every instruction set against the plain one
+// bit for bit, from several threads at once, each array ending where a page begins that may not be touched.
+//
+//   c++ -std=c++17 -g -O1 -pthread -fsanitize=... -I qjax/kernels/cpu/src tests/native/driver.cc \
+//       $(ls qjax/kernels/cpu/src/*.cc | grep -v ffi.cc) -o driver && ./driver SECONDS
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "problem.h"
+#include "share.h"
+
+namespace {
+
+// Memory whose last byte is the last of a page, with a forbidden page behind it.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), pages = (bytes + page - 1) / page;
+    whole_ = (pages + 1) * page;
+    base_ = static_cast<char*>(mmap(nullptr, whole_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) std::abort();
+    if (mprotect(base_ + pages * page, page, PROT_NONE)) std::abort();
+    data_ = base_ + pages * page - bytes;
+  }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, whole_); }
+  template <class T>
+  T* as() const { return reinterpret_cast<T*>(data_); }
+
+ private:
+  size_t bytes_, whole_;
+  char *base_, *data_;
+};
+
+class Threads {
+ public:
+  explicit Threads(int count) {
+    for (int i = 0; i < count; i++) threads_.emplace_back([this] { serve(); });
+  }
+  ~Threads() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto& t : threads_) t.join();
+  }
+  void schedule(std::function<void()> work) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      queue_.push_back(std::move(work));
+    }
+    wake_.notify_one();
+  }
+
+ private:
+  void serve() {
+    for (;;) {
+      std::function<void()> work;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+        if (queue_.empty()) return;
+        work = std::move(queue_.front());
+        queue_.pop_front();
+      }
+      work();
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> queue_;
+  bool stop_ = false;
+  std::vector<std::thread> threads_;
+};
+
+void run(void* context, int64_t workers, int64_t count, void (*task)(void*, int64_t, int64_t), void* argument) {
+  auto* threads = static_cast<Threads*>(context);
+  qjax::share([threads](auto work) { threads->schedule(work); }, workers, count, task, argument);
+}
+
+struct Aligned {
+  explicit Aligned(int64_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {}
+  ~Aligned() { std::free(data); }
+  char* data;
+};
+
+bool one(std::mt19937& random, Threads& threads) {
+  auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
+  const int64_t all_bits[] = {2, 4, 8}, all_groups[] = {0, 0, 32, 64, 128, 40, 256};
+  qjax::Dot d{};
+  d.bits = all_bits[below(3)];
+  d.m = below(3) ? 1 + below(40) : 1;
+  d.n = 1 + below(150);
+  d.k = 1 + below(700);
+  const int64_t group = all_groups[below(7)];
+  d.group = group > 0 && group < d.k ? group : d.k;
+  d.row_bytes = (d.k * d.bits + 7) / 8;
+  const int64_t groups = d.groups();
+  const bool is_signed = below(2), codes = below(4) == 0;
+  if (is_signed) {
+    d.flip = d.bits == 8 ? 0x80 : d.bits == 4 ? 0x88 : 0xaa;
+    d.zero = 1 << (d.bits - 1);
+  }
+  Guarded w(d.n * d.row_bytes), scale(d.n * groups * 4), zeros(d.n * groups), x(d.m * d.k * (codes ? 1 : 4)), sx(d.m * 4);
+  for (int64_t i = 0; i < d.n * d.row_bytes; i++) w.as<uint8_t>()[i] = static_cast<uint8_t>(random());
+  for (int64_t i = 0; i < d.n * groups; i++) {
+    scale.as<float>()[i] = 0.01f * static_cast<float>(1 + below(100));
+    zeros.as<uint8_t>()[i] = static_cast<uint8_t>(below(int64_t{1} << d.bits));
+  }
+  for (int64_t i = 0; i < d.m * d.k; i++) {
+    if (codes)
+      x.as<int8_t>()[i] = static_cast<int8_t>(random());
+    else
+      x.as<float>()[i] = below(50) ? static_cast<float>(below(4001) - 2000) / 300.0f : std::strtof("nan", nullptr);
+  }
+  for (int64_t i = 0; i < d.m; i++) sx.as<float>()[i] = 0.05f;
+  d.w = w.as<uint8_t>();
+  d.scale = scale.as<float>();
+  d.scale_n = groups;
+  d.scale_g = 1;
+  if (!is_signed) {
+    d.zeros = zeros.as<uint8_t>();
+    d.zeros_n = groups;
+    d.zeros_g = 1;
+  }
+  qjax::Quantize quantize{};
+  quantize.m = d.m;
+  quantize.k = d.k;
+  quantize.bits = d.bits;
+  quantize.group = d.group;
+  if (codes)
+    quantize.codes = x.as<int8_t>();
+  else
+    quantize.x = x.as<float>();
+  quantize.sx = sx.as<float>();
+  quantize.low = -128;
+  quantize.high = 127;
+  d.sx = sx.as<float>();
+
+  const qjax::Pool pool{3, &threads, run};
+  std::vector<float> expected;
+  for (int isa = 0; isa < qjax::kIsaCount; isa++) {
+    if (!qjax::has_isa(isa)) continue;
+    Guarded q(d.m * d.q_stride() + 64), sums(d.m * groups * 4), y(d.m * d.n * 4);
+    quantize.q = q.as<int8_t>();
+    quantize.qsum = sums.as<int32_t>();
+    d.q = quantize.q;
+    d.qsum = quantize.qsum;
+    d.y = y.as<float>();
+    qjax::quantize_rows(quantize, 0, d.m, isa);
+    Aligned scratch(qjax::scratch_bytes(d) * pool.workers);
+    qjax::run_dot(d, isa, pool, scratch.data);
+    if (isa == 0) expected.assign(d.y, d.y + d.m * d.n);
+    if (std::memcmp(expected.data(), d.y, d.m * d.n * 4)) {
+      std::printf("%s differs: bits %ld group %ld m %ld n %ld k %ld\n", qjax::isa_name(isa), long(d.bits), long(d.group),
+                  long(d.m), long(d.n), long(d.k));
+      return false;
+    }
+  }
+  if (codes) return true;
+  // With floats: as many bytes are read, and sums agree up to rounding.
+  qjax::FloatDot f{};
+  f.dot = d;
+  std::vector<float> given(x.as<float>(), x.as<float>() + d.m * d.k);
+  for (float& v : given) v = v == v ? v : 0.0f;
+  for (int isa = 0; isa < qjax::kIsaCount; isa++) {
+    if (!qjax::has_isa(isa)) continue;
+    Guarded laid(d.m * f.x_stride() * 4), y(d.m * d.n * 4);
+    qjax::arrange_floats(given.data(), d.m, d.k, d.bits, laid.as<float>());
+    f.x = laid.as<float>();
+    f.dot.y = y.as<float>();
+    qjax::run_float_dot(f, isa, pool);
+    if (isa == 0) expected.assign(f.dot.y, f.dot.y + d.m * d.n);
+    for (int64_t i = 0; i < d.m * d.n; i++) {
+      const float most = 255.0f * 7.0f * static_cast<float>(d.k);
+      if (!(std::fabs(expected[i] - f.dot.y[i]) <= 1e-6f * most)) {
+        std::printf("floats, %s differs: bits %ld group %ld m %ld n %ld k %ld\n", qjax::isa_name(isa), long(d.bits),
+                    long(d.group), long(d.m), long(d.n), long(d.k));
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
+  Threads threads(3);
+  std::atomic<long> done{0};
+  std::atomic<bool> good{true};
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> callers;
+  for (unsigned seed = 0; seed < 3; seed++)
+    callers.emplace_back([&, seed] {
+      std::mt19937 random(seed);
+      while (good && std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
+        if (!one(random, threads)) good = false;
+        done++;
+      }
+    });
+  for (auto& c : callers) c.join();
+  std::printf("%ld problems, instruction sets:", done.load());
+  for (int isa = 0; isa < qjax::kIsaCount; isa++)
+    if (qjax::has_isa(isa)) std::printf(" %s", qjax::isa_name(isa));
+  std::printf("%s\n", good ? "" : ", FAILED");
+  return good ? 0 : 1;
+}
