@@ -1,17 +1,24 @@
-"""EQ-Net's accuracy predictor on ResNet20: subnets of a supernet that is initialised and not trained, on CIFAR-10.
+"""EQ-Net's accuracy predictor on a supernet of ResNet20, and what a search with it finds, on CIFAR-10.
 
-    python -m benchmarks.predictor [--data ../shared/data] [--subnets 200] [--images 160] [--resume DIR]
+    python -m benchmarks.predictor [--supernet FOLDER] [--data ../shared/data] [--subnets 1000] [--resume DIR]
 
-Weights and activations of 2 to 8 bits in all eight forms, first and last layer at 8; quantizers as `init` makes them
-from 64 training images, batch-norm statistics of the float network. The score of a subnet is its top-1 agreement with
-the float network on further training images. A fifth of the subnets is held out.
+FOLDER is what `qjax.supernet.train` kept of the network's ``train_step_stats``; without it the supernet is as `init`
+makes it, with bits 2, 3, 4, 6 and 8, and not trained. Each subnet has its batch norms recalibrated on 1,000 training
+images and is scored, top-1, on 1,000 others; a fifth of the subnets is held out. With --resume nothing is measured
+twice.
+
+Then, for each budget of average bits, a search by the predictor, beside the best of as many random valid choices by the
+predictor, the best of 16 random valid choices as measured, and the same bits everywhere. All are measured alike.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,88 +26,239 @@ import numpy as np
 
 import qjax
 from benchmarks import measure
+from benchmarks.cifar import Cifar, pixels
 from benchmarks.static import ROOT
-from qjax.search import CQAP, Genetic, collect_subnets, fit_predictor, over_population, predict, search_choice
-from qjax.search.choices import draw_choices
-from qjax.supernet import Space, encode_choice
+from qjax.checkpoint.parts import open_job
+from qjax.search import (
+    CQAP,
+    Agreement,
+    Genes,
+    Genetic,
+    Subnets,
+    agreement,
+    collect_subnets,
+    fit_predictor,
+    over_population,
+    predict,
+    random_choices,
+    search_choice,
+)
+from qjax.search.whole import Remembered
+from qjax.supernet import Space, encode_choice, load_trained, recalibrate
+
+BITS = (2, 3, 4, 6, 8)
+"""Of the supernet that is not trained."""
+FORM = (True, True, True)
+"""Of searches: per channel, both symmetric."""
+SPLITS = 5
+"""Ways to hold out a fifth; the first one is reported, the others say how much it depends on which fifth."""
+BOUNDS = {"pearson": 0.9, "kendall": 0.75}
+SETTINGS = CQAP(epochs=400, batch=64)
+
+
+class Measured:
+    """What a subnet of one supernet scores.
+
+    Args:
+        given: the options.
+    """
+
+    def __init__(self, given: Any):
+        folder = given.data / "models" / "resnet20-cifar10"
+        model, params, _ = qjax.models.load(folder)
+        data = Cifar.read(given.data)
+        count = given.calibration + given.images
+        if given.calibration % given.batch or given.images % given.batch or count > len(data.images):
+            raise SystemExit(f"--batch {given.batch} has to divide --calibration and --images, {count} images in all")
+        shown = pixels(data.images[:count])
+        batches = lambda a: a.reshape(-1, given.batch, *a.shape[1:])  # noqa: E731
+        calibration, images = batches(shown[: given.calibration]), batches(shown[given.calibration :])
+        labels = batches(jnp.asarray(data.labels[given.calibration : count]))
+        if given.supernet is None:
+            trained = qjax.elastic(model.train_step_stats, Space(BITS, BITS))
+            state, self.steps = trained.init(params, shown[:16]), 0
+        else:
+            trained, found = load_trained(given.supernet, model.train_step_stats, params, images[0])
+            params, state, self.steps = found.params, found.state, len(found.metrics["loss"])
+        tested = qjax.elastic(model, trained.space)
+        self.domain = tested.domain(params, images[0])
+        program = qjax.trace(model, params, images[0, :1])
+        sites = [program.site(name) for name in self.domain.sites]
+        self.weights = [int(np.prod(site.weight_shape)) for site in sites]
+        self.inputs = [int(np.prod(site.shapes[0])) for site in sites]
+
+        def one(choice: Any, params: Any, state: Any, calibration: Any, images: Any, labels: Any) -> Any:
+            own = recalibrate(trained, params, state, choice, calibration)
+
+            def batch(part: Any) -> Any:
+                logits, truth = tested.apply(own, state, choice, part[0])[0], part[1]
+                surprise = -jnp.take_along_axis(jax.nn.log_softmax(logits), truth[:, None], axis=-1)
+                return (logits.argmax(-1) == truth).mean(), surprise.mean()
+
+            right, loss = jax.lax.map(batch, (images, labels))
+            half = len(right) // 2
+            return {
+                "score": right.mean(),
+                "loss": loss.mean(),
+                "first": right[:half].mean(),
+                "second": right[half:].mean(),
+            }
+
+        many = jax.jit(over_population(one))
+        self.seconds: list[float] = []
+
+        def evaluate(choices: np.ndarray) -> Mapping[str, Any]:
+            begun = time.perf_counter()
+            out = jax.block_until_ready(many(jnp.asarray(choices), params, state, calibration, images, labels))
+            self.seconds.append((time.perf_counter() - begun) / len(choices))
+            return out
+
+        self.evaluate = evaluate
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves((params, state)):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        self.job = {
+            "model": "resnet20",
+            "supernet": digest.hexdigest()[:16],
+            "calibration": given.calibration,
+            "images": given.images,
+            "batch": given.batch,
+        }
+
+    def remembered(self, folder: Path | None, block: int) -> Remembered:
+        """Scores of choices [any, N, 5], a file for all."""
+        file = None if folder is None else open_job(folder / "measured", self.job, "measuring") / "choices.jsonl"
+        return Remembered(lambda flat: self.evaluate(flat.reshape(-1, *self.domain.shape))["score"], file, block)
+
+
+def splits(subnets: Subnets, scores: np.ndarray) -> list[Agreement]:
+    """Agreement on the held-out fifth, for several ways to hold one out."""
+    return [fit_predictor(subnets.encoded, scores, SETTINGS, seed=n).held for n in range(SPLITS)]
+
+
+def halves(subnets: Subnets) -> Agreement:
+    """How the scores on one half of the images agree with those on the other: what their number alone allows."""
+    return agreement(subnets.also["first"], subnets.also["second"])
+
+
+def searched(what: Measured, params: Any, budget: float, given: Any, known: Remembered) -> dict[str, Any]:
+    """One budget: found by the predictor, and what it has to beat."""
+    score = lambda c: predict(params, encode_choice(c, jnp.asarray(FORM)))  # noqa: E731
+    how = Genetic(generations=given.generations)
+    sizes = what.weights, what.inputs
+    found = search_choice(score, what.domain, *sizes, budget, form=FORM, settings=how, baselines=True)
+    genes, against = Genes(what.domain, FORM), found.baselines
+    assert against is not None and against.random_choice is not None
+    some = random_choices(1, genes, genes.windows(*sizes, budget), given.random)
+    rows = [found.choice, against.random_choice, *some]
+    if against.uniform_choice is not None:
+        rows.append(against.uniform_choice)
+    scores = known(np.array(rows).reshape(len(rows), -1))
+    return {
+        "budget": budget,
+        "average": list(found.average),
+        "evaluations": found.evaluations,
+        "predicted": {"found": found.score, "random": against.random, "uniform": against.uniform},
+        "measured": {
+            "found": float(scores[0]),
+            "random by predictor": float(scores[1]),
+            "random": float(scores[2 : 2 + len(some)].max()),
+            "uniform": None if against.uniform_choice is None else float(scores[-1]),
+        },
+        "uniform_bits": against.uniform_bits,
+        "choice": found.choice.tolist(),
+    }
 
 
 def main() -> None:
     parser = measure.parser(__doc__ or "")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("QJAX_DATA", ROOT.parent / "shared/data")))
-    parser.add_argument("--subnets", type=int, default=200)
-    parser.add_argument("--images", type=int, default=160)
-    parser.add_argument("--budget", type=float, default=3.5)
-    parser.add_argument("--resume", type=Path)
+    parser.add_argument(
+        "--supernet", type=Path, metavar="FOLDER", help="a trained supernet (default: as init makes it)"
+    )
+    parser.add_argument("--subnets", type=int, default=1000)
+    parser.add_argument("--calibration", type=int, default=1000, metavar="N", help="images to recalibrate on")
+    parser.add_argument("--images", type=int, default=1000, metavar="N", help="images to score on")
+    parser.add_argument("--batch", type=int, default=50, help="images at a time, of both")
+    parser.add_argument("--block", type=int, default=8, help="subnets in one call of the compiled program")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[3.0, 3.5, 4.0, 5.0])
+    parser.add_argument("--generations", type=int, default=500)
+    parser.add_argument("--random", type=int, default=16, help="random choices that are measured for each budget")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="where measurements are kept")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    folder = given.data / "models/resnet20-cifar10"
-    fn, params, _ = qjax.models.load(folder)
-    with np.load(given.data / "images/cifar10/calib-500.npz") as file:
-        order = np.random.default_rng(0).permutation(len(file["images"]))
-        pixels = jnp.asarray(qjax.models.image_processor(folder)(list(file["images"][order[: 64 + given.images]])))
-    first, images = pixels[:64], pixels[64:]
-    net = qjax.elastic(fn, Space())
-    domain = net.domain(params, first)
-    state = net.init(params, first)
-    program = qjax.trace(fn, params, first[:1])
-    sites = [program.site(name) for name in domain.sites]
-    weights = [int(np.prod(site.weight_shape)) for site in sites]
-    inputs = [int(np.prod(site.shapes[0])) for site in sites]
-    float_labels = fn(params, images).argmax(-1)
-
-    def agreed(choice, params, state, images, labels):
-        return (net.apply(params, state, choice, images)[0].argmax(-1) == labels).mean()
-
-    many = jax.jit(over_population(agreed))
-
-    def evaluate(choices):
-        return many(jnp.asarray(choices), params, state, images, float_labels)
-
-    def told(done, total, what):
-        print(f"{done} of {total}: {what}", flush=True)
-
-    job = {"model": "resnet20", "images": given.images}
+    what = Measured(given)
     begun = time.perf_counter()
+
+    def told(done: int, total: int, said: str) -> None:
+        print(f"{done} of {total}: {said}; {what.seconds[-1]:.2f} s each", flush=True)
+
+    sizes = what.weights, what.inputs
+    kept = None if given.resume is None else given.resume / "subnets"
     subnets = collect_subnets(
-        evaluate, domain, weights, inputs, given.subnets, resume=given.resume, job=job, progress=told
+        what.evaluate, what.domain, *sizes, given.subnets, block=given.block, resume=kept, job=what.job, progress=told
     )
-    seconds = time.perf_counter() - begun
-    settings = CQAP(epochs=400, batch=64)
-    fitted = fit_predictor(subnets.encoded, subnets.scores, settings)
-    form = (True, True, True)
-    score = lambda c: predict(fitted.params, encode_choice(c, jnp.asarray(form)))  # noqa: E731
-    found = search_choice(score, domain, weights, inputs, given.budget, form=form, settings=Genetic(generations=100))
-    below = int(np.floor(given.budget))
-    drawn, forms = draw_choices(1, domain, weights, inputs, 4000)
-    average = [(drawn[:, 1:-1, c] * np.array(s)[1:-1]).sum(1) / sum(s[1:-1]) for c, s in ((0, weights), (1, inputs))]
-    fine = (forms == form).all(1) & np.all([(a > given.budget - 0.5) & (a <= given.budget) for a in average], axis=0)
-    some = drawn[fine][:7]
-    rows = np.stack([found.choice, *some])
-    rows = np.concatenate([rows, np.repeat(domain.uniform(below, below, form)[None], 8 - len(rows), axis=0)])
-    rows[-1] = domain.uniform(below, below, form)
-    scores = np.asarray(evaluate(rows))
+    collected = time.perf_counter() - begun
+    fitted = fit_predictor(subnets.encoded, subnets.scores, SETTINGS)
+    held, by_loss, noise = splits(subnets, subnets.scores), splits(subnets, -subnets.also["loss"]), halves(subnets)
+    known = what.remembered(given.resume, given.block)
+    rows = [searched(what, fitted.params, budget, given, known) for budget in given.budgets]
+    supernet = f"trained for {what.steps:,} steps" if what.steps else "not trained"
     record = {
+        "supernet": supernet,
         "subnets": given.subnets,
-        "images": given.images,
-        "seconds": seconds,
-        "held": {k: float(v) for k, v in vars(fitted.held).items()},
+        **what.job,
+        "seconds": {
+            "collecting": collected,
+            "a subnet": min(what.seconds, default=None),
+            "of them measured": what.seconds,
+        },
+        "held": {k: float(v) for k, v in vars(held[0]).items()},
+        "bounds": BOUNDS,
+        "splits": [{k: float(v) for k, v in vars(a).items()} for a in held],
+        "splits of the loss": [{k: float(v) for k, v in vars(a).items()} for a in by_loss],
+        "halves": {k: float(v) for k, v in vars(noise).items()},
         "scores": {"least": float(subnets.scores.min()), "most": float(subnets.scores.max())},
-        "found": {"average": list(found.average), "predicted": found.score, "measured": float(scores[0])},
-        "random": [float(v) for v in scores[1 : 1 + len(some)]],
-        "uniform": {"bits": below, "measured": float(scores[-1])},
+        "searched": rows,
     }
     lines = [
-        ["predictor on held-out subnets", str(fitted.held)],
-        [
-            f"searched, {found.average[0]:.2f} / {found.average[1]:.2f} bits",
-            f"{scores[0]:.3f} ({found.score:.3f} predicted)",
-        ],
-        [f"best of {len(some)} random ones", f"{max(record['random'], default=float('nan')):.3f}"],
-        [f"{below} bits everywhere", f"{scores[-1]:.3f}"],
+        _line(f"top-1, another fifth held out each time ({SPLITS})", held),
+        _line("cross-entropy, likewise", by_loss),
     ]
-    text = f"ResNet20, untrained supernet, {given.subnets} subnets, agreement with float on {given.images} images.\n\n"
-    measure.save("predictor", record, text + measure.table(["what", "figure"], lines), given.out)
+    ours = [f"{held[0].pearson:.3f}", f"{held[0].spearman:.3f}", f"{held[0].kendall:.3f}", f"{held[0].rmse:.4f}"]
+    ours = ["top-1, predicted and measured, held out", *ours]
+    half = ["top-1 on one half of the images and on the other, all subnets"]
+    half += [f"{noise.pearson:.3f}", f"{noise.spearman:.3f}", f"{noise.kendall:.3f}", f"{noise.rmse:.4f}"]
+    text = (
+        f"ResNet20, supernet {supernet}; {given.subnets:,} subnets, each recalibrated on {given.calibration:,} "
+        f"training images of CIFAR-10 and scored on {given.images:,} others, top-1 from {subnets.scores.min():.3f} to "
+        f"{subnets.scores.max():.3f}; {held[0].count} of them held out. Bounds: Pearson {BOUNDS['pearson']}, Kendall "
+        f"{BOUNDS['kendall']}.\n\n"
+    )
+    text += measure.table(["agreement", "Pearson", "Spearman", "Kendall", "RMSE"], [ours, *lines, half])
+    shown = []
+    for row in rows:
+        measured, uniform = row["measured"], row["uniform_bits"]
+        same = "" if uniform is None else f"{measured['uniform']:.3f} ({uniform[0]}/{uniform[1]})"
+        bits = " / ".join(f"{v:.2f}" for v in row["average"])
+        found = f"{measured['found']:.3f} ({row['predicted']['found']:.3f})"
+        random = [f"{measured[k]:.3f}" for k in ("random by predictor", "random")]
+        shown.append([f"{row['budget']:g}", bits, found, *random, same])
+    text += "\n\n" + measure.table(
+        ["budget, average bits", "found has", "found: measured (predicted)",
+         f"best of {rows[0]['evaluations']:,} random by the predictor", f"best of {given.random} random, measured",
+         "bits everywhere"], shown,
+    )  # fmt: skip
+    measure.save("predictor" if what.steps else "predictor-untrained", record, text, given.out)
+
+
+def _line(name: str, found: list[Agreement]) -> list[str]:
+    """Least and most of a correlation."""
+    out = [name]
+    for field in ("pearson", "spearman", "kendall", "rmse"):
+        values = [getattr(a, field) for a in found]
+        out.append(f"{min(values):.3f} to {max(values):.3f}")
+    return out
 
 
 if __name__ == "__main__":

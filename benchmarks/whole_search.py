@@ -22,8 +22,8 @@ from benchmarks.static import ROOT, language_model
 from qjax.cli.searching import space
 from qjax.search import NSGA2, WholeLosses, Windows, assign, refine, sensitivities
 from qjax.search.assigning import cost_table
-from qjax.search.genetic import tilted
 from qjax.search.whole import Remembered
+from qjax.search.windows import tilted
 
 
 def random_within(found: Any, best: Any, count: int) -> np.ndarray:

@@ -6,10 +6,12 @@ model = qjax.quantize(fn, params, *args, recipe=best.recipe())
 """
 
 from qjax.search.assigning import Assignment, Budget, Point, assign, check_budget, group_costs, save_front
-from qjax.search.choices import Found, Genes, draw_choices, search_choice
-from qjax.search.collecting import Subnets, collect_subnets
+from qjax.search.baselines import Baselines, compare_baselines, random_choices, uniform_choices
+from qjax.search.choices import Found, search_choice
+from qjax.search.collecting import Subnets, collect_subnets, draw_choices
 from qjax.search.evolution import evolve_front
-from qjax.search.genetic import Genetic, Windows, average_bits, evolve_best
+from qjax.search.genes import Genes
+from qjax.search.genetic import Genetic, evolve_best
 from qjax.search.knapsack import Solution, solve, sweep
 from qjax.search.measuring import kl_score, sensitivities
 from qjax.search.nsga2 import NSGA2, Population, front, hypervolume
@@ -19,12 +21,14 @@ from qjax.search.predictor import CQAP, Agreement, Fitted, agreement, fit_predic
 from qjax.search.refining import refine
 from qjax.search.sensitivity import Sensitivities
 from qjax.search.whole import WholeLosses
+from qjax.search.windows import Windows, average_bits, draw_valid
 
 __all__ = [
     "CQAP",
     "NSGA2",
     "Agreement",
     "Assignment",
+    "Baselines",
     "Budget",
     "Fitted",
     "Found",
@@ -42,7 +46,9 @@ __all__ = [
     "average_bits",
     "check_budget",
     "collect_subnets",
+    "compare_baselines",
     "draw_choices",
+    "draw_valid",
     "evolve_best",
     "evolve_front",
     "fit_predictor",
@@ -54,10 +60,12 @@ __all__ = [
     "over_population",
     "plot_front",
     "predict",
+    "random_choices",
     "refine",
     "save_front",
     "search_choice",
     "sensitivities",
     "solve",
     "sweep",
+    "uniform_choices",
 ]

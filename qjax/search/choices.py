@@ -1,126 +1,64 @@
-"""Choices of a supernet as genomes: bits of weights and of activations for each site, in one form.
-
-One search has one form (granularity and both symmetries), as in EQ-Net; sites that are tied share their genes. A gene
-takes 2, 3, ..., 8 bits, or float, which a space may allow for activations; it counts as 16 bits.
-"""
+"""The search for a subnet of a supernet."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.errors import SearchError
+from qjax.search.baselines import Baselines, compare_baselines
 from qjax.search.evolution import Progress
-from qjax.search.genetic import Genetic, Windows, evolve_best, tilted
+from qjax.search.genes import Genes
+from qjax.search.genetic import Genetic, evolve_best
 from qjax.supernet import Domain
 
-VALUES = (2, 3, 4, 5, 6, 7, 8, 0)
-"""Bits that a gene's choices stand for; 0 is float."""
-COSTS = np.array([2, 3, 4, 5, 6, 7, 8, 16], np.float64)
-FORMS = tuple((bool(c), bool(w), bool(a)) for c in (0, 1) for w in (0, 1) for a in (0, 1))
-"""All forms: (per channel, weights symmetric, activations symmetric)."""
-Scores = Callable[[jax.Array], jax.Array]
+Scores = Callable[[Any], Any]
 """Choices int32 [any, N, 5 or 6] -> scores float [any], the larger the better."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Genes:
-    """The genes of a domain in one form: bits of weights of each leading site, then bits of activations.
-
-    Attributes:
-        domain: of the supernet.
-        form: (per channel, weights symmetric, activations symmetric); a site that may not have it keeps to what it may.
-    """
-
-    domain: Domain
-    form: tuple[bool, bool, bool] = (True, True, True)
-
-    @functools.cached_property
-    def leading(self) -> np.ndarray:
-        """Positions of the sites that have genes: those that are tied to none before them."""
-        return np.array([n for n, leader in enumerate(self.domain.leaders) if n == leader], int)
-
-    @functools.cached_property
-    def allowed(self) -> np.ndarray:
-        """The mask of choices, bool [2 x leading sites, 8]."""
-        rows = [self.domain.allowed[n][column] for column in (0, 1) for n in self.leading]
-        return np.array([[value in row for value in VALUES] for row in rows])
-
-    def choice(self, genomes: Any) -> jax.Array:
-        """Choices int32 [..., N, 5 or 6] of genomes [..., genes]; may be traced."""
-        base = jnp.asarray(self.domain.uniform(8, 8, self.form))
-        place = {int(n): i for i, n in enumerate(self.leading)}
-        of = np.array([place[leader] for leader in self.domain.leaders])
-        bits = jnp.asarray(VALUES, jnp.int32)[jnp.asarray(genomes)]
-        base = jnp.broadcast_to(base, (*bits.shape[:-1], *base.shape))
-        return base.at[..., 0].set(bits[..., of]).at[..., 1].set(bits[..., len(self.leading) + of])
-
-    def genomes(self, choice: Any) -> np.ndarray:
-        """Genomes int32 [..., genes] of choices [..., N, 5 or 6]; the form is not looked at."""
-        choice = np.asarray(choice)[..., self.leading, :2]
-        index = np.array([VALUES.index(v) if v in VALUES else -1 for v in range(9)])
-        return np.concatenate([index[choice[..., 0]], index[choice[..., 1]]], axis=-1).astype(np.int32)
-
-    def windows(
-        self, weights: Sequence[float], inputs: Sequence[float], budget: float | tuple[float, float], width: float = 0.5
-    ) -> Windows:
-        """The windows of EQ-Net: budget - 0.5 < average bits <= budget, for weights and for activations.
-
-        Args:
-            weights, inputs: numbers in the weight, and in the activations of one example, of each site [N]. The first
-                and the last site do not count, as in EQ-Net.
-            budget: average bits, of both or of each.
-            width: of the windows.
-
-        Raises:
-            SearchError: other lengths.
-        """
-        both = (budget, budget) if isinstance(budget, int | float) else budget
-        sites, genes = len(self.domain.sites), 2 * len(self.leading)
-        tables, low, high, names = [], [], [], []
-        for column, (sizes, what) in enumerate(((weights, "weights"), (inputs, "activations"))):
-            own = self.allowed[column * genes // 2 : (column + 1) * genes // 2]
-            if (own.sum(axis=1) <= 1).all() and own[:, -1].all():
-                continue  # float everywhere: there is nothing to keep to
-            counted = np.array(sizes, np.float64)
-            if counted.shape != (sites,) or (counted < 0).any():
-                raise SearchError(f"sizes of {what} {counted.shape}; not negative numbers for {sites} sites are needed")
-            counted[[0, -1]] = 0
-            if not counted.sum() > 0:
-                raise SearchError(f"no site but the first and the last has {what} that count; there is no average")
-            of_genes = np.zeros((genes, len(VALUES)))
-            for site, leader in enumerate(self.domain.leaders):
-                gene = column * genes // 2 + int(np.searchsorted(self.leading, leader))
-                of_genes[gene] += counted[site] / counted.sum() * COSTS
-            tables.append(of_genes)
-            low.append(both[column] - width)
-            high.append(both[column])
-            names.append(f"average bits of {what}")
-        return Windows(np.stack(tables), np.array(low), np.array(high), tuple(names))
-
-
-@dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """What a search found. Printed, it is a table of the choice.
 
     Attributes:
         choice: int32 [N, 5 or 6], for ``convert``.
         score: of it.
         average: average bits of weights and of activations, where there are some.
         genes: what was searched.
+        evaluations: choices that were scored on the way.
+        baselines: what it is compared with, if that was asked.
     """
 
     choice: np.ndarray
     score: float
     average: tuple[float, ...]
     genes: Genes
+    evaluations: int = 0
+    baselines: Baselines | None = None
+
+    def __repr__(self) -> str:
+        bits = " / ".join(f"{v:.2f}" for v in self.average)
+        return f"Found(score {self.score:.4g}, {bits} average bits, {len(self.choice)} sites)"
+
+    def __str__(self) -> str:
+        sites = self.genes.domain.sites
+        wide = max(map(len, sites))
+        bits = " / ".join(f"{v:.2f}" for v in self.average)
+        lines = [
+            f"score {self.score:.4g} of {self.evaluations:,} scored, {bits} average bits",
+            f"{'':{wide}}  weights  activations  form of weights, of activations",
+        ]
+        for name, (w, a, channel, symmetric, inputs, *_) in zip(sites, self.choice.tolist(), strict=True):
+            form = ["per channel" if channel else "per tensor", *(_SYMMETRIC[bool(s)] for s in (symmetric, inputs))]
+            lines.append(f"{name:{wide}}  {w:>7}  {a or 'float':>11}  {', '.join(form)}")
+        return "\n".join([*lines, *(self.baselines.lines() if self.baselines else [])])
+
+
+_SYMMETRIC = {True: "symmetric", False: "asymmetric"}
 
 
 def search_choice(
@@ -135,6 +73,7 @@ def search_choice(
     width: float = 0.5,
     seeds: np.ndarray | None = None,
     seed: int = 0,
+    baselines: bool = False,
     compiled: bool = True,
     resume: str | Path | None = None,
     job: Any = None,
@@ -150,12 +89,14 @@ def search_choice(
         form: of all sites.
         settings, seed, compiled, resume, progress: as for `evolve_best`.
         seeds: choices int32 [any, N, 5 or 6] within the budget, to begin with.
+        baselines: score as many random valid choices as the search scored, and uniform bits, for comparison.
         job: what is scored, JSON-able.
 
     Raises:
         SearchError: a budget that no choice satisfies, with what can be reached.
         CheckpointError: ``resume`` holds another job.
     """
+    settings = settings or Genetic()
     genes = Genes(domain, form)
     windows = genes.windows(weights, inputs, budget, width)
     found = evolve_best(
@@ -172,47 +113,8 @@ def search_choice(
     )
     best = np.asarray(found.genomes[0])
     choice = domain.check(np.asarray(genes.choice(best)))
-    return Found(choice, -float(found.values[0, 0]), tuple(windows.of(best[None])[0].tolist()), genes)
-
-
-def draw_choices(
-    seed: int, domain: Domain, weights: Sequence[float], inputs: Sequence[float], count: int, first: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Subnets to train a predictor on, spread over forms and average bits.
-
-    The i-th has form i modulo 8 of those that the domain has at some site; its average bits, of weights and of
-    activations, are drawn evenly from all but the outer 7 % of what can be reached (2.4 to 7.6 of 2 to 8, as in
-    EQ-Net), and its layers under the most random distribution of this average (`qjax.search.genetic`). It depends on
-    seed and i alone.
-
-    Args:
-        seed: of the draws.
-        domain: of the supernet.
-        weights, inputs: as for `Genes.windows`.
-        count: how many.
-        first: i of the first one.
-
-    Returns:
-        int32 [count, N, 5 or 6] and their forms, bool [count, 3].
-    """
-    forms = [f for f in FORMS if all(any(f[c] in row[2 + c] for row in domain.allowed) for c in range(3))]
-    numbers = np.arange(first, first + count)
-    choices, kept = np.zeros((count, *domain.shape), np.int32), np.zeros((count, 3), bool)
-    for position, form in enumerate(forms):
-        mine = np.flatnonzero(numbers % len(forms) == position)
-        if not len(mine):
-            continue
-        genes = Genes(domain, form)
-        windows, mask = genes.windows(weights, inputs, 100.0, 1000.0), genes.allowed
-        least = np.where(mask, windows.costs, np.inf).min(axis=-1).sum(axis=-1)
-        most = np.where(mask, windows.costs, -np.inf).max(axis=-1).sum(axis=-1)
-        last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
-        genomes = np.zeros((len(mine), len(mask)), np.int32)
-        for row, n in enumerate(numbers[mine]):
-            rng = np.random.default_rng([seed, n])
-            share = rng.uniform(1 / 15, 14 / 15, len(least))
-            chances = tilted(windows, mask, least + share * (most - least)).cumsum(axis=1)
-            genome = (rng.random((len(mask), 1)) >= chances / chances[:, -1:]).sum(axis=1)
-            genomes[row] = np.minimum(genome, last)
-        choices[mine], kept[mine] = np.asarray(genes.choice(genomes)), form
-    return choices, kept
+    count = settings.population + settings.generations * (settings.mutants + settings.crossed)
+    against = None
+    if baselines:
+        against = compare_baselines(jax.jit(scores) if compiled else scores, genes, windows, count, seed)
+    return Found(choice, -float(found.values[0, 0]), tuple(windows.of(best[None])[0].tolist()), genes, count, against)

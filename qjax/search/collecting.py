@@ -12,7 +12,8 @@ import numpy as np
 
 from qjax.checkpoint.parts import open_job
 from qjax.errors import SearchError
-from qjax.search.choices import draw_choices
+from qjax.search.genes import FORMS, Genes
+from qjax.search.windows import tilted
 from qjax.supernet import Domain, encode_choice
 
 
@@ -24,16 +25,66 @@ class Subnets:
         choices: int32 [n, N, 5 or 6].
         forms: bool [n, 3].
         scores: float64 [n].
+        also: what else was measured of each, by name, float64 [n].
     """
 
     choices: np.ndarray
     forms: np.ndarray
     scores: np.ndarray
+    also: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        more = "".join(f", {name}" for name in self.also)
+        low, high = (f(self.scores, initial=e) for f, e in ((np.min, np.inf), (np.max, -np.inf)))
+        return f"Subnets({len(self.scores)} of {self.choices.shape[1]} sites, score {low:.4g} to {high:.4g}{more})"
 
     @property
     def encoded(self) -> np.ndarray:
         """What a predictor reads: float32 [n, 6 + 14 N]."""
         return np.asarray(encode_choice(self.choices, self.forms))
+
+
+def draw_choices(
+    seed: int, domain: Domain, weights: Sequence[float], inputs: Sequence[float], count: int, first: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Subnets to train a predictor on, spread over forms and average bits.
+
+    The i-th has form i modulo 8 of those that the domain has at some site; its average bits, of weights and of
+    activations, are drawn evenly from all but the outer 7 % of what can be reached (2.4 to 7.6 of 2 to 8, as in
+    EQ-Net), and its layers under the most random distribution of this average (`qjax.search.windows`). It depends on
+    seed and i alone.
+
+    Args:
+        seed: of the draws.
+        domain: of the supernet.
+        weights, inputs: as for `Genes.windows`.
+        count: how many.
+        first: i of the first one.
+
+    Returns:
+        int32 [count, N, 5 or 6] and their forms, bool [count, 3].
+    """
+    forms = [f for f in FORMS if all(any(f[c] in row[2 + c] for row in domain.allowed) for c in range(3))]
+    numbers = np.arange(first, first + count)
+    choices, kept = np.zeros((count, *domain.shape), np.int32), np.zeros((count, 3), bool)
+    for position, form in enumerate(forms):
+        mine = np.flatnonzero(numbers % len(forms) == position)
+        if not len(mine):
+            continue
+        genes = Genes(domain, form)
+        windows, mask = genes.windows(weights, inputs, 100.0, 1000.0), genes.allowed
+        least = np.where(mask, windows.costs, np.inf).min(axis=-1).sum(axis=-1)
+        most = np.where(mask, windows.costs, -np.inf).max(axis=-1).sum(axis=-1)
+        last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+        genomes = np.zeros((len(mine), len(mask)), np.int32)
+        for row, n in enumerate(numbers[mine]):
+            rng = np.random.default_rng([seed, n])
+            share = rng.uniform(1 / 15, 14 / 15, len(least))
+            chances = tilted(windows, mask, least + share * (most - least)).cumsum(axis=1)
+            genome = (rng.random((len(mask), 1)) >= chances / chances[:, -1:]).sum(axis=1)
+            genomes[row] = np.minimum(genome, last)
+        choices[mine], kept[mine] = np.asarray(genes.choice(genomes)), form
+    return choices, kept
 
 
 def collect_subnets(
@@ -53,7 +104,8 @@ def collect_subnets(
 
     Args:
         evaluate: choices int32 [block, N, 5 or 6] -> scores [block], such as accuracies after recalibration; always
-            with as many choices, so that it compiles once. `over_population` spreads it over a mesh.
+            with as many choices, so that it compiles once. `over_population` spreads it over a mesh. A mapping of
+            such arrays by name has its "score", and the others are kept beside it.
         domain: of the supernet.
         weights, inputs: as for `qjax.search.Genes.windows`.
         count: how many subnets.
@@ -69,7 +121,7 @@ def collect_subnets(
     """
     if min(count, block) < 1:
         raise SearchError(f"count={count}, block={block}; positive whole numbers are needed")
-    known: dict[int, float] = {}
+    known: dict[int, dict[str, float]] = {}
     file = None
     if resume is not None:
         space = {"space": domain.space.to_dict(), "sites": list(domain.sites), "seed": seed}
@@ -81,22 +133,27 @@ def collect_subnets(
     for at in range(0, len(missing), block):
         some = missing[at : at + block]
         full = some + [some[-1]] * (block - len(some))
-        scores = np.asarray(evaluate(choices[full]), np.float64)[: len(some)]
-        for n, score in zip(some, scores.tolist(), strict=True):
+        found = evaluate(choices[full])
+        columns = dict(found) if isinstance(found, Mapping) else {"score": found}
+        values = {name: np.asarray(column, np.float64)[: len(some)].tolist() for name, column in columns.items()}
+        for row, n in enumerate(some):
+            score = values["score"][row]
             if not np.isfinite(score):
                 raise SearchError(f"subnet {n} has the score {score}; its choice is {choices[n].tolist()}")
-            known[n] = score
+            known[n] = {name: column[row] for name, column in values.items()}
         if file is not None:
             with file.open("a") as f:
-                f.writelines(json.dumps({"subnet": n, "score": known[n]}) + "\n" for n in some)
+                f.writelines(json.dumps({"subnet": n, **known[n]}) + "\n" for n in some)
         if progress:
-            progress(count - len(missing) + at + len(some), count, f"score {scores.mean():.3f}")
-    return Subnets(choices, forms, np.array([known[n] for n in range(count)]))
+            progress(count - len(missing) + at + len(some), count, f"score {np.mean(values['score']):.3f}")
+    names = [name for name in known[0] if name != "score" and all(name in known[n] for n in range(count))]
+    columns = {name: np.array([known[n][name] for n in range(count)]) for name in ("score", *names)}
+    return Subnets(choices, forms, columns.pop("score"), columns)
 
 
-def _read(file: Path) -> dict[int, float]:
+def _read(file: Path) -> dict[int, dict[str, float]]:
     """What is known; a line that a kill cut short is passed over."""
-    out: dict[int, float] = {}
+    out: dict[int, dict[str, float]] = {}
     if not file.exists():
         return out
     text = file.read_text()
@@ -106,7 +163,8 @@ def _read(file: Path) -> dict[int, float]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
-            out[int(row["subnet"])] = float(row["score"])
+            values = {name: float(value) for name, value in row.items() if name != "subnet"}
+            out[int(row["subnet"])] = {"score": values.pop("score"), **values}
         except (ValueError, KeyError, TypeError):
             continue
     return out

@@ -14,6 +14,7 @@ Source: Xu et al., "EQ-Net", ICCV 2023, equation 9, and its code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -184,32 +185,12 @@ def fit_predictor(
     held, train = np.split(order, [max(2, round(settings.held * len(y)))])
     start, keys = jax.random.split(jax.random.key(seed))
     params = init_predictor(start, x.shape[1], settings) | {"offset": jnp.float32(y[train].mean())}
-    batch = min(settings.batch, len(train))
-    optimizer = optax.chain(optax.add_decayed_weights(settings.decay), optax.adam(settings.rate))
-
-    def loss(some: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-        return optax.losses.huber_loss(predict(some | {"offset": params["offset"]}, x), y, delta=1.0).mean()
-
-    def step(state: tuple[Any, Any], rows: jax.Array) -> tuple[tuple[Any, Any], None]:
-        some, opt = state
-        updates, opt = optimizer.update(jax.grad(loss)(some, *(a[rows] for a in data)), opt, some)
-        return (optax.apply_updates(some, updates), opt), None
-
-    @jax.jit
-    def epoch(state: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
-        rows = jax.random.permutation(key, len(train))
-        lack = -len(train) % batch
-        rows = jnp.concatenate([rows, rows[:lack]]).reshape(-1, batch)  # the last batch is filled from the first
-        state, _ = jax.lax.scan(step, state, rows)
-        found = predict(state[0] | {"offset": params["offset"]}, rest[0])
-        return state, jnp.sqrt(jnp.square(found - rest[1]).mean())
-
     data, rest = ((jnp.asarray(x[part]), jnp.asarray(y[part])) for part in (train, held))
     weights = {name: value for name, value in params.items() if name != "offset"}
-    state = weights, optimizer.init(weights)
+    state = weights, _optimizer(settings).init(weights)
     errors, best, at = [], weights, 0
     for number in range(settings.epochs):
-        state, error = epoch(state, jax.random.fold_in(keys, number))
+        state, error = _epoch(state, jax.random.fold_in(keys, number), params["offset"], data, rest, settings)
         errors.append(float(error))
         if errors[-1] <= min(errors):
             best, at = state[0], number
@@ -217,3 +198,28 @@ def fit_predictor(
             progress(number + 1, settings.epochs, f"RMSE {errors[-1]:.4f}")
     fitted = best | {"offset": params["offset"]}
     return Fitted(fitted, agreement(predict(fitted, rest[0]), y[held]), at, np.array(errors))
+
+
+def _optimizer(settings: CQAP) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(settings.decay), optax.adam(settings.rate))
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _epoch(state: Any, key: jax.Array, offset: Any, data: Any, rest: Any, settings: CQAP) -> tuple[Any, jax.Array]:
+    """One pass over the training part, and the error on the rest; compiled once for all fits of one size."""
+    optimizer, count = _optimizer(settings), len(data[1])
+
+    def loss(some: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+        return optax.losses.huber_loss(predict(some | {"offset": offset}, x), y, delta=1.0).mean()
+
+    def step(state: tuple[Any, Any], rows: jax.Array) -> tuple[tuple[Any, Any], None]:
+        some, opt = state
+        updates, opt = optimizer.update(jax.grad(loss)(some, *(a[rows] for a in data)), opt, some)
+        return (optax.apply_updates(some, updates), opt), None
+
+    rows = jax.random.permutation(key, count)
+    batch = min(settings.batch, count)
+    rows = jnp.concatenate([rows, rows[: -count % batch]]).reshape(-1, batch)  # the last is filled from the first
+    state, _ = jax.lax.scan(step, state, rows)
+    found = predict(state[0] | {"offset": offset}, rest[0])
+    return state, jnp.sqrt(jnp.square(found - rest[1]).mean())

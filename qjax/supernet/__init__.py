@@ -8,6 +8,7 @@ from qjax.supernet.elastic import Supernet, elastic
 from qjax.supernet.losses import gpg_loss, gpg_terms, moments, wdr_loss
 from qjax.supernet.quantizer import code_range, init_steps, lsq_plus, step_grad_scale
 from qjax.supernet.sampling import Descending, Fixed, Sampler, Sandwich
+from qjax.supernet.saved import load_trained
 from qjax.supernet.sizes import Sizes, compression, sizes
 from qjax.supernet.space import At, Domain, Space, encode_choice, sample_choice
 from qjax.supernet.training import Schedule, Trained, make_step, recalibrate, train
@@ -31,6 +32,7 @@ __all__ = [
     "gpg_loss",
     "gpg_terms",
     "init_steps",
+    "load_trained",
     "lsq_plus",
     "make_step",
     "moments",

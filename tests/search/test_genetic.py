@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qjax.errors import CheckpointError, SearchError
 from qjax.search import Genetic, Windows, average_bits, evolve_best
-from qjax.search.genetic import tilted, violations
+from qjax.search.windows import tilted, violations
 
 LAYERS, BITS = 6, np.array([2, 3, 4, 6])
 RNG = np.random.default_rng(0)

@@ -22,7 +22,9 @@ from qjax.search import (
     fit_predictor,
     init_predictor,
     predict,
+    random_choices,
     search_choice,
+    uniform_choices,
 )
 from qjax.supernet import At, Space, encode_choice
 
@@ -67,7 +69,7 @@ def test_subnets_are_spread_and_collecting_goes_on(tmp_path):
         asked.append(len(some))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return accuracy(some)
+        return {"score": accuracy(some), "bits": some[:, 1, 0]}
 
     with pytest.raises(KeyboardInterrupt):
         collect_subnets(measured, DOMAIN, WEIGHTS, INPUTS, 30, resume=tmp_path / "job", job={"images": 5})
@@ -77,6 +79,8 @@ def test_subnets_are_spread_and_collecting_goes_on(tmp_path):
     assert asked == [8] * 5, "15 of 30 were there"
     np.testing.assert_array_equal(found.choices, choices[:30])
     np.testing.assert_allclose(found.scores, accuracy(choices[:30]), rtol=1e-6)
+    np.testing.assert_array_equal(found.also["bits"], choices[:30, 1, 0])
+    assert repr(found).startswith("Subnets(30 of 6 sites, score ") and repr(found).endswith(", bits)")
     np.testing.assert_array_equal(found.encoded, encode_choice(choices[:30], forms[:30]))
     with pytest.raises(CheckpointError, match="of differ"):
         collect_subnets(accuracy, DOMAIN, WEIGHTS, INPUTS, 30, resume=tmp_path / "job", job={"images": 6})
@@ -99,22 +103,51 @@ def test_a_fitted_predictor_and_the_search_with_it():
     def predicted(choices):
         return predict(fitted.params, encode_choice(choices, jnp.asarray(form)))
 
-    found = search_choice(predicted, DOMAIN, WEIGHTS, INPUTS, 4.0, form=form, settings=Genetic(generations=20))
+    found = search_choice(
+        predicted, DOMAIN, WEIGHTS, INPUTS, 4.0, form=form, settings=Genetic(generations=20), baselines=True
+    )
+    against = found.baselines
+    assert found.evaluations == 100 + 20 * 100 and against.count == 10 * 35, "no more are valid, so these are all"
+    assert found.score == pytest.approx(against.random, abs=1e-6) and found.score >= against.uniform
+    assert against.uniform_bits == (4, 4) and against.uniform_choice[:, :2].tolist() == [[8, 8], *[[4, 4]] * 4, [8, 8]]
+    assert float(predicted(against.random_choice)) == pytest.approx(against.random)
+    assert str(found).count("per channel, symmetric, symmetric") == 6 and "best of 350 random valid" in str(found)
+    assert (
+        repr(found)
+        == f"Found(score {found.score:.4g}, {' / '.join(f'{v:.2f}' for v in found.average)} average bits, 6 sites)"
+    )
     assert all(3.5 < v <= 4.0 + 1e-5 for v in found.average)
     genes = found.genes
     windows = genes.windows(WEIGHTS, INPUTS, 4.0)
     free = [np.flatnonzero(row) for row in genes.allowed]
     halves = [np.array(list(itertools.product(*free[:5]))), np.array(list(itertools.product(*free[5:])))]
     fine = [h[(c > 3.5 + 1e-6) & (c <= 4 + 1e-6)] for h, c in zip(halves, costs(halves, windows), strict=True)]
-    draws = np.random.default_rng(0).integers(0, [[len(f)] for f in fine], (2, 3000))
-    every = np.concatenate([f[d] for f, d in zip(fine, draws, strict=True)], axis=1)
+    assert [len(f) for f in fine] == [10, 35]
+    every = np.concatenate([np.repeat(fine[0], 35, axis=0), np.tile(fine[1], (10, 1))], axis=1)
     assert windows.hold(every).all()
-    scores = np.asarray(jax.jit(lambda g: predicted(genes.choice(g)))(every))
-    assert found.score >= scores.max() - 1e-6, "better than 3,000 random valid ones of its own score"
     truth = np.asarray(accuracy(genes.choice(every)))
     assert float(accuracy(found.choice)) >= np.quantile(truth, 0.95), "and among the best in truth"
     with pytest.raises(SearchError, match="average bits of weights above 1 and up to 1.5"):
         search_choice(predicted, DOMAIN, WEIGHTS, INPUTS, 1.5)
+
+
+def test_random_choices_are_valid_and_all_different():
+    genes = Genes(DOMAIN)
+    windows = genes.windows(WEIGHTS, INPUTS, (5.0, 5.0))
+    some = random_choices(0, genes, windows, 600)
+    for choice in some[:20]:
+        DOMAIN.check(choice)
+    assert windows.hold(genes.genomes(some)).all() and len(np.unique(some, axis=0)) == 600
+    np.testing.assert_array_equal(some[:9], random_choices(0, genes, windows, 9))
+    assert (random_choices(1, genes, windows, 9) != some[:9]).any()
+    few = Genes(Space((2, 4), (0,), (True,), (True,), (True,)).domain(SITES))
+    known = few.windows(WEIGHTS, INPUTS, 3.1, 0.8)
+    every = np.array(list(itertools.product((0, 2), repeat=4)))
+    count = known.hold(np.pad(every, ((0, 0), (1, 7)), constant_values=((0, 0), (6, 7)))).sum()
+    assert len(random_choices(0, few, known, 100)) == count, "all there are, and then an end"
+    assert list(uniform_choices(few, known)) == [(2, 0)]
+    pairs = uniform_choices(genes, genes.windows(WEIGHTS, INPUTS, (3.5, 6.2)))
+    assert list(pairs) == [(3, 6)], "b has 4 or 8 bits, so 4 bits everywhere are 4, and 3 are 3.1"
 
 
 def costs(halves, windows):

@@ -15,7 +15,7 @@ import qjax
 from qjax.errors import CheckpointError, DataError, QjaxError, RecipeError
 from qjax.evaluate import logit_divergence
 from qjax.models import CifarClassifier, CifarResNetConfig
-from qjax.supernet import Descending, Fixed, Sandwich, Schedule, Space, recalibrate, train
+from qjax.supernet import Descending, Fixed, Sandwich, Schedule, Space, load_trained, recalibrate, train
 
 SPACE = Space((2, 8), (2, 8), (True,), (True,), (True,), ends=None)
 SCHEDULE = Schedule(6, learning_rate=3e-2, steps_rate=1e-2)
@@ -76,6 +76,15 @@ def test_it_learns_and_goes_on_exactly_where_it_was_killed(job, tmp_path):
         table = list(csv.DictReader(file))
     assert [row["step"] for row in table] == list("123456")
     np.testing.assert_allclose([float(row["loss"]) for row in table], alone.metrics["loss"])
+    said, read = load_trained(tmp_path, network, jax.eval_shape(weights), *batches(0)[0])
+    same((read.params, read.state, dict(read.metrics)), (alone.params, alone.state, dict(alone.metrics)), rtol=0)
+    assert said.space == SPACE and jax.tree.structure(read.state) == jax.tree.structure(state)
+    with pytest.raises(CheckpointError, match=r"other sites \(2 there, 1 here\)"):
+        load_trained(tmp_path, lambda p, x: x @ p["a"], p, *batches(0)[0])
+    with pytest.raises(CheckpointError, match="other shapes"):
+        load_trained(tmp_path, network, p | {"b": p["b"][:, :2]}, *batches(0)[0])
+    with pytest.raises(CheckpointError, match="holds no supernet"):
+        load_trained(tmp_path / "training", network, p, *batches(0)[0])
     other = qjax.elastic(network, Space((2, 4), (2, 8), (True,), (True,), (True,), ends=None))
     with pytest.raises(CheckpointError, match="space differ"):
         train(other, p, state, batches, SCHEDULE, folder=tmp_path)
