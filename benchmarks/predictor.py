@@ -211,7 +211,6 @@ def main() -> None:
         "seconds": {
             "collecting": collected,
             "a subnet": min(what.seconds, default=None),
-            "of them measured": what.seconds,
         },
         "held": {k: float(v) for k, v in vars(held[0]).items()},
         "bounds": BOUNDS,

@@ -15,11 +15,13 @@ from qjax.search.genetic import Genetic, evolve_best
 from qjax.search.knapsack import Solution, solve, sweep
 from qjax.search.measuring import kl_score, sensitivities
 from qjax.search.nsga2 import NSGA2, Population, front, hypervolume
-from qjax.search.plots import plot_front
+from qjax.search.plots import plot_front, plot_subnets
 from qjax.search.populations import over_population
 from qjax.search.predictor import CQAP, Agreement, Fitted, agreement, fit_predictor, init_predictor, predict
 from qjax.search.refining import refine
 from qjax.search.sensitivity import Sensitivities
+from qjax.search.site_costs import SiteCosts, bit_costs, budget_windows, site_costs, site_sizes
+from qjax.search.subnet_front import SubnetFront, SubnetPoint, choice_front
 from qjax.search.whole import WholeLosses
 from qjax.search.windows import Windows, average_bits, draw_valid
 
@@ -37,14 +39,20 @@ __all__ = [
     "Point",
     "Population",
     "Sensitivities",
+    "SiteCosts",
     "Solution",
+    "SubnetFront",
+    "SubnetPoint",
     "Subnets",
     "WholeLosses",
     "Windows",
     "agreement",
     "assign",
     "average_bits",
+    "bit_costs",
+    "budget_windows",
     "check_budget",
+    "choice_front",
     "collect_subnets",
     "compare_baselines",
     "draw_choices",
@@ -59,12 +67,15 @@ __all__ = [
     "kl_score",
     "over_population",
     "plot_front",
+    "plot_subnets",
     "predict",
     "random_choices",
     "refine",
     "save_front",
     "search_choice",
     "sensitivities",
+    "site_costs",
+    "site_sizes",
     "solve",
     "sweep",
     "uniform_choices",

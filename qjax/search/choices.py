@@ -1,23 +1,31 @@
-"""The search for a subnet of a supernet."""
+"""The search for a subnet of a supernet: by a predictor, or by running the subnets themselves."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from qjax.checkpoint.parts import open_job
+from qjax.search.assigning import Budget, amount
 from qjax.search.baselines import Baselines, compare_baselines
 from qjax.search.evolution import Progress
 from qjax.search.genes import Genes
 from qjax.search.genetic import Genetic, evolve_best
+from qjax.search.site_costs import SiteCosts, budget_windows, by_kind
+from qjax.search.whole import Remembered
+from qjax.search.windows import Windows
 from qjax.supernet import Domain
 
 Scores = Callable[[Any], Any]
 """Choices int32 [any, N, 5 or 6] -> scores float [any], the larger the better."""
+Given = float | tuple[float, float] | str | Budget
+"""Average bits of both or of (weights, activations), or a budget such as "4 bits", "60 kB", "2 ms", "5 mJ"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +37,9 @@ class Found:
         score: of it.
         average: average bits of weights and of activations, where there are some.
         genes: what was searched.
-        evaluations: choices that were scored on the way.
+        evaluations: choices that were scored on the way; one that was scored twice counts twice.
         baselines: what it is compared with, if that was asked.
+        costs: what it costs, by kind, of the costs that were given.
     """
 
     choice: np.ndarray
@@ -39,26 +48,41 @@ class Found:
     genes: Genes
     evaluations: int = 0
     baselines: Baselines | None = None
+    costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def spent(self) -> str:
+        """What it costs, in words."""
+        bits = " / ".join(f"{v:.2f}" for v in self.average)
+        return ", ".join([f"{bits} average bits", *(amount(kind, v) for kind, v in self.costs.items())])
 
     def __repr__(self) -> str:
-        bits = " / ".join(f"{v:.2f}" for v in self.average)
-        return f"Found(score {self.score:.4g}, {bits} average bits, {len(self.choice)} sites)"
+        return f"Found(score {self.score:.4g}, {self.spent}, {len(self.choice)} sites)"
 
     def __str__(self) -> str:
-        sites = self.genes.domain.sites
-        wide = max(map(len, sites))
-        bits = " / ".join(f"{v:.2f}" for v in self.average)
-        lines = [
-            f"score {self.score:.4g} of {self.evaluations:,} scored, {bits} average bits",
-            f"{'':{wide}}  weights  activations  form of weights, of activations",
-        ]
-        for name, (w, a, channel, symmetric, inputs, *_) in zip(sites, self.choice.tolist(), strict=True):
-            form = ["per channel" if channel else "per tensor", *(_SYMMETRIC[bool(s)] for s in (symmetric, inputs))]
-            lines.append(f"{name:{wide}}  {w:>7}  {a or 'float':>11}  {', '.join(form)}")
+        rows = self.rows()
+        wide = [max(len(row[c]) for row in [HEADS, *rows]) for c in range(len(HEADS))]
+        lines = [f"score {self.score:.4g} of {self.evaluations:,} scored, {self.spent}"]
+        for name, w, a, form in [HEADS, *rows]:
+            lines.append(f"{name:{wide[0]}}  {w:>{wide[1]}}  {a:>{wide[2]}}  {form}")
         return "\n".join([*lines, *(self.baselines.lines() if self.baselines else [])])
 
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The choice as a table, under `HEADS`."""
+        return choice_rows(self.genes.domain, self.choice)
 
-_SYMMETRIC = {True: "symmetric", False: "asymmetric"}
+
+HEADS = ("site", "weights", "activations", "form of weights, of activations")
+"""Of the columns of `choice_rows`."""
+
+
+def choice_rows(domain: Domain, choice: np.ndarray) -> list[tuple[str, str, str, str]]:
+    """A choice int32 [N, 5 or 6] as a table: site, bits of both, form."""
+    out = []
+    for name, (w, a, channel, *symmetric) in zip(domain.sites, choice[:, :5].tolist(), strict=True):
+        form = ["per channel" if channel else "per tensor", *("symmetric" if s else "asymmetric" for s in symmetric)]
+        out.append((name, str(w), str(a or "float"), ", ".join(form)))
+    return out
 
 
 def search_choice(
@@ -66,8 +90,9 @@ def search_choice(
     domain: Domain,
     weights: Sequence[float],
     inputs: Sequence[float],
-    budget: float | tuple[float, float],
+    budget: Given | Sequence[Given],
     *,
+    costs: Sequence[SiteCosts] = (),
     form: tuple[bool, bool, bool] = (True, True, True),
     settings: Genetic | None = None,
     width: float = 0.5,
@@ -75,40 +100,62 @@ def search_choice(
     seed: int = 0,
     baselines: bool = False,
     compiled: bool = True,
+    block: int | None = None,
     resume: str | Path | None = None,
     job: Any = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Search the subnet of the best score within a budget of average bits.
+    """Search the subnet of the best score within a budget, or within several at once.
 
     Args:
-        scores: choices int32 [any, N, 5 or 6] -> float [any], the larger the better: a predictor, or the supernet
-            itself under `over_population`.
+        scores: choices int32 [any, N, 5 or 6] -> float [any], the larger the better: a predictor, or with ``block``
+            the supernet itself under `over_population`.
         domain: of the supernet.
-        weights, inputs, budget, width: as for `Genes.windows`.
+        weights, inputs: sizes of the sites (`site_sizes`).
+        budget: average bits, as numbers or "4 bits": EQ-Net's window of ``width`` below it, for weights and for
+            activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds, which have no lower end; or a list.
+        costs: from `site_costs`, or tables of your own.
         form: of all sites.
-        settings, seed, compiled, resume, progress: as for `evolve_best`.
+        settings, seed, compiled, progress: as for `evolve_best`.
+        width: of the windows of average bits.
         seeds: choices int32 [any, N, 5 or 6] within the budget, to begin with.
         baselines: score as many random valid choices as the search scored, and uniform bits, for comparison.
+        block: evaluate directly: ``scores`` is called with arrays of exactly so many choices, so that it compiles once,
+            and no choice is scored twice.
+        resume: a folder. The population is kept after every generation, and of a direct evaluation every score, for
+            other budgets too: killed at any moment, the search ends with the same result.
         job: what is scored, JSON-able.
 
     Raises:
-        SearchError: a budget that no choice satisfies, with what can be reached.
+        SearchError: a budget that no choice satisfies, with what can be reached; or one without its costs.
         CheckpointError: ``resume`` holds another job.
     """
     settings = settings or Genetic()
+    known = by_kind(costs, domain)
     genes = Genes(domain, form)
-    windows = genes.windows(weights, inputs, budget, width)
+    if not all(genes.additive(c.table) for c in known.values()):
+        genes = dataclasses.replace(genes, paired=True)
+    windows = budget_windows(genes, weights, inputs, budgets_of(budget), width, known)
+    said = {"of": job, "form": list(form), "sites": list(domain.sites)}
+    if block is None:
+        score, folder = scores, resume
+    else:
+        score, folder = direct(scores, domain, block, resume, job), None
+        compiled = False
+        if resume is not None:
+            how = {k: v for k, v in dataclasses.asdict(settings).items() if k != "generations"}  # more go on
+            asked = [said["form"], windows.described(), how, seed, genes.paired]
+            folder = Path(resume) / f"population-{hashlib.sha256(repr(asked).encode()).hexdigest()[:12]}"
     found = evolve_best(
-        lambda genomes: scores(genes.choice(genomes)),
+        lambda genomes: score(genes.choice(genomes)),
         genes.allowed,
         windows,
         settings,
         seeds=None if seeds is None else genes.genomes(seeds),
         seed=seed,
         compiled=compiled,
-        resume=resume,
-        job={"of": job, "form": list(form), "sites": list(domain.sites)},
+        resume=folder,
+        job=said,
         progress=progress,
     )
     best = np.asarray(found.genomes[0])
@@ -116,5 +163,39 @@ def search_choice(
     count = settings.population + settings.generations * (settings.mutants + settings.crossed)
     against = None
     if baselines:
-        against = compare_baselines(jax.jit(scores) if compiled else scores, genes, windows, count, seed)
-    return Found(choice, -float(found.values[0, 0]), tuple(windows.of(best[None])[0].tolist()), genes, count, against)
+        against = compare_baselines(jax.jit(score) if compiled else score, genes, windows, count, seed)
+    spent = {kind: float(c.of(choice)) for kind, c in known.items()}
+    value = -float(found.values[0, 0])
+    return Found(choice, value, average_of(genes, weights, inputs, choice), genes, count, against, spent)
+
+
+def budgets_of(budget: Any) -> list[float | tuple[float, float] | Budget]:
+    """What `search_choice` takes as a budget, as a list.
+
+    Raises:
+        SearchError: a text that says no budget.
+    """
+    pair = isinstance(budget, tuple) and len(budget) == 2 and all(isinstance(v, int | float) for v in budget)
+    many = [budget] if pair or isinstance(budget, str | Budget | int | float) else list(budget)
+    return [Budget.of(one) if isinstance(one, str) else one for one in many]
+
+
+def average_of(genes: Genes, weights: Sequence[float], inputs: Sequence[float], choice: Any) -> tuple[float, ...]:
+    """Average bits of weights and of activations of a choice, where there are some."""
+    apart = dataclasses.replace(genes, paired=False)
+    every: Windows = apart.windows(weights, inputs, 100.0, 1000.0)
+    return tuple(every.of(apart.genomes(choice)[None])[0].tolist())
+
+
+def direct(scores: Scores, domain: Domain, block: int, resume: str | Path | None, job: Any) -> Scores:
+    """Scores that are measured: so many at a time, none twice, and kept in a folder.
+
+    Raises:
+        CheckpointError: ``resume`` holds another job.
+    """
+    file = None
+    if resume is not None:
+        what = {"of": job, "sites": list(domain.sites), "space": domain.space.to_dict()}
+        file = open_job(resume, what, "search of subnets") / "measured.jsonl"
+    memory = Remembered(lambda flat: -np.asarray(scores(flat.reshape(-1, *domain.shape)), np.float64), file, block)
+    return lambda choices: -memory(np.asarray(choices).reshape(len(choices), -1))

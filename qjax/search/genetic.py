@@ -155,7 +155,7 @@ def evolve_best(
             "seed": seed,
             **{name: value for name, value in dataclasses.asdict(settings).items() if name != "generations"},
             "allowed": digest(allowed),
-            "windows": [digest(windows.costs), windows.low.tolist(), windows.high.tolist()],
+            "windows": windows.described(),
             "seeds": digest(given),
             "of": dict(job or {}),
         },

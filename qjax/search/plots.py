@@ -7,7 +7,9 @@ from typing import Any
 
 from qjax.report import svg
 from qjax.search.assigning import Assignment, amount
+from qjax.search.choices import Found
 from qjax.search.groups import FLOAT
+from qjax.search.subnet_front import SubnetFront
 
 _UNITS = {
     "bits": ((1.0, "bits per weight"),),
@@ -87,6 +89,37 @@ def plot_front(found: Assignment, path: str | Path) -> None:
         axes.set_ylabel("KL to float, nats" if found.curves else _LOSS.get(found.by, found.by))
         if found.curves:
             axes.legend(fontsize=10)
+        more: dict[str, Any] = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {"dpi": 150}
+        figure.savefig(path, **more)
+
+
+def plot_subnets(seen: SubnetFront, path: str | Path, found: Found | None = None, score_name: str = "score") -> None:
+    """Draw both curves of a front of subnets, and what a search found among them.
+
+    Args:
+        seen: from `qjax.search.choice_front`.
+        path: of the file; its ending says the kind, ``.svg`` or ``.png``.
+        found: from `qjax.search.search_choice`, with its baselines where it has some.
+        score_name: of the score, for the axis.
+    """
+    import matplotlib
+
+    costs = [p.cost for points in seen.curves.values() for p in points]
+    unit, name = (1.0, "average bits") if seen.kind == "bits" else _unit(seen.kind, max(costs, default=1.0))
+    with svg.style(svg.LIGHT), matplotlib.rc_context({"svg.hashsalt": "qjax", "figure.facecolor": svg.LIGHT["paper"]}):
+        figure, axes = svg.figure(6.8, 4.2)
+        for n, (label, points) in enumerate(seen.curves.items()):
+            shown: Any = {"ms": 3.5, "lw": 1.4, "color": svg.LIGHT[f"c{n + 2}"], "label": _CURVES.get(label, label)}
+            axes.plot([p.cost / unit for p in points], [p.score for p in points], "o-", **shown)
+        at = None
+        if found is not None:
+            at = sum(found.average) / len(found.average) if seen.kind == "bits" else found.costs.get(seen.kind)
+        if found is not None and at is not None:
+            axes.plot([at / unit], [found.score], "o", ms=9, color=svg.LIGHT["c1"], zorder=3, label="found")
+            axes.set_title(f"{found.spent}: {found.score:.4g}", loc="left", fontsize=11)
+        axes.set_xlabel(name)
+        axes.set_ylabel(score_name)
+        axes.legend(fontsize=10)
         more: dict[str, Any] = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {"dpi": 150}
         figure.savefig(path, **more)
 

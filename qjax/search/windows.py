@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from qjax.errors import SearchError
+from qjax.search.evolution import digest
 from qjax.search.nsga2 import check_mask
 
 SLACK = 1e-6
@@ -30,7 +31,7 @@ that what is valid there is valid."""
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """What assignments may cost: ``low < cost <= high`` for every budget.
+    """What assignments may cost: ``low < cost <= high`` for every budget; a lower end may be -infinity.
 
     Attributes:
         costs: float [budgets, genes, choices]; an assignment's cost is the sum over its genes. Choices that a gene
@@ -64,6 +65,11 @@ class Windows:
         """Costs float64 [any, budgets]."""
         genomes = np.asarray(genomes)
         return self.costs[:, np.arange(genomes.shape[1]), genomes].sum(axis=-1).T
+
+    def described(self) -> list[Any]:
+        """For a job's description: JSON-able, and other windows differ."""
+        low = [float(v) if np.isfinite(v) else None for v in self.low]
+        return [digest(self.costs), low, self.high.tolist()]
 
     def hold(self, genomes: Any) -> np.ndarray:
         """Which assignments are within all windows: bool [any]."""
@@ -99,7 +105,8 @@ def tilted(windows: Windows, allowed: np.ndarray, target: np.ndarray | None = No
     Args:
         windows: the costs.
         allowed: bool [genes, choices].
-        target: float [budgets]; None takes the middle of what can be reached within the windows.
+        target: float [budgets]; None takes the middle of what can be reached within the windows, and without a lower
+            end nine tenths of the way from the least to the upper one.
 
     Raises:
         SearchError: a window that no assignment reaches; the message says what can be reached.
@@ -114,7 +121,8 @@ def tilted(windows: Windows, allowed: np.ndarray, target: np.ndarray | None = No
                 f"{a:g} to {b:g} can be reached"
             )
     low, high = np.maximum(windows.low, least), np.minimum(windows.high, most)
-    wanted = (low + high) / 2 if target is None else np.asarray(target, np.float64)
+    middle = np.where(np.isfinite(windows.low), (low + high) / 2, low + 0.9 * (high - low))
+    wanted = middle if target is None else np.asarray(target, np.float64)
     edge = 1e-3 * (most - least)
     wanted = np.clip(wanted, least + edge, most - edge)
     scale = np.where(most > least, most - least, 1.0)

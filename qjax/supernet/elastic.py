@@ -165,10 +165,19 @@ class Supernet:
         Args:
             params, state, choice, *args, **kwargs: as for `convert`.
         """
+        return self.recipes(params, state, [choice], *args, **kwargs)[0]
+
+    def recipes(self, params: Any, state: State, choices: Any, *args: Any, **kwargs: Any) -> list[Recipe]:
+        """The recipes of several subnets, by one trace.
+
+        Args:
+            choices: int [any, N, 5 or 6]. params, state, *args, **kwargs: as for `convert`.
+        """
         program, _ = self._traced(params, args, kwargs)
         domain, owners = self._sites(program)
         forms = self._forms(program, domain, owners)
-        return converted(domain, owners, forms, _fields(domain, owners, forms, state), domain.check(choice)).recipe
+        fields = _fields(domain, owners, forms, state)
+        return [converted(domain, owners, forms, fields, domain.check(choice)).recipe for choice in choices]
 
     def export(self, folder: str | Path, params: Any, state: State, choice: Any, *args: Any, **kwargs: Any) -> Path:
         """Write a subnet's codes, steps and offsets, and the tables of all forms, for runtimes other than this one.
