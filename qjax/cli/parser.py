@@ -273,12 +273,17 @@ def _search(commands: argparse._SubParsersAction) -> None:
         "\nchooses exactly. No quantization is always a choice. With --generations NSGA-II goes on, measuring"
         "\nwhole assignments on the same data. The folder gets recipe.toml for `qjax quantize`,"
         "\nsensitivities.json, front.json and front.svg. Killed, it goes on where it was; another budget on the same"
-        "\nfolder measures nothing again.",
+        "\nfolder measures nothing again."
+        "\n\nWith --supernet the choices are subnets of a trained supernet (the folder= of qjax.supernet.train): each"
+        "\nis run, top-1 or cross-entropy, or with --predictor N so many are run and the others predicted. The folder"
+        "\ngets choice.json for Supernet.convert, recipe.toml, front.json and front.svg.",
         '  qjax search models/stories260k --budget "6 bits" --recipes W4A16,W8A16 --text stories.txt\n'
         '  qjax search models/stories260k --budget "200 kB" --text stories.txt --by fisher\n'
         '  qjax search models/stories260k --budget "4.5 bits" --space 2-8/64 --generations 20 --text stories.txt\n'
         '  qjax search models/vit-tiny --budget "5 MB" --recipes W4A16,W8A8 --images imagenet-sample\n'
         '  qjax search models/llama --budget "9 ms" --device h100 --rows 1 --text text.txt --out found\n'
+        "  qjax search models/resnet20 --supernet runs/job --budget '4 bits' --images cifar.npz --predictor 500\n"
+        "  qjax search models/resnet20 --supernet runs/job --budget '4 bits,150 kB' --images cifar.npz\n"
         "  qjax quantize models/stories260k --recipe stories260k-search/recipe.toml",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face model folder with float weights")
@@ -315,6 +320,21 @@ def _search(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="S,S",
         help="layers whose names differ in these words share a format, as q_proj,k_proj,v_proj; may be repeated",
+    )
+    parser.add_argument(
+        "--supernet", type=Path, metavar="DIR", help="search its subnets: a folder of a trained supernet"
+    )
+    parser.add_argument("--predictor", type=_some, metavar="N", help="run N subnets and predict the others")
+    parser.add_argument(
+        "--form",
+        metavar="F",
+        help="of all sites of a subnet: channel or tensor, sym or asym of weights, of activations, as channel/sym/asym",
+    )
+    parser.add_argument(
+        "--recalibrate",
+        type=int,
+        metavar="N",
+        help="images to recalibrate batch norms of each subnet on, apart from those scored (default: 500; 0: none)",
     )
     parser.add_argument("--device", help="of budgets in time and energy: name or .toml file")
     parser.add_argument("--rows", type=_positive, metavar="N", help="tokens at a time there (default: as measured on)")
@@ -401,6 +421,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _some(text: str) -> int:
+    value = int(text)
+    if value < 10:
+        raise argparse.ArgumentTypeError(f"{text} subnets are too few to fit a predictor; 10 or more")
     return value
 
 

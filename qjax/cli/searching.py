@@ -36,6 +36,12 @@ from qjax.search.refining import Progress
 
 def run(args: argparse.Namespace) -> None:
     """Measure, choose, and write the recipe."""
+    if args.supernet is not None:
+        from qjax.cli import subnets
+
+        return subnets.run(args)
+    if args.predictor is not None or args.form is not None or args.recalibrate is not None:
+        raise SearchError("--predictor, --form and --recalibrate are of a supernet; give its folder with --supernet")
     start = time.monotonic()
     budget = Budget.of(args.budget)
     if budget.kind in ("seconds", "joules") and not args.device:

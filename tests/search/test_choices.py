@@ -38,6 +38,7 @@ def every():
     return out
 
 
+@pytest.mark.slow
 def test_subnets_that_are_run_are_run_once_and_a_killed_search_ends_as_one_that_was_not(tmp_path):
     asked = []
 
