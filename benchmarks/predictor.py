@@ -44,7 +44,7 @@ from qjax.search import (
     search_choice,
 )
 from qjax.search.whole import Remembered
-from qjax.supernet import Space, encode_choice, load_trained, recalibrate
+from qjax.supernet import Space, encode_choice, load_trained, recalibrate, sizes
 
 BITS = (2, 3, 4, 6, 8)
 """Of the supernet that is not trained."""
@@ -82,10 +82,8 @@ class Measured:
             params, state, self.steps = found.params, found.state, len(found.metrics["loss"])
         tested = qjax.elastic(model, trained.space)
         self.domain = tested.domain(params, images[0])
-        program = qjax.trace(model, params, images[0, :1])
-        sites = [program.site(name) for name in self.domain.sites]
-        self.weights = [int(np.prod(site.weight_shape)) for site in sites]
-        self.inputs = [int(np.prod(site.shapes[0])) for site in sites]
+        counted = sizes(tested, params, images[0, :1])
+        self.weights, self.inputs = counted.weights, counted.inputs
 
         def one(choice: Any, params: Any, state: Any, calibration: Any, images: Any, labels: Any) -> Any:
             own = recalibrate(trained, params, state, choice, calibration)
@@ -145,11 +143,11 @@ def searched(what: Measured, params: Any, budget: float, given: Any, known: Reme
     """One budget: found by the predictor, and what it has to beat."""
     score = lambda c: predict(params, encode_choice(c, jnp.asarray(FORM)))  # noqa: E731
     how = Genetic(generations=given.generations)
-    sizes = what.weights, what.inputs
-    found = search_choice(score, what.domain, *sizes, budget, form=FORM, settings=how, baselines=True)
+    both = what.weights, what.inputs
+    found = search_choice(score, what.domain, *both, budget, form=FORM, settings=how, baselines=True)
     genes, against = Genes(what.domain, FORM), found.baselines
     assert against is not None and against.random_choice is not None
-    some = random_choices(1, genes, genes.windows(*sizes, budget), given.random)
+    some = random_choices(1, genes, genes.windows(*both, budget), given.random)
     rows = [found.choice, against.random_choice, *some]
     if against.uniform_choice is not None:
         rows.append(against.uniform_choice)
@@ -193,10 +191,10 @@ def main() -> None:
     def told(done: int, total: int, said: str) -> None:
         print(f"{done} of {total}: {said}; {what.seconds[-1]:.2f} s each", flush=True)
 
-    sizes = what.weights, what.inputs
+    both = what.weights, what.inputs
     kept = None if given.resume is None else given.resume / "subnets"
     subnets = collect_subnets(
-        what.evaluate, what.domain, *sizes, given.subnets, block=given.block, resume=kept, job=what.job, progress=told
+        what.evaluate, what.domain, *both, given.subnets, block=given.block, resume=kept, job=what.job, progress=told
     )
     collected = time.perf_counter() - begun
     fitted = fit_predictor(subnets.encoded, subnets.scores, SETTINGS)

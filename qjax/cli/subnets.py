@@ -39,11 +39,11 @@ from qjax.search import (
     predict,
     search_choice,
     site_costs,
-    site_sizes,
 )
 from qjax.search.choices import HEADS
 from qjax.search.genes import FORMS
 from qjax.supernet import Domain, Supernet, encode_choice, load_trained, recalibrate
+from qjax.supernet import sizes as job_sizes
 
 BATCH = 50
 """Images at a time."""
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
         check_data(loaded, args)
         job = (_of_text if loaded.reads_text else _of_images)(loaded, args)
     domain, form = job.domain, _form(args.form, job.domain)
-    sizes = site_sizes(job.t, job.params, *job.example)
+    counted = job_sizes(job.t, job.params, *job.example)
+    sizes = counted.weights, counted.inputs
     kinds = dict.fromkeys(b.kind for b in budgets if b.kind != "bits")
     more: dict[str, Any] = {"form": form, "on": args.device, "rows": args.rows}
     costs = [site_costs(job.t, job.params, job.state, *job.example, kind=k, **more) for k in kinds]
@@ -167,7 +168,8 @@ def _of_images(loaded: Loaded, args: argparse.Namespace) -> Job:
     size = min(BATCH, wanted, apart or wanted)
     shown, truth = cut(pixels[apart:]), cut(labels[apart:])
     example = (pixels[:1],)
-    t, trained = load_trained(args.supernet, training if apart else loaded.fn, loaded.params, shown[0])
+    fn: Callable[..., Any] = training if training is not None and apart else loaded.fn
+    t, trained = load_trained(args.supernet, fn, loaded.params, shown[0])
     tested = qjax.elastic(loaded.fn, t.space)
 
     def one(choice: Any, params: Any, state: Any, others: Any, images: Any, labels: Any) -> Any:

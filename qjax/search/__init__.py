@@ -20,7 +20,7 @@ from qjax.search.populations import over_population
 from qjax.search.predictor import CQAP, Agreement, Fitted, agreement, fit_predictor, init_predictor, predict
 from qjax.search.refining import refine
 from qjax.search.sensitivity import Sensitivities
-from qjax.search.site_costs import SiteCosts, bit_costs, budget_windows, site_costs, site_sizes
+from qjax.search.site_costs import SiteCosts, bit_costs, budget_windows, site_costs
 from qjax.search.subnet_front import SubnetFront, SubnetPoint, choice_front
 from qjax.search.whole import WholeLosses
 from qjax.search.windows import Windows, average_bits, draw_valid
@@ -75,7 +75,6 @@ __all__ = [
     "search_choice",
     "sensitivities",
     "site_costs",
-    "site_sizes",
     "solve",
     "sweep",
     "uniform_choices",

@@ -111,7 +111,7 @@ def search_choice(
         scores: choices int32 [any, N, 5 or 6] -> float [any], the larger the better: a predictor, or with ``block``
             the supernet itself under `over_population`.
         domain: of the supernet.
-        weights, inputs: sizes of the sites (`site_sizes`).
+        weights, inputs: sizes of the sites (`qjax.supernet.sizes`).
         budget: average bits, as numbers or "4 bits": EQ-Net's window of ``width`` below it, for weights and for
             activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds, which have no lower end; or a list.
         costs: from `site_costs`, or tables of your own.

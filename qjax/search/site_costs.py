@@ -51,29 +51,6 @@ class SiteCosts:
         return self.table[np.arange(len(self.table)), bits[..., 0], bits[..., 1]].sum(axis=-1) + self.fixed
 
 
-def site_sizes(t: Supernet, params: Any, *args: Any) -> tuple[list[int], list[int]]:
-    """Numbers in the weight, and in the activations of one example, of each site: what average bits are averages of.
-
-    Args:
-        t: the supernet.
-        params: float parameters, or abstract ones.
-        *args: the arguments of one example, or abstract ones.
-
-    Returns:
-        [N] both. What a call runs several times (steps of a scan that is no stack of layers) counts as often.
-    """
-    program = trace(t.fn, params, *args)
-    sites = [program.site(name) for name in t.domain(params, *args).sites]
-    weights = [int(np.prod(site.weight_shape or ())) for site in sites]
-    inputs = [int(np.prod(_activations(site))) * (site.repeats or 1) for site in sites]
-    return weights, inputs
-
-
-def _activations(site: Any) -> tuple[int, ...]:
-    """The shape of the operand that is not the weight."""
-    return next((s for s in site.shapes if s != site.weight_shape), site.shapes[0]) if site.shapes else ()
-
-
 def site_costs(
     t: Supernet,
     params: Any,

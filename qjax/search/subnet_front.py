@@ -103,7 +103,7 @@ def choice_front(
     Args:
         scores: choices int32 [any, N, 5 or 6] -> float [any], the larger the better; with ``block`` those of runs.
         domain: of the supernet.
-        weights, inputs: sizes of the sites (`site_sizes`), for average bits.
+        weights, inputs: sizes of the sites (`qjax.supernet.sizes`), for average bits.
         costs: from `site_costs`, or a table of your own; None is the average bits of weights and of activations,
             averaged over both where there are both.
         most: the largest cost of interest.
