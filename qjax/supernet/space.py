@@ -46,6 +46,7 @@ class At:
         match: pattern for site names, as in a `qjax.Rule`.
         weight_bits, act_bits, per_channel, weight_symmetric, act_symmetric, groups: as in `Space`; None keeps its.
         skip: leave these sites in float; they have no row in a choice.
+        optional: the pattern may match no site.
     """
 
     match: str
@@ -57,6 +58,7 @@ class At:
     act_symmetric: tuple[bool, ...] | None = None
     groups: tuple[int, ...] | None = None
     skip: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
         compile_pattern(self.match)
@@ -154,7 +156,11 @@ class Space:
             RecipeError: a pattern that no site matches, tied sites that have nothing in common, or fewer than two
                 choices in all.
         """
-        known = [f"{rule.match!r} in at" for rule in self.at if not any(_matches(rule.match, s) for s in sites)]
+        known = [
+            f"{rule.match!r} in at"
+            for rule in self.at
+            if not rule.optional and not any(_matches(rule.match, s) for s in sites)
+        ]
         known += [
             f"{pattern!r} in tied"
             for group in self.tied
@@ -163,7 +169,8 @@ class Space:
         ]
         if known:
             pattern = known[0].split("'")[1]
-            raise RecipeError(f"Space: no site matches {known[0]}{near(pattern, sites)}")
+            hint = "" if known[0].endswith("tied") else "; or set optional=True"
+            raise RecipeError(f"Space: no site matches {known[0]}{near(pattern, sites)}{hint}")
         names = tuple(s for s in sites if not self.skips(s))
         rows = [self._row(name, position in (0, len(names) - 1)) for position, name in enumerate(names)]
         leaders = list(range(len(names)))

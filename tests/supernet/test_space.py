@@ -47,6 +47,12 @@ def test_choices_keep_to_the_rules_of_their_sites():
         domain.check(broken)
 
 
+def test_a_pattern_may_be_optional():
+    assert Space(at=(At("b/konv", skip=True, optional=True),)).domain(SITES).sites == Space().domain(SITES).sites
+    space = Space(at=(At("b/konv", optional=True),))
+    assert Space.from_dict(space.to_dict()) == space
+
+
 def test_groups_have_a_column_of_their_own():
     domain = Space((4,), (0,), groups=(32, 64), ends=None).domain(SITES[:2])
     assert domain.shape == (2, 6) and domain.size == 2**2 * 2**2
