@@ -305,7 +305,11 @@ def test_every_construct(name):
     outs = [jax.tree.leaves(run(p, state, domain.uniform(8, a), x)[0]) for a in (0, 8)]
     for out in outs:
         for a, b in zip(out, jax.tree.leaves(fn(p, x)), strict=True):
-            np.testing.assert_allclose(a, b, atol=0.1)
+            # 8 bits err by at most 0.0124 an element here. Two scans give sums of their carry [4, 8] besides, whose
+            # errors share a sign where one step and one offset serve all of it: 0.057 in all, 0.0018 an element.
+            each, count = (0.015, 1) if a.ndim > 1 else (0.002, x.size)
+            np.testing.assert_allclose(a / count, b / count, rtol=0, atol=each)
+            assert (np.asarray(a) != b).any() or name == "cond"  # whose other branch runs
     model = t.convert(p, state, domain.uniform(8), x)
     for a, b in zip(outs[1], jax.tree.leaves(model(model.params, x)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
