@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ KILLS = 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["calibrate", "blocks", "search", "collect"])
+@pytest.mark.parametrize("kind", ["calibrate", "blocks", "search", "collect", "supernet"])
 def test_killed_at_random_moments(kind, tmp_path, root):
     env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
 
@@ -35,12 +36,12 @@ def test_killed_at_random_moments(kind, tmp_path, root):
     begun = time.monotonic()  # what comes before, importing, is no part of the job
     ended(alone)
     length = time.monotonic() - begun
-    draw, killed, reached, attempts = random.Random(0), 0, set(), 0
+    draw, killed, reached, attempts, steps = random.Random(0), 0, set(), 0, []
     while killed < KILLS and attempts < 4 * KILLS:
         attempts += 1
         job = start("killed", "killed.npz")
         try:
-            job.wait(draw.uniform(0, 0.9 * length))
+            a_while(job, draw, 0.9 * length, tmp_path / "killed.steps" if kind == "supernet" else None)
         except subprocess.TimeoutExpired:
             job.send_signal(signal.SIGKILL)
             job.communicate()
@@ -51,11 +52,47 @@ def test_killed_at_random_moments(kind, tmp_path, root):
             for file in sorted((tmp_path / "killed").rglob("*"), reverse=True):
                 file.unlink() if file.is_file() else file.rmdir()
             (tmp_path / "killed.npz").unlink()
+            if kind == "supernet":
+                steps.append(tmp_path / f"killed.steps.{len(steps)}")
+                (tmp_path / "killed.steps").rename(steps[-1])
         reached.add(len(list((tmp_path / "killed").rglob("CURRENT"))))
     ended(start("killed", "killed.npz"))
     same(tmp_path / "alone.npz", tmp_path / "killed.npz")
     assert killed == KILLS, f"{killed} of {attempts} jobs were killed before their end"
     assert kind != "blocks" or len(reached) > 2, "the job was killed before it had done anything"
+    if kind == "supernet":
+        tables = [(tmp_path / name / "metrics.csv").read_text() for name in ("alone", "killed")]
+        assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + killed_job.STEPS
+        only_the_work_since_a_checkpoint_was_lost([*steps, tmp_path / "killed.steps"])
+
+
+def a_while(job, draw, longest, told):
+    """Wait for a random time; or, where the job tells its steps, mostly for some of them, however busy the machine."""
+    if told is None or draw.random() < 0.3:
+        job.wait(draw.uniform(0, longest))
+        return
+
+    def lines():
+        return len(told.read_text().split()) if told.exists() else 0
+
+    until = lines() + draw.randrange(16)
+    while job.poll() is None and lines() < until:
+        time.sleep(0.005)
+    job.wait(draw.uniform(0, 0.3))
+
+
+def only_the_work_since_a_checkpoint_was_lost(files):
+    """Each holds the steps of one job in the order in which they were done; a step is told after its checkpoint."""
+    resumed = 0
+    for file in files:
+        steps = [int(line) for line in file.read_text().split()]
+        untold = set(range(1, killed_job.STEPS + 1)) - set(steps)  # killed after a checkpoint, before it was told
+        assert steps[0] == 1 and not any(step % killed_job.SAVED for step in untold)
+        for last, first in itertools.pairwise(steps):
+            resumed += first != last + 1
+            saved = last // killed_job.SAVED * killed_job.SAVED
+            assert first in (last + 1, saved + 1, saved + killed_job.SAVED + 1), f"step {first} came after {last}"
+    assert resumed > 5, f"the job was killed {resumed} times between two checkpoints"
 
 
 def same(a, b):

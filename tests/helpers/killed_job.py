@@ -1,6 +1,6 @@
 """A job that says when it begins, keeps what it has done in a folder and writes its result; to be killed.
 
-python killed_job.py calibrate|blocks|search|collect FOLDER RESULT.npz
+python killed_job.py calibrate|blocks|search|collect|supernet FOLDER RESULT.npz
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import qjax
 from qjax.checkpoint import folded
 
 D, LAYERS = 24, 8
+STEPS, SAVED = 60, 4
+"""Of a training, and of these between checkpoints."""
 
 
 def fn(p, x):
@@ -77,14 +79,41 @@ def collected(folder: str) -> list[np.ndarray]:
     return [found.choices, found.forms, found.scores]
 
 
+def trained(folder: str) -> list[np.ndarray]:
+    """A supernet after training, with a line in FOLDER.steps for each step that is done."""
+    from qjax.supernet import Schedule, Space, train
+
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal((D, n)).astype(np.float32) / 5 for name, n in (("a", D), ("b", 3))}
+    params["norm"] = np.zeros(D, np.float32)
+
+    def network(p, x):
+        moved = {**p, "norm": 0.9 * p["norm"] + 0.1 * lax.stop_gradient(x).mean(0)}
+        return jnp.tanh((x - p["norm"]) @ p["a"]) @ p["b"], moved
+
+    def batches(step: int):
+        time.sleep(0.04)
+        x = np.random.default_rng(step).standard_normal((16, D)).astype(np.float32)
+        return (x,), (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0.5)
+
+    def told(done: int, *_) -> None:
+        with Path(f"{folder}.steps").open("a") as file:
+            print(done, file=file, flush=True)
+
+    t = qjax.elastic(network, Space((2, 8), (8,), (True,), (True,), (True,), ends=None))
+    state = t.init(params, batches(0)[0][0])
+    done = train(t, params, state, batches, Schedule(STEPS), folder=folder, save_every=SAVED, progress=told)
+    return [*jax.tree.leaves((done.params, done.state)), *(done.metrics[name] for name in sorted(done.metrics))]
+
+
 def main(kind: str, folder: str, result: str) -> None:
     rng = np.random.default_rng(0)
     make = lambda *shape: jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
     params = {"layers": {"up": make(LAYERS, D, 2 * D), "down": make(LAYERS, 2 * D, D)}, "head": make(D, 5)}
     batches = [jnp.asarray(rng.standard_normal((16, D)), jnp.float32) for _ in range(12)]
     print("begun", flush=True)
-    if kind in ("search", "collect"):
-        found = searched(folder) if kind == "search" else collected(folder)
+    if kind in OTHERS:
+        found = OTHERS[kind](folder)
     elif kind == "calibrate":
         folded.SHARE = 1e9  # keep the state after every batch
         inputs = qjax.static(qjax.Int(8, per="tensor"), qjax.Percentile(99.9))
@@ -98,6 +127,8 @@ def main(kind: str, folder: str, result: str) -> None:
     np.savez(fresh, **leaves)
     fresh.replace(result)
 
+
+OTHERS = {"search": searched, "collect": collected, "supernet": trained}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
