@@ -52,4 +52,4 @@ $(VENV)/.installed-%: pyproject.toml setup.py qjax/kernels/cpu/build.py $(wildca
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-next build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-next build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis qjax/kernels/cpu/*.so
