@@ -101,7 +101,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """Which choice each group gets.
+    """Which choice each group gets. Printed, it is a table.
 
     Attributes:
         choices: group name -> choice.
@@ -130,6 +130,16 @@ class Assignment:
     sensitivities: Sensitivities = dataclasses.field(repr=False)
     whole: float | None = None
     curves: Mapping[str, tuple[Point, ...]] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} × {c}" for c, n in self.counts.items())
+        loss = f"loss {self.loss:.3g}" if self.whole is None else f"loss {self.whole:.3g} as a whole"
+        spent = amount(self.budget.kind, self.cost)
+        return f"Assignment({spent} of {self.budget}: {counts}; {loss}, {self.bits:.3f} bits per weight)"
+
+    def __str__(self) -> str:
+        wide = max((len(name) for name in self.choices), default=0)
+        return "\n".join([repr(self), *(f"{name:{wide}}  {choice}" for name, choice in self.choices.items())])
 
     @property
     def counts(self) -> dict[str, int]:

@@ -36,6 +36,7 @@ class Genes:
     Attributes:
         domain: of the supernet.
         form: (per channel, weights symmetric, activations symmetric); a site that may not have it keeps to what it may.
+            In a space with groups every site has the first of its groups: one search has one group size.
         paired: one gene a site for both, whose choices are 8 x the index of weights and the index of activations.
     """
 

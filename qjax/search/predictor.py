@@ -151,6 +151,9 @@ class Fitted:
     epoch: int
     rmse: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"Fitted({self.held}; epoch {self.epoch + 1} of {len(self.rmse)})"
+
 
 def fit_predictor(
     encoded: Any,

@@ -74,6 +74,10 @@ class Sensitivities:
     predictions: int
     measures: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        by = ", ".join(self.measures) or "sizes alone"
+        return f"Sensitivities({len(self.rows)} groups in {', '.join(self.choices)}; {by})"
+
     @property
     def choices(self) -> tuple[str, ...]:
         """Names of the choices, "float" last."""

@@ -98,6 +98,7 @@ def test_a_fitted_predictor_and_the_search_with_it():
     fitted = fit_predictor(encoded, accuracy(choices), CQAP(epochs=100, hidden=64, layers=3, batch=64, rate=1e-3))
     assert fitted.held.pearson > 0.95 and fitted.held.kendall > 0.8 and fitted.held.count == 80
     assert fitted.rmse[fitted.epoch] == fitted.rmse.min() == pytest.approx(fitted.held.rmse, rel=1e-5)
+    assert repr(fitted) == f"Fitted({fitted.held}; epoch {fitted.epoch + 1} of 100)"
     form = (True, True, True)
 
     def predicted(choices):

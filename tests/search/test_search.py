@@ -191,6 +191,9 @@ def test_readers_of_one_leaf_are_one_group():
     made = sensitivities(twice, w, ROWS, [W4, W8], by=("kl", "output"))
     assert [r.sites for r in made.rows] == [("w", "w#1")]
     best = assign(made, "8.9 bits")
+    assert repr(made) == "Sensitivities(1 groups in W4, W8, float; kl, output)"
+    assert repr(best).startswith("Assignment(") and f" bits of 8.9 bits: 1 × {best.choices['w']}; loss " in repr(best)
+    assert str(best).splitlines()[1].split() == ["w", best.choices["w"]]
     assert qjax.quantize(twice, w, *ROWS[0], recipe=best.recipe()).report.stored_bytes == best.stored_bytes
 
 
