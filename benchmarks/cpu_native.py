@@ -104,6 +104,27 @@ def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, A
     return found
 
 
+def written(found: list[dict[str, Any]], clock: str) -> str:
+    """Return the tables, those of int8 activations and of floats, as text."""
+    tables = []
+    for quantized, kinds in ((True, INTEGERS), (False, FLOATS)):
+        names = [label(*kind, quantized) for kind in kinds]
+        rows = [
+            [f"{f['shape'][0]} x {f['shape'][1]}", f["tokens"], f"{f['float_ms']:.3g}", *(f"{f[n]:.2f}" for n in names)]
+            for f in found
+            if names[0] in f
+        ]
+        tables.append(measure.table(["layer", "tokens", "float32, ms", *names], rows))
+    shares = ", ".join(f"{f['of_reading']:.0%} at {f['shape'][0]} x {f['shape'][1]}" for f in found if f["tokens"] == 1)
+    busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+    return (
+        f"Speed beside XLA's float32 product (above 1: faster), least {clock} time of each. {cpu.status()}.\n\n"
+        f"Activations quantized to int8 as they come:\n\n{tables[0]}\n\nFloat activations:\n\n{tables[1]}\n\n"
+        f"W4A8 g128 by one token reaches this share of the speed at which NumPy reads memory: {shares}."
+        + ("\n\n**Taken on a busy machine**, to be repeated on an idle one." if busy else "")
+    )
+
+
 def main() -> None:
     """Run, print, save."""
     options = measure.parser(__doc__)
@@ -115,26 +136,7 @@ def main() -> None:
     found = []
     for shape in SHAPES:
         found += measured(shape, given.cache << 20, budget=given.budget, least_rounds=4, clock=clock)
-    kinds = [f"{name} {lowering}" for name in FORMATS for lowering in ("int_dot", "native")]
-    rows = [
-        [
-            f"{f['shape'][0]} x {f['shape'][1]}",
-            f["tokens"],
-            f"{f['float_ms']:.3g}",
-            *(f"{f[kind]:.2f}" for kind in kinds),
-        ]
-        for f in found
-    ]
-    shares = ", ".join(f"{f['of_reading']:.0%} at {f['shape'][0]} x {f['shape'][1]}" for f in found if f["tokens"] == 1)
-    busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
-    text = (
-        f"Speed beside XLA's float32 product (above 1: faster), least {given.clock} time of each; int8 activations are "
-        f"quantized as they come. {cpu.status()}.\n\n"
-        + measure.table(["layer", "tokens", "float32, ms", *kinds], rows)
-        + f"\n\nW4A8 g128 by one token reaches this share of the speed at which NumPy reads memory: {shares}."
-        + ("\n\n**Taken on a busy machine**, to be repeated on an idle one." if busy else "")
-    )
-    measure.save("cpu_native", {"clock": given.clock, "measured": found}, text, given.out)
+    measure.save("cpu_native", {"clock": given.clock, "measured": found}, written(found, given.clock), given.out)
 
 
 if __name__ == "__main__":
