@@ -7,7 +7,9 @@
 Numbers are ``code * scale + offset``; without an offset it is 0. Steps and offsets are those in effect: |s| + 1e-6, and
 the magnitude of an offset where the space says ``abs_offset``. Weights are matrices [*stack, N, K], K being the summed
 axes in the order that subnet.json gives; codes are int8, those of 2 and 4 bits packed, low bits first
-(`qjax.formats.packing`), in uint8 [*stack, N, bytes]. Activation codes are signed where ``input_signed``, else from 0.
+(`qjax.formats.packing`), in uint8 [*stack, N, bytes]. Steps, offsets and sums are [*stack, N or 1], and with groups
+along K [*stack, N, groups]; ``group`` is then their length. Activation codes are signed where
+``input_signed``, else from 0.
 
 Source: EQ-Net (Xu et al. 2023, arXiv:2308.07650) for the tables. Sums of codes are for products of codes: with c and
 s, b for codes, scale and offset,  y = s_w s_x sum(c_w c_x) + s_w b_x sum(c_w) + s_x b_w sum(c_x) + K b_w b_x.
@@ -96,7 +98,7 @@ def layers(
     tensors: dict[str, np.ndarray] = {}
     for name, row in rows.items():
         site = program_sites[name]
-        form = dict(zip(COLUMNS, (int(v) for v in row), strict=False))
+        form = dict(zip(COLUMNS[:5], (int(v) for v in row[:5]), strict=True))  # of groups, the length is said below
         entries[name] = {**form, "leaf": site.leaf, "slice": [list(at) for at in site.slice], "weight": owners[name]}
         own: dict[str, np.ndarray] = {}
         if owners[name] == name:
