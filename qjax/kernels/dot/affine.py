@@ -10,9 +10,9 @@ corrected), exact in int32. The second comes out of the same product, by a row o
 several devices it is a sum over the codes. The third costs a sum over the activations' codes, and only where the weight
 has an offset: symmetric weights with asymmetric activations are the cheap pair.
 
-Measured on a busy CPU beside the float product of decoded operands: 2 to 15 times as fast from matrices of 1,024 by 1,024
-on, about even at 256 by 256 and up to a tenth of a millisecond slower there with one row. Formats with groups keep the
-float product.
+Measured on a busy CPU beside the float product of decoded operands: 2 to 15 times as fast from matrices of 1,024 by
+1,024 on, about even at 256 by 256 and up to a tenth of a millisecond slower there with one row. Formats with groups
+keep the float product.
 
 Source: EQ-Net (Xu et al. 2023, arXiv:2308.07650) for the grids; the expansion is plain algebra.
 """
