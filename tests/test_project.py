@@ -125,7 +125,9 @@ def test_data_files_are_packaged(root, pyproject):
 
 def test_every_import_is_a_declared_dependency(root, pyproject):
     extras = pyproject["project"]["optional-dependencies"]
-    wanted = pyproject["project"]["dependencies"] + extras["hf"] + extras["lm-eval"] + extras["optuna"]
+    wanted = pyproject["project"]["dependencies"] + [
+        requirement for name in ("hf", "lm-eval", "optuna", "tensorboard") for requirement in extras[name]
+    ]
     declared = {re.split(r"[^A-Za-z0-9_-]", requirement)[0].replace("-", "_") for requirement in wanted}
     declared = {{"pillow": "PIL", "orbax_checkpoint": "orbax"}.get(name, name) for name in declared}
     optional = {"equinox", "hypothesis", "pytest"}  # of the user's own environment: from_equinox, qjax.testing
