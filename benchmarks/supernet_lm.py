@@ -42,7 +42,7 @@ from qjax.cli.searching import space as presets
 from qjax.evaluate import text_blocks
 from qjax.formats import is_quantized
 from qjax.search import Genetic, Windows, assign, evolve_best, sensitivities
-from qjax.search.genetic import tilted
+from qjax.search.windows import tilted
 from qjax.supernet import Schedule, Space, train
 
 BITS, GROUPS = tuple(range(2, 9)), (64, 128)
