@@ -366,6 +366,7 @@ def test_progress_in_a_pipe_is_a_line_at_times(capsys, monkeypatch):
 # -- study -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_study_of_a_language_model(capsys, folder, text, tmp_path):
     out_dir, other = tmp_path / "s", tmp_path / "other.txt"
     other.write_text("so long\n\na dog ran far away\n\nthe end of it\n")  # one block is in the other file too

@@ -154,6 +154,7 @@ rounding = { rounding = "GPTQ", block_size = 8 }
 """
 
 
+@pytest.mark.slow
 @pytest.mark.every(2)
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_layer_by_layer(capsys, folder_of, tmp_path, kind):

@@ -194,6 +194,7 @@ def test_factors_enter_a_scan_as_rows():
         assert (3, 8, 2) not in [v.aval.shape for v in eqn.invars[: n + m]]
 
 
+@pytest.mark.slow
 def test_layers_with_different_ranks_or_none():
     p, x = params(), batch()
     for targets in ({"s/1": None, "**": 2}, {"s/0": 1, "s/*": 3}):

@@ -42,6 +42,7 @@ def test_a_recipe_and_a_checkpoint_find_the_plugin(root, tmp_path, environment):
     assert run.stdout.split()[:2] == ["ternary", "g32"]
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(root, environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", "."]
     run = subprocess.run(

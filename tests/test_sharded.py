@@ -177,7 +177,7 @@ def adapted_alone():
     return adapted(network, weights(), *data())
 
 
-@pytest.mark.every(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_low_rank_adapters(kind, layout):

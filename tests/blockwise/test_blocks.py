@@ -195,6 +195,7 @@ def test_layers_of_several_formats():
     np.testing.assert_allclose(model(model.params, x), scanned(floats(model.params), x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_smoothed_inputs_and_gptq_together():
     p = stacked()
     loud = [x * jnp.where(jnp.arange(D) == 3, 40.0, 1.0) for x in BATCHES]

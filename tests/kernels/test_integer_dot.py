@@ -107,7 +107,8 @@ def test_the_compiled_product_is_of_integers():
 def test_a_sum_that_may_overflow_is_left_to_floats():
     choice = ops.choose("dot", Int(8), Int(8, per="token"), (4, 8, integer.LARGEST_SUM + 1), "cpu")
     assert choice.name.startswith("dequantize")
-    assert ops.choose("dot", Int(8, group=128), Int(8, per="token"), (4, 8, 2**18), "cpu").name == "int_dot"
+    grouped = ops.choose("dot", Int(8, group=128), Int(8, per="token"), (4, 8, 2**18), "cpu").name
+    assert grouped in ("int_dot", "native")  # the latter where it was compiled, on processors that it is fast on
 
 
 AFFINE_ACTS = [Affine(8, per="tensor", signed=False), Affine(5, per="token"), Int(8, per="token", symmetric=False),

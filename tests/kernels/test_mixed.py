@@ -35,6 +35,7 @@ FORMATS = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=1)
 @given(st.sampled_from(FORMATS), st.integers(1, 150), st.integers(1, 600), st.sampled_from(WIDE))
 @example(FORMATS[1], 40, 300, WIDE[0])

@@ -47,6 +47,7 @@ def owners(sizes, rows, tile):
     return out
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.one_of(st.just(0), st.integers(0, 40)), min_size=1, max_size=9),

@@ -11,6 +11,7 @@ import pytest
 from qjax import models
 
 
+@pytest.mark.slow
 def test_stories260k_perplexity(data_dir):
     """Protocol A: each blank-line separated story alone, behind ``<s>``, cut to 512 tokens."""
     folder = data_dir / "models" / "stories260k"

@@ -137,6 +137,7 @@ def test_a_zero_in_a_scale_beside_a_bias():
     assert "has a zero where" in notes_of(fn, params)
 
 
+@pytest.mark.slow
 @pytest.mark.every(2)
 @pytest.mark.parametrize("inner", [None, "gptq"])
 def test_four_bits_with_outliers_in_the_stream(inner):

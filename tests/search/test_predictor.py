@@ -91,6 +91,7 @@ def test_subnets_are_spread_and_collecting_goes_on(tmp_path):
         collect_subnets(lambda c: np.full(len(c), np.nan), DOMAIN, WEIGHTS, INPUTS, 1)
 
 
+@pytest.mark.slow
 def test_a_fitted_predictor_and_the_search_with_it():
     """Rank correlations above the paper's, and the best of the search is the best of all choices but for a little."""
     choices, forms = draw_choices(0, DOMAIN, WEIGHTS, INPUTS, 400)

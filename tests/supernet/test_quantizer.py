@@ -124,7 +124,6 @@ def test_errors_of_a_uniform_grid():
     assert not np.asarray(zero[0]).any() and not np.asarray(lsq_plus(jnp.zeros(3), zero[0][0, 0], None, 2)).any()
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.floats(-2, 2), st.booleans())
 def test_an_asymmetric_grid_ends_where_the_range_does_and_values_stay(seed, bits, middle, symmetric):
     x = np.random.default_rng(seed).laplace(middle, 1.0, 300)
