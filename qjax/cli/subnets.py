@@ -300,7 +300,8 @@ def _write(
         for name, points in front.curves.items()
     }
     (out / "front.json").write_text(json.dumps({"kind": front.kind, "curves": curves}) + "\n")
-    plot_subnets(front, out / "front.svg", found, score_name=job.said.partition(",")[0])
+    what = ("predicted " if args.predictor else "") + job.said.partition(",")[0]
+    plot_subnets(front, out / "front.svg", found, score_name=what)
 
 
 def _show(
