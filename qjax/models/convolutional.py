@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 
 from qjax.errors import ModelError
 from qjax.models import family, functional
+from qjax.models.classifier import Classifier
 
 LEAVES = {**family.LEAVES, "mean": (".running_mean",), "var": (".running_var",)}
 """How the leaves of such a network end in checkpoints."""
@@ -109,20 +110,8 @@ def check_pixels(pixels: jax.Array, channels: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvClassifier:
-    """A classifier as a function of its parameters: ``fn(params, pixels [B, H, W, 3]) -> logits [B, classes]``.
-
-    Attributes:
-        config: sizes.
-        network: the module, called with pixels and a momentum, as `BatchNorm` takes it.
-    """
-
-    config: Any
-    network: ClassVar[Any] = None
-
-    def __call__(self, params: Any, pixels: jax.Array) -> jax.Array:
-        """Class logits of normalised pixels, with the running statistics in ``params``."""
-        return self.module(params)(pixels)
+class ConvClassifier(Classifier):
+    """A `Classifier` with batch norms, whose network takes a momentum too, as `BatchNorm` does."""
 
     def train_step_stats(self, params: Any, pixels: jax.Array, *, momentum: float = 0.1) -> tuple[jax.Array, Any]:
         """The training form: normalise with the statistics of this batch.
@@ -143,15 +132,3 @@ class ConvClassifier:
         module = self.module(params)
         logits = module(pixels, momentum)
         return logits, functional.to_params(nnx.state(module))
-
-    def init(self, seed: int = 0) -> Any:
-        """Random weights, running means of zero and variances of one."""
-        return functional.init_params(self.network, self.config, seed)
-
-    def abstract_params(self, dtype: Any = jnp.float32) -> Any:
-        """Shapes of the parameters."""
-        return functional.abstract_params(self.network, self.config, dtype)
-
-    def module(self, params: Any) -> Any:
-        """The Flax NNX module with these parameters in it."""
-        return functional.bind(self.network, self.config, params)

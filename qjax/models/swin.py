@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from qjax.errors import ModelError, near
-from qjax.models import functional
 from qjax.models.activations import ACTIVATIONS
+from qjax.models.classifier import Classifier
 from qjax.models.family import Family
 from qjax.models.vit import MLP, pair
 
@@ -273,26 +273,11 @@ class Swin(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinClassifier:
+class SwinClassifier(Classifier):
     """A classifier as a function of its parameters: ``fn(params, pixels [B, H, W, 3]) -> logits [B, classes]``."""
 
     config: SwinConfig
-
-    def __call__(self, params: Any, pixels: jax.Array) -> jax.Array:
-        """Class logits of normalised pixels."""
-        return functional.bind(Swin, self.config, params)(pixels)
-
-    def init(self, seed: int = 0) -> Any:
-        """Random parameters."""
-        return functional.init_params(Swin, self.config, seed)
-
-    def abstract_params(self, dtype: Any = jnp.float32) -> Any:
-        """Shapes of the parameters."""
-        return functional.abstract_params(Swin, self.config, dtype)
-
-    def module(self, params: Any) -> Swin:
-        """The Flax NNX module with these parameters in it."""
-        return functional.bind(Swin, self.config, params)
+    network: ClassVar[Any] = Swin
 
 
 def names(config: SwinConfig) -> dict[str, tuple[str, ...]]:

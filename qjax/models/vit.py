@@ -8,15 +8,15 @@ GELU. Names follow the Llama module: ``layers/3/attn/q_proj/kernel``, ``layers/3
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qjax.errors import ModelError, near
-from qjax.models import functional
 from qjax.models.activations import ACTIVATIONS
+from qjax.models.classifier import Classifier
 from qjax.models.family import Family
 
 ARCHITECTURES = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
@@ -206,26 +206,11 @@ class Vit(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageClassifier:
+class ImageClassifier(Classifier):
     """A classifier as a function of its parameters: ``fn(params, pixels [B, H, W, 3]) -> logits [B, classes]``."""
 
     config: VitConfig
-
-    def __call__(self, params: Any, pixels: jax.Array) -> jax.Array:
-        """Class logits of normalised pixels."""
-        return functional.bind(Vit, self.config, params)(pixels)
-
-    def init(self, seed: int = 0) -> Any:
-        """Random parameters."""
-        return functional.init_params(Vit, self.config, seed)
-
-    def abstract_params(self, dtype: Any = jnp.float32) -> Any:
-        """Shapes of the parameters."""
-        return functional.abstract_params(Vit, self.config, dtype)
-
-    def module(self, params: Any) -> Vit:
-        """The Flax NNX module with these parameters in it."""
-        return functional.bind(Vit, self.config, params)
+    network: ClassVar[Any] = Vit
 
 
 def names(config: VitConfig) -> dict[str, tuple[str, ...]]:
