@@ -81,7 +81,9 @@ class Affine(Format):
         top = 2**self.bits - 1
         # Halves first: max - min of a block that spans most of float32 would overflow, and halving is exact.
         scale = scale_for(high * 0.5 - low * 0.5, top / 2, top)
-        return {"scale": scale, "offset": jnp.asarray(low, jnp.float32) - self.code_range[0] * scale}
+        low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+        # Nothing but zeros is code 0 without an offset: the product of such a row is then 0, and not a difference.
+        return {"scale": scale, "offset": low - jnp.where(low == high, 0, self.code_range[0] * scale)}
 
     def encode(self, x: AnyArray, aux: Aux) -> Array:
         """Return int8 codes, or uint8 if unsigned."""

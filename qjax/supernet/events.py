@@ -31,8 +31,8 @@ class EventFile:
 
     def __init__(self, folder: Path, done: int = 0, rows: Mapping[str, Sequence[float]] | None = None):
         require()
-        from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore[reportMissingImports]
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportMissingImports]
+        from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
         folder.mkdir(parents=True, exist_ok=True)
         fresh = not any(folder.glob("events.out.tfevents.*"))
@@ -47,8 +47,8 @@ class EventFile:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step, counted from 1."""
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
@@ -70,7 +70,7 @@ def require(given_folder: Any = True) -> None:
         QjaxError: there is no folder to write to.
     """
     try:
-        import tensorboardX  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import tensorboardX  # noqa: F401  # pyright: ignore
     except ImportError as error:
         raise ImportError(f"event files need tensorboardX ({error}); pip install 'qjax[tensorboard]'") from error
     if given_folder is None:

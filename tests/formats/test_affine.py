@@ -48,3 +48,11 @@ def test_wrong_settings():
     for make in (lambda: Affine(1), lambda: Affine(4, signed=1), lambda: Affine(4, per="row")):
         with pytest.raises(FormatError, match="Affine"):
             make()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_row_of_zeros_has_no_offset(signed):
+    x = jnp.zeros((2, 16)).at[1].set(3.0)
+    q = quantize_array(x, Affine(8, signed=signed), in_axes=1)
+    assert not np.asarray(q.canonical().aux["offset"])[0].any()
+    np.testing.assert_allclose(q.dequantize(), x, atol=1e-6)
