@@ -21,6 +21,9 @@ from qjax.kernels.cpu import build
 DOT, FLOAT_DOT = "qjax_dot", "qjax_float_dot"
 """How XLA calls the products, with int8 activations and with floats; so are the handlers in the library called."""
 
+TARGETS = (DOT, FLOAT_DOT)
+"""All handlers in the library."""
+
 ISAS = ("portable", "avx2", "avx512_vnni", "amx")
 """Instruction sets, as numbered in ``src/problem.h``."""
 
@@ -35,7 +38,7 @@ def library() -> ctypes.CDLL | str:
     found = find(build.HERE)
     if isinstance(found, str):
         return found
-    for name in (DOT, FLOAT_DOT):
+    for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu")
     return found
 

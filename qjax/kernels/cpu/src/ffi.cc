@@ -1,56 +1,14 @@
-// The handler that XLA calls: checks every dtype and shape, allocates scratch memory, shares the work among XLA's threads.
-#include <cstdlib>
-#include <memory>
+// The handlers of products with integer weights: check every dtype and shape, allocate scratch memory, share the work among
+// XLA's threads.
 #include <new>
-#include <string>
-#include <utility>
 
-#include "problem.h"
-#include "share.h"
-#include "xla/ffi/api/ffi.h"
+#include "handler.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-using qjax::Dot;
-using qjax::Quantize;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-// Null where there is not that much.
-Memory aligned(int64_t bytes) {
-  return Memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))));
-}
-
-void run_in_pool(void* context, int64_t workers, int64_t count, void (*task)(void*, int64_t, int64_t), void* argument) {
-  auto* pool = static_cast<ffi::ThreadPool*>(context);
-  qjax::share([pool](auto work) { pool->Schedule(std::move(work)); }, workers, count, task, argument);
-}
-
-ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("qjax_dot: " + what); }
-
-std::string shape(const ffi::AnyBuffer& a) {
-  std::string out = "[";
-  for (size_t i = 0; i < a.dimensions().size(); i++) out += (i ? ", " : "") + std::to_string(a.dimensions()[i]);
-  return out + "]";
-}
-
-bool is(const ffi::AnyBuffer& a, ffi::DataType type, size_t rank) {
-  return a.element_type() == type && a.dimensions().size() == rank;
-}
-
-// [s, rows or 1, columns or 1], as strides that are 0 where one number serves all.
-bool broadcasts(const ffi::AnyBuffer& a, int64_t rows, int64_t columns, int64_t* along_rows, int64_t* along_columns) {
-  const int64_t r = a.dimensions()[1], c = a.dimensions()[2];
-  if ((r != rows && r != 1) || (c != columns && c != 1)) return false;
-  *along_rows = r == 1 && rows != 1 ? 0 : c;
-  *along_columns = c == 1 ? 0 : 1;
-  return true;
-}
+using namespace qjax;
 
 struct Rows {
   const Quantize* what;
@@ -62,11 +20,6 @@ void quantize_task(void* argument, int64_t number, int64_t) {
   const Rows& rows = *static_cast<const Rows*>(argument);
   const int64_t first = number * rows.step, last = first + rows.step;
   qjax::quantize_rows(*rows.what, first, last < rows.what->m ? last : rows.what->m, rows.isa);
-}
-
-// The sizes of the stack: of every operand the first.
-bool stacked(const ffi::AnyBuffer& a, ffi::DataType type, int64_t stack) {
-  return is(a, type, 3) && a.dimensions()[0] == stack;
 }
 
 // Fills in what a problem says of the weight and of sizes; x [s, m, k], w u8 or s8 [s, n, bytes], scale f32 [s, n or 1,
@@ -114,11 +67,6 @@ void take(Dot& d, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scal
   d.y = static_cast<float*>(y.untyped_data()) + s * d.m * d.n;
 }
 
-ffi::Error no_isa(int isa) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                    std::string("qjax_dot: this processor has no ") + qjax::isa_name(isa));
-}
-
 // x f32, or s8 codes, [s, m, k]; sx f32 [s, m or 1, 1]; the others as above. Each of the s matrices by itself.
 ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
                ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group, int64_t is_signed,
@@ -136,11 +84,11 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   const int chosen = isa < 0 ? qjax::best_isa(d) : static_cast<int>(isa);
   if (!qjax::has_isa(chosen)) return no_isa(chosen);
 
-  qjax::Pool pool{threads.num_threads() > 1 ? threads.num_threads() : 1, &threads, run_in_pool};
+  const Pool pool = pool_of(threads);
   Memory q = aligned(d.m * d.q_stride() + 64), sums = aligned(d.m * columns * 4), scales = aligned(d.m * 4);
   Memory scratch = aligned(qjax::scratch_bytes(d) * pool.workers);
   if (!q || !sums || !scales || !scratch)
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for activations and scratch");
+    return no_memory("activations and scratch");
   float* own = reinterpret_cast<float*>(scales.get());
   Quantize quantize{};
   quantize.m = d.m;
@@ -170,7 +118,7 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
       qjax::run_dot(d, chosen, pool, scratch.get());
     }
   } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for tasks");
+    return no_memory("tasks");
   }
   return ffi::Error::Success();
 }
@@ -188,9 +136,9 @@ ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w
   if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
   const int chosen = isa < 0 ? qjax::best_isa(d) : static_cast<int>(isa);
   if (!qjax::has_isa(chosen)) return no_isa(chosen);
-  qjax::Pool pool{threads.num_threads() > 1 ? threads.num_threads() : 1, &threads, run_in_pool};
+  const Pool pool = pool_of(threads);
   Memory laid = aligned(d.m * f.x_stride() * 4);
-  if (!laid) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for activations");
+  if (!laid) return no_memory("activations");
   f.x = reinterpret_cast<float*>(laid.get());
   try {
     for (int64_t s = 0; s < stack; s++) {
@@ -200,7 +148,7 @@ ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w
       qjax::run_float_dot(f, chosen, pool);
     }
   } catch (const std::bad_alloc&) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "qjax_dot: no memory for tasks");
+    return no_memory("tasks");
   }
   return ffi::Error::Success();
 }
