@@ -58,6 +58,8 @@ class Spec:
         implementation: the name of a lowering, or None to choose one.
         out_sharding: sharding of the result on an explicit mesh, where the operands leave it open.
         streamed: whether the weight is what a running loop slices from a stack at its step: never unpacked early.
+        fitted: whether the scales in aux are those of the rows of x, by the rule of ``act``, which has one a row: a
+            lowering may fit them itself, and leave those that are given.
     """
 
     out_dtype: np.dtype
@@ -66,6 +68,7 @@ class Spec:
     implementation: str | None = None
     out_sharding: Any = None
     streamed: bool = False
+    fitted: bool = False
 
 
 class Call:
@@ -352,7 +355,7 @@ def _fixed_leaves(call: Call) -> frozenset[int]:
 
 def _linear(spec: Spec) -> Spec:
     """Return the spec of the op that is linear in x: activations not quantized, any lowering."""
-    return dataclasses.replace(spec, act=None, implementation=None)
+    return dataclasses.replace(spec, act=None, implementation=None, fitted=False)
 
 
 def _has_derivative(a: Any) -> bool:

@@ -160,7 +160,7 @@ def q_dot(
     x: Array | QArray,
     w: QArray,
     *,
-    act: Act | None = None,
+    act: Act | Format | None = None,
     bias: Array | None = None,
     residual: Array | None = None,
     out_dtype: DTypeLike | None = None,
@@ -183,7 +183,8 @@ def q_dot(
         x: float [*stack, *rows, K]; stack as in w, any number of row axes. Or what `quantize_rows` made of it, in
             place of ``act``: then no derivative reaches the floats that it was made of.
         w: viewed canonically, [*stack, N, K].
-        act: ``(format, aux)``; aux as `activation_aux` or calibration made it, [*stack, *rows or 1, groups].
+        act: ``(format, aux)``; aux as calibration made it, [*stack, *rows or 1, groups]. Or a format alone: with scales
+            as `activation_aux` fits them to x, which a kernel may do itself where there is one a row.
         bias: float [N] or [*stack, N], added in float32 before the result is rounded (`qjax.kernels.dot.terms`), in
             the kernel where it can.
         residual: float [*stack, *rows, N], likewise, after the bias.
@@ -214,6 +215,10 @@ def q_dot(
             f"{at}q_dot of activations {tuple(x.shape)} with a weight of stack {tuple(stack)}, "
             f"{w.codes.shape[-2]} outputs and {w.length} inputs; the activations have to be [*stack, *rows, inputs]"
         )
+    fitted = False
+    if isinstance(act, Format):
+        fitted = by_magnitude(act) and act.per in ("token", "channel")
+        act = (act, activation_aux(x, act, stack_ndim=stacks, streamed=streamed))
     spec = Spec(
         out_dtype=np.dtype(x.dtype if out_dtype is None else out_dtype),
         act=act[0] if act else None,
@@ -221,6 +226,7 @@ def q_dot(
         implementation=implementation,
         out_sharding=out_sharding,
         streamed=streamed,
+        fitted=fitted,
     )
     terms = _terms(bias, residual, tuple(stack), (*x.shape[:-1], w.codes.shape[-2]), at)
     operands = Operands(x, dict(act[1]) if act else {}, w, terms=terms)
@@ -248,7 +254,7 @@ def _terms(bias: Any, residual: Any, stack: tuple[int, ...], shape: tuple[int, .
     return terms
 
 
-def _with_codes(x: QArray, act: Act | None, at: str) -> tuple[Array, Act]:
+def _with_codes(x: QArray, act: Act | Format | None, at: str) -> tuple[Array, Act]:
     """Return quantized activations as floats, which no product of codes reads, and their codes as part of their aux."""
     if act is not None:
         raise LayoutError(f"{at}q_dot of activations that are quantized already, to {x.fmt.name}; leave act out")

@@ -192,7 +192,7 @@ def partitioned(op: Any, call: Any, avals: Sequence[Any]) -> Any:
                 every[i] = jnp.zeros((*stack, rows, a.shape[-1]), a.dtype)
         return call.operands(every)
 
-    spec = dataclasses.replace(call.spec, out_sharding=None)
+    spec = dataclasses.replace(call.spec, out_sharding=None, fitted=False)  # a device may have a part of each row
     n = operands.w.codes.shape[-2] if operands.w.codes.ndim > 1 else 1
 
     @custom_partitioning

@@ -181,10 +181,11 @@ def emit_dot(
         xt = lax.transpose(x, (*batch, *xfree, *contract))
         xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
         xt = _prepared(xt, constants, act)
+        own = act is not None and act.prefix is None and act.fmt.per == "token"  # which a kernel may fit itself
         result = ops.q_dot(
             xt,
             canonical,
-            act=_for_stack(_act(act, xt, constants, where, streamed), batch_shape),
+            act=act.fmt if act and own else _for_stack(_act(act, xt, constants, where, streamed), batch_shape),
             out_dtype=out.dtype,
             precision=eqn.params["precision"],
             implementation=rewriter.implementation,

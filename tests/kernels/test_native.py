@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import qjax
 from qjax import ops
 from qjax.errors import LoweringError, QjaxWarning
 from qjax.formats import Int, quantize_array
@@ -98,6 +99,25 @@ def test_is_a_lowering(native):
     check_lowering("dot", "native", weights=[Int(8), Int(4, group=32), Int(4, symmetric=False)], acts=acts, examples=3)
 
 
+def test_scales_of_tokens_are_fitted_inside(native, monkeypatch):
+    """By the rule of the format, to the last bit; and XLA computes none."""
+    rng = np.random.default_rng(0)
+    w = quantize_array(jnp.asarray(rng.standard_normal((16, 70)), jnp.float32), Int(4), in_axes=1)
+    x = (rng.standard_normal((9, 70)) * 10.0 ** np.arange(-43, 38, 9)[:, None]).astype(np.float32)
+    x[1], x[2, 5], x[3, 7], x[4] = 0, np.nan, -np.inf, 1e-41
+    for act in (TOKEN, Int(6, per="token", scale="qmax")):
+        run = jax.jit(lambda x, a, act=act: ops.q_dot(x, w, act=(act, a) if a else act, implementation="native"))
+        y = np.asarray(run(x, None))
+        np.testing.assert_array_equal(y, np.asarray(run(x, ops.activation_aux(x, act))))
+        assert np.array_equal(np.isnan(y).all(axis=1), np.arange(9) // 2 == 1)
+    monkeypatch.setattr(dot, "SMALLEST", 1)
+    params = {"w": jnp.ones((64, 8))}
+    recipe = qjax.Recipe([qjax.Rule("**", weights=Int(8), inputs=qjax.dynamic(TOKEN))])
+    model = qjax.quantize(lambda params, x: x @ params["w"], params, x[:, :64], recipe=recipe)
+    compiled = jax.jit(model).lower(model.params, x[:, :64]).compile().as_text()
+    assert "qjax_dot" in compiled and " reduce(" not in compiled
+
+
 def test_a_token_does_not_depend_on_the_others(native):
     rng = np.random.default_rng(0)
     w = quantize_array(jnp.asarray(rng.standard_normal((96, 256)), jnp.float32), Int(4, group=64), in_axes=1)
@@ -131,6 +151,10 @@ def test_over_a_mesh_each_device_runs_it_on_what_it_holds(layer):
     y = whole(jax.device_put(x, rows), placed)
     np.testing.assert_array_equal(np.asarray(y), alone)
     assert y.sharding.spec == P("data", "model")
+    columns = NamedSharding(mesh, P(None, "model"))  # a device has a part of each token, whose scale is the whole one's
+    fitting = jax.jit(lambda x, w: ops.q_dot(x, w, act=TOKEN, implementation="native"))
+    y = fitting(jax.device_put(x, columns), jax.tree.map(lambda a: jax.device_put(a, columns), w))
+    np.testing.assert_allclose(np.asarray(y), alone, rtol=1e-5, atol=1e-5)
     inside = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P("model")), out_specs=P("data", "model"))
     np.testing.assert_array_equal(np.asarray(jax.jit(inside)(x, w)), alone)
 
@@ -178,10 +202,10 @@ def test_wrong_operands_are_errors(native):
     x, sx = jnp.zeros((1, 3, 64)), jnp.ones((1, 3, 1))
     w, s = jnp.zeros((1, 8, 32), jnp.uint8), jnp.ones((1, 8, 2))
     no = jnp.zeros((1, 0, 0), jnp.uint8)
-    settings = {"bits": 4, "group": 32, "is_signed": 1, "low": -128, "high": 127, "isa": -1}
+    settings = {"bits": 4, "group": 32, "is_signed": 1, "low": -128, "high": 127, "unit": 0, "isa": -1}
 
     def call(*operands, out=((1, 3, 8), jnp.float32), **changed):
-        attributes = {k: np.int64(v) for k, v in {**settings, **changed}.items()}
+        attributes = {k: (np.float32 if k == "unit" else np.int64)(v) for k, v in {**settings, **changed}.items()}
         return jax.ffi.ffi_call(library.DOT, jax.ShapeDtypeStruct(*out))(*operands, **attributes)
 
     def floats(*operands, out=((1, 3, 8), jnp.float32)):
@@ -193,6 +217,8 @@ def test_wrong_operands_are_errors(native):
         (lambda: call(x.astype(jnp.float16), sx, w, s, no), "float32 or int8"),
         (lambda: call(x[0], sx, w, s, no), r"\[3, 64\]"),
         (lambda: call(x, sx[:, :2], w, s, no), "scales of activations"),
+        (lambda: call(x, sx[:, :0, :0], w, s, no), "scales are fitted to floats"),
+        (lambda: call(x.astype(jnp.int8), sx[:, :0, :0], w, s, no, unit=1), "scales are fitted to floats"),
         (lambda: call(x, sx, w[:, :, :31], s, no), "rows of 31 bytes"),
         (lambda: call(x, sx, w.astype(jnp.int32), s, no), "weight has to be bytes"),
         (lambda: call(x, sx, jnp.concatenate([w, w]), s, no), "weight has to be bytes"),

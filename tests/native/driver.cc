@@ -149,6 +149,7 @@ bool one(std::mt19937& random, Threads& threads) {
   quantize.sx = sx.as<float>();
   quantize.low = -128;
   quantize.high = 127;
+  if (!codes && below(2)) quantize.unit = 1.0f / 127.5f;
   d.sx = sx.as<float>();
 
   const qjax::Pool pool{3, &threads, run};

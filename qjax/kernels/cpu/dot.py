@@ -2,7 +2,8 @@
 
 The kernels read weights in the neutral order in which they are stored, so nothing has to be packed.
 
-- int8 activations are quantized inside, by the rule of `qjax.formats.Int`. Sums over a group, or over a row where it
+- int8 activations are quantized inside, by the rule of `qjax.formats.Int`, and so are the scales of tokens fitted where
+  they are dynamic: XLA then computes neither. Sums over a group, or over a row where it
   has one scale, are exact; they are scaled and added in float32 in the order of groups, whatever the processor, the
   threads and the other rows are: a token's result does not depend on what it is computed with.
 - Activations that stay floats are multiplied in float32 by the numbers that codes stand for, unpacked in registers; a
@@ -13,6 +14,7 @@ The kernels read weights in the neutral order in which they are stored, so nothi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from jax import Array
 
 from qjax.formats import Int, QArray
 from qjax.formats.numerics import AnyArray
+from qjax.kernels.act.reference import unit_scale
 from qjax.kernels.cpu.library import DOT, FLOAT_DOT, ISAS, instruction_sets, library, say_once
 from qjax.kernels.dot.integer import LARGEST_SUM
 from qjax.kernels.dot.reference import CODES, dot_reference
@@ -110,23 +113,21 @@ def native(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         return y.astype(problem.out_dtype).reshape(*stack, *rows, problem.n)
     fmt, aux = act
     assert isinstance(fmt, Int)
-    scale = fmt.scale_of(aux)
-    if any(d > 1 for d in scale.shape[len(stack) : -1]):
-        scale = jnp.broadcast_to(scale, (*scale.shape[: len(stack)], *rows, 1))
     given = jnp.broadcast_to(jnp.asarray(aux[CODES]), x.shape) if CODES in aux else x.astype(jnp.float32)
-    y = product(
-        merged(given, count, problem.k),
-        merged(scale, math.prod(scale.shape[len(stack) :]), 1),
-        *weight,
-        weight=w.fmt,
-        act=fmt,
-    )
+    if problem.settings is not None and problem.settings.fitted:
+        x_scale = None  # that in aux is not read, and so XLA does not compute it
+    else:
+        scale = fmt.scale_of(aux)
+        if any(d > 1 for d in scale.shape[len(stack) : -1]):
+            scale = jnp.broadcast_to(scale, (*scale.shape[: len(stack)], *rows, 1))
+        x_scale = merged(scale, math.prod(scale.shape[len(stack) :]), 1)
+    y = product(merged(given, count, problem.k), x_scale, *weight, weight=w.fmt, act=fmt)
     return y.astype(problem.out_dtype).reshape(*stack, *rows, problem.n)
 
 
 def product(
     x: Array,
-    x_scale: Array,
+    x_scale: Array | None,
     codes: Array,
     scale: Array,
     zero: Array,
@@ -139,7 +140,7 @@ def product(
 
     Args:
         x: float32, or int8 codes, [S, M, K].
-        x_scale: float32 [S, M or 1, 1].
+        x_scale: float32 [S, M or 1, 1], or None: fitted to each row of x, as ``act`` does.
         codes: packed, [S, N, bytes].
         scale: float32 [S, N or 1, groups or 1].
         zero: uint8 likewise, or [S, 0, 0] where ``weight`` is symmetric.
@@ -151,7 +152,10 @@ def product(
         float32 [S, M, N].
     """
     low, high = act.code_range
-    own = {"low": np.int64(low), "high": np.int64(high)}
+    own: dict[str, Any] = {"low": np.int64(low), "high": np.int64(high), "unit": np.float32(0)}
+    if x_scale is None:
+        own["unit"] = np.float32(unit_scale(act))
+        x_scale = jnp.zeros((x.shape[0], 0, 0), jnp.float32)
     return _call(DOT, x, (x_scale, codes, scale, zero), weight, instructions, own)
 
 
@@ -163,7 +167,7 @@ def float_product(
 
 
 def _call(
-    target: str, x: Array, more: tuple[Array, ...], weight: Int, instructions: str | None, own: dict[str, np.int64]
+    target: str, x: Array, more: tuple[Array, ...], weight: Int, instructions: str | None, own: dict[str, Any]
 ) -> Array:
     s, m, _ = x.shape
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((s, m, more[-3].shape[1]), jnp.float32))(

@@ -67,10 +67,11 @@ void take(Dot& d, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scal
   d.y = static_cast<float*>(y.untyped_data()) + s * d.m * d.n;
 }
 
-// x f32, or s8 codes, [s, m, k]; sx f32 [s, m or 1, 1]; the others as above. Each of the s matrices by itself.
+// x f32, or s8 codes, [s, m, k]; sx f32 [s, m or 1, 1], or [s, 0, 0] where `unit`, the scale of [-1, 1], says how they are
+// fitted to x; the others as above. Each of the s matrices by itself.
 ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
                ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group, int64_t is_signed,
-               int64_t low, int64_t high, int64_t isa) {
+               int64_t low, int64_t high, float unit, int64_t isa) {
   const bool codes = x.element_type() == ffi::S8;
   if (!(codes || x.element_type() == ffi::F32) || x.dimensions().size() != 3)
     return invalid("activations have to be float32 or int8 [s, m, k], they are of shape " + shape(x));
@@ -78,7 +79,10 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   if (ffi::Error wrong = describe(d, x, w, scale, zeros, *y, bits, group, is_signed); wrong.failure()) return wrong;
   const int64_t stack = x.dimensions()[0], columns = d.groups() > 0 ? d.groups() : 1;
   if (low < -128 || high > 127 || low > high) return invalid("codes of activations are int8");
-  if (!stacked(sx, ffi::F32, stack) || sx.dimensions()[2] != 1 || (sx.dimensions()[1] != d.m && sx.dimensions()[1] != 1))
+  if (!stacked(sx, ffi::F32, stack)) return invalid("scales of activations have to be float32, they are of shape " + shape(sx));
+  const bool fit = sx.dimensions()[1] == 0 && sx.dimensions()[2] == 0;
+  if (fit && (codes || !(unit > 0.0f))) return invalid("scales are fitted to floats, by the scale of [-1, 1]");
+  if (!fit && (sx.dimensions()[2] != 1 || (sx.dimensions()[1] != d.m && sx.dimensions()[1] != 1)))
     return invalid("scales of activations have to be float32 [s, m or 1, 1], they are of shape " + shape(sx));
   if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
   const int chosen = isa < 0 ? qjax::best_isa(d) : static_cast<int>(isa);
@@ -96,6 +100,7 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   quantize.bits = bits;
   quantize.group = d.group;
   quantize.sx = own;
+  quantize.unit = fit ? unit : 0.0f;
   quantize.low = static_cast<float>(low);
   quantize.high = static_cast<float>(high);
   quantize.q = reinterpret_cast<int8_t*>(q.get());
@@ -107,7 +112,7 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   try {
     for (int64_t s = 0; s < stack; s++) {
       const float* given = static_cast<const float*>(sx.untyped_data()) + s * one_sx;
-      for (int64_t m = 0; m < d.m; m++) own[m] = given[one_sx == 1 ? 0 : m];
+      for (int64_t m = 0; m < d.m && !fit; m++) own[m] = given[one_sx == 1 ? 0 : m];
       if (codes)
         quantize.codes = static_cast<const int8_t*>(x.untyped_data()) + s * d.m * d.k;
       else
@@ -169,6 +174,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_dot, dot,
                                   .Attr<int64_t>("is_signed")
                                   .Attr<int64_t>("low")
                                   .Attr<int64_t>("high")
+                                  .Attr<float>("unit")
                                   .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_float_dot, float_dot,

@@ -65,11 +65,15 @@ struct Pool {
 
 // Floats to codes. x [m, k] -> q and qsum as in Dot; sx [m]. Rounds x * (1 / sx)
 // to the nearest even, within [low, high]; NaN becomes 0, and so do subnormal numbers, as XLA has it on CPU.
+//
+// Where `unit` is not 0, scales are fitted first, and written to sx: max(max |x| * unit, 2^-126), in which NaN counts as
+// infinity; then a row that is not finite has an infinite scale and codes 0, and every product with it is NaN.
 struct Quantize {
   int64_t m, k, bits, group;
   const float* x;
   const int8_t* codes;  // in place of x: codes that are known already, [m, k]
-  const float* sx;
+  float* sx;
+  float unit;
   float low, high;
   int8_t* q;
   int32_t* qsum;

@@ -49,7 +49,27 @@ inline int8_t code(float x, float inverse, float low, float high) {
     int32_t sum = 0;                                                                                                 \
     for (int64_t i = 0; i < count; i++) sum += codes[i];                                                             \
     return sum;                                                                                                      \
+  }                                                                                                                  \
+  /* Bits of the largest magnitude of a row: those of floats are in the order of the floats, NaN behind infinity. */ \
+  TARGET int32_t NAME##_top(const float* x, int64_t count) {                                                         \
+    int32_t top = 0;                                                                                                 \
+    for (int64_t i = 0; i < count; i++) {                                                                            \
+      int32_t word;                                                                                                  \
+      std::memcpy(&word, x + i, 4);                                                                                  \
+      word &= 0x7fffffff;                                                                                            \
+      top = word > top ? word : top;                                                                                 \
+    }                                                                                                                \
+    return top;                                                                                                      \
   }
+
+// The scale that `qjax.formats.Int` fits to a row.
+inline float scale_of(int32_t top, float unit) {
+  if (top > 0x7f800000) top = 0x7f800000;
+  float largest;
+  std::memcpy(&largest, &top, 4);
+  const float scale = largest * unit;
+  return scale > FLT_MIN ? scale : FLT_MIN;
+}
 
 QJAX_QUANTIZE_ROW(chunk_plain, )
 #if defined(QJAX_WIDE)
@@ -63,14 +83,17 @@ void quantize_rows(const Quantize& what, int64_t first, int64_t last, int isa) {
   const int64_t groups = what.k == 0 ? 0 : (what.k + what.group - 1) / what.group;
   auto chunk = chunk_plain;
   auto sum = chunk_plain_sum;
+  auto top = chunk_plain_top;
 #if defined(QJAX_WIDE)
   if (isa >= kAvx512Vnni) {
     chunk = chunk_wide;
     sum = chunk_wide_sum;
+    top = chunk_wide_top;
   }
 #endif
   (void)isa;
   for (int64_t m = first; m < last; m++) {
+    if (what.unit != 0.0f) what.sx[m] = scale_of(top(what.x + m * what.k, what.k), what.unit);
     const float inverse = what.codes ? 0.0f : 1.0f / what.sx[m];
     int8_t* q = what.q + m * chunks * whole;
     for (int64_t c = 0; c < chunks; c++) {
