@@ -331,6 +331,9 @@ def _search(commands: argparse._SubParsersAction) -> None:
         help="of all sites of a subnet: channel or tensor, sym or asym of weights, of activations, as channel/sym/asym",
     )
     parser.add_argument(
+        "--group", type=_positive, metavar="N", help="of all sites of a subnet, if it has groups (default: its first)"
+    )
+    parser.add_argument(
         "--recalibrate",
         type=int,
         metavar="N",

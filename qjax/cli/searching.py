@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> None:
         from qjax.cli import subnets
 
         return subnets.run(args)
-    if args.predictor is not None or args.form is not None or args.recalibrate is not None:
-        raise SearchError("--predictor, --form and --recalibrate are of a supernet; give its folder with --supernet")
+    if any(given is not None for given in (args.predictor, args.form, args.group, args.recalibrate)):
+        raise SearchError(
+            "--predictor, --form, --group and --recalibrate are of a supernet; give its folder with --supernet"
+        )
     start = time.monotonic()
     budget = Budget.of(args.budget)
     if budget.kind in ("seconds", "joules") and not args.device:

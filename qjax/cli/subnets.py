@@ -28,6 +28,7 @@ from qjax.search import (
     Genes,
     Genetic,
     SubnetFront,
+    best_as_run,
     budget_windows,
     choice_front,
     collect_subnets,
@@ -92,18 +93,20 @@ def run(args: argparse.Namespace) -> None:
         check_data(loaded, args)
         job = (_of_text if loaded.reads_text else _of_images)(loaded, args)
     domain, form = job.domain, _form(args.form, job.domain)
+    group = _group(args.group, domain)
     counted = job_sizes(job.t, job.params, *job.example)
     sizes = counted.weights, counted.inputs
     kinds = dict.fromkeys(b.kind for b in budgets if b.kind != "bits")
-    more: dict[str, Any] = {"form": form, "on": args.device, "rows": args.rows}
+    more: dict[str, Any] = {"form": form, "group": group, "on": args.device, "rows": args.rows}
     costs = [site_costs(job.t, job.params, job.state, *job.example, kind=k, **more) for k in kinds]
-    genes = Genes(domain, form, paired=not all(Genes(domain, form).additive(c.table) for c in costs))
+    genes = Genes(domain, form, group=group)
+    genes = dataclasses.replace(genes, paired=not all(genes.additive(c.table) for c in costs))
     windows = budget_windows(genes, *sizes, budgets, costs={c.kind: c for c in costs})
     draw_valid(args.seed, genes.allowed, windows, 1)  # not after an hour of measuring
     out.mkdir(parents=True, exist_ok=True)
     measured = jax.jit(over_population(job.one))
     run_block = lambda choices: measured(jnp.asarray(choices), *job.shared)  # noqa: E731
-    settings: dict[str, Any] = {"form": form, "seed": args.seed}
+    settings: dict[str, Any] = {"form": form, "group": group, "seed": args.seed}
     held = None
     if args.predictor:
         with counting("measuring subnets") as progress:
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         with counting("fitting the predictor") as progress:
             fitted = fit_predictor(subnets.encoded, subnets.scores, seed=args.seed, progress=progress)
         held, asked = fitted.held, jnp.asarray(form)
-        scores = lambda c: predict(fitted.params, encode_choice(c, asked))  # noqa: E731
+        scores = lambda c: predict(fitted.params, encode_choice(c, asked, subnets.groups))  # noqa: E731
         how, settings_front = Genetic(generations=args.generations or 500), NSGA2(64, args.generations or 100)
     else:
         size = max(8, args.population)
@@ -136,9 +139,9 @@ def run(args: argparse.Namespace) -> None:
             scores, domain, *sizes, budgets, costs=costs, settings=how, seeds=seeds, progress=said,
             baselines=args.predictor is not None, **settings,
         )  # fmt: skip
-    if args.predictor:  # predictions are to be checked: what was found, and what it has to beat, are run
-        found = dataclasses.replace(found, baselines=_measured(found, run_block, genes, windows, args.seed))
-        score = float(np.asarray(run_block(np.repeat(found.choice[None], BLOCK, axis=0)))[0])
+    if args.predictor:  # predictions are to be checked: the best few, and what they have to beat, are run
+        found, score = best_as_run(found, run_block, scores, *sizes, costs, block=BLOCK)
+        found = dataclasses.replace(found, baselines=_measured(run_block, genes, windows, args.seed))
     else:
         score = found.score
     _write(out, job, found, front, score, budgets, args)
@@ -237,6 +240,14 @@ def _form(given: str | None, domain: Domain) -> tuple[bool, bool, bool]:
     return form
 
 
+def _group(given: int | None, domain: Domain) -> int | None:
+    """The length of all groups; None is the first that the space has, or none."""
+    groups = domain.space.groups
+    if given is not None and given not in groups:
+        raise SearchError(f"--group {given}: the supernet has {', '.join(map(str, groups)) or 'no groups'}")
+    return given
+
+
 def form_name(form: tuple[bool, bool, bool]) -> str:
     """``channel/sym/asym``."""
     return "/".join(("channel" if form[0] else "tensor", *("sym" if s else "asym" for s in form[1:])))
@@ -259,7 +270,7 @@ def _within(front: SubnetFront, genes: Genes, windows: Any, most: int) -> np.nda
     return np.asarray(genes.choice(np.array(fine[:most], np.int32))) if fine else None
 
 
-def _measured(found: Found, run_block: Callable[..., Any], genes: Genes, windows: Any, seed: int) -> Any:
+def _measured(run_block: Callable[..., Any], genes: Genes, windows: Any, seed: int) -> Any:
     """The baselines as measured: the best of 16 random valid choices, and uniform bits."""
 
     def padded(choices: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ model = qjax.quantize(fn, params, *args, recipe=best.recipe())
 
 from qjax.search.assigning import Assignment, Budget, Point, assign, check_budget, group_costs, save_front
 from qjax.search.baselines import Baselines, compare_baselines, random_choices, uniform_choices
-from qjax.search.choices import Found, search_choice
+from qjax.search.choices import Found, best_as_run, search_choice
 from qjax.search.collecting import Subnets, collect_subnets, draw_choices
 from qjax.search.evolution import evolve_front
 from qjax.search.genes import Genes
@@ -49,6 +49,7 @@ __all__ = [
     "agreement",
     "assign",
     "average_bits",
+    "best_as_run",
     "bit_costs",
     "budget_windows",
     "check_budget",

@@ -77,7 +77,7 @@ def uniform_choices(genes: Genes, windows: Windows) -> dict[tuple[int, int], np.
     weights, inputs = ({v for row in rows for v in row[c]} for c in (0, 1))
     fit: dict[tuple[int, int], np.ndarray] = {}
     for w, a in itertools.product(weights, inputs):
-        choice = genes.domain.uniform(w, a, genes.form)
+        choice = genes.domain.uniform(w, a, genes.form, group=genes.group)
         if (windows.of(genes.genomes(choice)[None])[0] <= windows.high * (1 + SLACK)).all():
             fit[w, a] = choice
     more = {bits: (bits[0], bits[1] or 16) for bits in fit}

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from qjax.checkpoint.parts import open_job
+from qjax.errors import SearchError
 from qjax.search.assigning import Budget, amount
 from qjax.search.baselines import Baselines, compare_baselines
 from qjax.search.evolution import Progress
@@ -40,6 +41,8 @@ class Found:
         evaluations: choices that were scored on the way; one that was scored twice counts twice.
         baselines: what it is compared with, if that was asked.
         costs: what it costs, by kind, of the costs that were given.
+        ranked: the different choices that the search ended with, the best first, int32 [any, N, 5 or 6]: a predictor
+            errs, so the best few are worth a run.
     """
 
     choice: np.ndarray
@@ -49,6 +52,7 @@ class Found:
     evaluations: int = 0
     baselines: Baselines | None = None
     costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ranked: np.ndarray | None = None
 
     @property
     def spent(self) -> str:
@@ -94,6 +98,7 @@ def search_choice(
     *,
     costs: Sequence[SiteCosts] = (),
     form: tuple[bool, bool, bool] = (True, True, True),
+    group: int | None = None,
     settings: Genetic | None = None,
     width: float = 0.5,
     seeds: np.ndarray | None = None,
@@ -116,6 +121,7 @@ def search_choice(
             activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds, which have no lower end; or a list.
         costs: from `site_costs`, or tables of your own.
         form: of all sites.
+        group: of all sites, where the space has groups; None is its first.
         settings, seed, compiled, progress: as for `evolve_best`.
         width: of the windows of average bits.
         seeds: choices int32 [any, N, 5 or 6] within the budget, to begin with.
@@ -132,11 +138,11 @@ def search_choice(
     """
     settings = settings or Genetic()
     known = by_kind(costs, domain)
-    genes = Genes(domain, form)
+    genes = Genes(domain, form, group=group)
     if not all(genes.additive(c.table) for c in known.values()):
         genes = dataclasses.replace(genes, paired=True)
     windows = budget_windows(genes, weights, inputs, budgets_of(budget), width, known)
-    said = {"of": job, "form": list(form), "sites": list(domain.sites)}
+    said = {"of": job, "form": genes.said, "sites": list(domain.sites)}
     if block is None:
         score, folder = scores, resume
     else:
@@ -158,15 +164,59 @@ def search_choice(
         job=said,
         progress=progress,
     )
-    best = np.asarray(found.genomes[0])
-    choice = domain.check(np.asarray(genes.choice(best)))
+    fine = np.isfinite(np.asarray(found.values)[:, 0])
+    last = list(dict.fromkeys(map(tuple, np.asarray(found.genomes)[fine].tolist())))
+    ranked = np.asarray(genes.choice(np.array(last, np.int32)))
+    choice = domain.check(ranked[0])
     count = settings.population + settings.generations * (settings.mutants + settings.crossed)
     against = None
     if baselines:
         against = compare_baselines(jax.jit(score) if compiled else score, genes, windows, count, seed)
     spent = {kind: float(c.of(choice)) for kind, c in known.items()}
     value = -float(found.values[0, 0])
-    return Found(choice, value, average_of(genes, weights, inputs, choice), genes, count, against, spent)
+    return Found(choice, value, average_of(genes, weights, inputs, choice), genes, count, against, spent, ranked)
+
+
+def best_as_run(
+    found: Found,
+    run: Scores,
+    scores: Scores,
+    weights: Sequence[float],
+    inputs: Sequence[float],
+    costs: Sequence[SiteCosts] = (),
+    *,
+    block: int = 8,
+) -> tuple[Found, float]:
+    """Run the best few that a search by a predictor ended with, and take the one that is best then.
+
+    Args:
+        found: from `search_choice`, or of a choice among its `Found.ranked`.
+        run: choices int32 [block, N, 5 or 6] -> measured scores float [block]; always with as many choices.
+        scores: the predictor.
+        weights, inputs, costs: as for `search_choice`.
+        block: how many are run.
+
+    Returns:
+        What was found with this choice in place of the first; ``score`` stays what the predictor says. And the score
+        as measured.
+
+    Raises:
+        SearchError: ``found`` is of no search, or no score is a number.
+    """
+    if found.ranked is None:
+        raise SearchError("best_as_run: this result is of no search; give what search_choice returned")
+    few = found.ranked[:block]
+    full = np.concatenate([few, np.repeat(few[-1:], block - len(few), axis=0)])
+    measured = np.asarray(run(full), np.float64)[: len(few)]
+    if np.isnan(measured).all():
+        raise SearchError("best_as_run: no choice has a score that is a number; look at what scores them")
+    at = int(np.nanargmax(measured))
+    choice = found.genes.domain.check(few[at])
+    spent = {kind: float(c.of(choice)) for kind, c in by_kind(costs, found.genes.domain).items()}
+    predicted = float(np.asarray(scores(choice[None]))[0])
+    average = average_of(found.genes, weights, inputs, choice)
+    best = dataclasses.replace(found, choice=choice, score=predicted, average=average, costs=spent)
+    return best, float(measured[at])
 
 
 def budgets_of(budget: Any) -> list[float | tuple[float, float] | Budget]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,12 +27,14 @@ class Subnets:
         forms: bool [n, 3].
         scores: float64 [n].
         also: what else was measured of each, by name, float64 [n].
+        groups: how many groups the space has.
     """
 
     choices: np.ndarray
     forms: np.ndarray
     scores: np.ndarray
     also: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    groups: int = 0
 
     def __repr__(self) -> str:
         more = "".join(f", {name}" for name in self.also)
@@ -40,8 +43,8 @@ class Subnets:
 
     @property
     def encoded(self) -> np.ndarray:
-        """What a predictor reads: float32 [n, 6 + 14 N]."""
-        return np.asarray(encode_choice(self.choices, self.forms))
+        """What a predictor reads: float32 [n, 6 + (14 + groups) N]."""
+        return np.asarray(encode_choice(self.choices, self.forms, self.groups))
 
 
 def draw_choices(
@@ -51,8 +54,8 @@ def draw_choices(
 
     The i-th has form i modulo 8 of those that the domain has at some site; its average bits, of weights and of
     activations, are drawn evenly from all but the outer 7 % of what can be reached (2.4 to 7.6 of 2 to 8, as in
-    EQ-Net), and its layers under the most random distribution of this average (`qjax.search.windows`). It depends on
-    seed and i alone.
+    EQ-Net), and its layers under the most random distribution of this average (`qjax.search.windows`). In a space with
+    groups all its sites have one of them, in turn. It depends on seed and i alone.
 
     Args:
         seed: of the draws.
@@ -67,11 +70,12 @@ def draw_choices(
     forms = [f for f in FORMS if all(any(f[c] in row[2 + c] for row in domain.allowed) for c in range(3))]
     numbers = np.arange(first, first + count)
     choices, kept = np.zeros((count, *domain.shape), np.int32), np.zeros((count, 3), bool)
-    for position, form in enumerate(forms):
-        mine = np.flatnonzero(numbers % len(forms) == position)
+    kinds = list(itertools.product(domain.space.groups or (None,), forms))
+    for position, (group, form) in enumerate(kinds):
+        mine = np.flatnonzero(numbers % len(kinds) == position)
         if not len(mine):
             continue
-        genes = Genes(domain, form)
+        genes = Genes(domain, form, group=group)
         windows, mask = genes.windows(weights, inputs, 100.0, 1000.0), genes.allowed
         least = np.where(mask, windows.costs, np.inf).min(axis=-1).sum(axis=-1)
         most = np.where(mask, windows.costs, -np.inf).max(axis=-1).sum(axis=-1)
@@ -148,7 +152,7 @@ def collect_subnets(
             progress(count - len(missing) + at + len(some), count, f"score {np.mean(values['score']):.3f}")
     names = [name for name in known[0] if name != "score" and all(name in known[n] for n in range(count))]
     columns = {name: np.array([known[n][name] for n in range(count)]) for name in ("score", *names)}
-    return Subnets(choices, forms, columns.pop("score"), columns)
+    return Subnets(choices, forms, columns.pop("score"), columns, len(domain.space.groups))
 
 
 def _read(file: Path) -> dict[int, dict[str, float]]:

@@ -36,13 +36,20 @@ class Genes:
     Attributes:
         domain: of the supernet.
         form: (per channel, weights symmetric, activations symmetric); a site that may not have it keeps to what it may.
-            In a space with groups every site has the first of its groups: one search has one group size.
+            One search has one group size too, where the space has groups.
         paired: one gene a site for both, whose choices are 8 x the index of weights and the index of activations.
+        group: a length among the groups of the space; None is the first of them.
     """
 
     domain: Domain
     form: tuple[bool, bool, bool] = (True, True, True)
     paired: bool = False
+    group: int | None = None
+
+    @property
+    def said(self) -> list[Any]:
+        """The form, and the group where one is named, for descriptions of jobs."""
+        return [*self.form, *([] if self.group is None else [self.group])]
 
     @functools.cached_property
     def leading(self) -> np.ndarray:
@@ -66,7 +73,7 @@ class Genes:
 
     def choice(self, genomes: Any) -> jax.Array:
         """Choices int32 [..., N, 5 or 6] of genomes [..., genes]; may be traced."""
-        base = jnp.asarray(self.domain.uniform(8, 8, self.form))
+        base = jnp.asarray(self.domain.uniform(8, 8, self.form, group=self.group))
         genomes = jnp.asarray(genomes)
         if self.paired:
             genomes = jnp.concatenate([genomes // COUNT, genomes % COUNT], axis=-1)

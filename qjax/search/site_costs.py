@@ -58,6 +58,7 @@ def site_costs(
     *args: Any,
     kind: str,
     form: tuple[bool, bool, bool] = (True, True, True),
+    group: int | None = None,
     on: str | Device | Accelerator | None = None,
     rows: float | None = None,
     efficiency: Efficiency | None = None,
@@ -73,6 +74,7 @@ def site_costs(
         *args: arguments of the function: as many rows of activations are counted as these have.
         kind: "bytes", "seconds" or "joules".
         form: of all sites.
+        group: of all sites, where the space has groups; None is its first.
         on: the device or accelerator of seconds and joules.
         rows: rows of activations of each product, in place of those of ``args``.
         efficiency: what is reached of the device's peaks.
@@ -91,27 +93,27 @@ def site_costs(
     # Sites that may not have some bits have the nearest, and the fewest are never nearest to float.
     some, widest = min((a for a in used[1] if a), default=0), max(used[0])
     asked = sorted({(w, a and some) for w, a in pairs} | {(widest, a) for a in used[1]})
-    made = t.recipes(params, state, [domain.uniform(w, a, form) for w, a in asked], *args)
+    made = t.recipes(params, state, [domain.uniform(w, a, form, group=group) for w, a in asked], *args)
     program = trace(t.fn, params, *args)
     names = {pair: f"{pair[0]}/{pair[1]}" for pair in asked}
-    groups, decisions = find_groups(program, {names[p]: recipe for p, recipe in zip(asked, made, strict=True)})
-    of_site = {name: (group, group.sites[0] == name) for group in groups for name in group.sites}
+    parts, decisions = find_groups(program, {names[p]: recipe for p, recipe in zip(asked, made, strict=True)})
+    of_site = {name: (part, part.sites[0] == name) for part in parts for name in part.sites}
     table = np.zeros((len(domain.sites), COUNT, COUNT))
     for n, name in enumerate(domain.sites):
-        group, first = of_site[name]
+        part, first = of_site[name]
         for w, a in pairs:
             at = n, VALUES.index(w), VALUES.index(a)
             if kind == "bytes":
-                table[at] = group.bytes_of(names[w, a and some]) if first else 0
+                table[at] = part.bytes_of(names[w, a and some]) if first else 0
                 continue
             act = decisions[names[widest, a]][name].inputs if a else None
             act = act.fmt if isinstance(act, Static) else None
-            weights = group.slices[0].stored[names[w, a and some]].fmt
-            table[at] = _product(group, program.site(name), weights, act, kind, on, rows, efficiency)
+            weights = part.slices[0].stored[names[w, a and some]].fmt
+            table[at] = _product(part, program.site(name), weights, act, kind, on, rows, efficiency)
     fixed = 0.0
     if kind == "bytes":
         total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in _leaves(params))
-        fixed = float(total - sum(part.float_bytes for group in groups for part in group.slices))
+        fixed = float(total - sum(piece.float_bytes for part in parts for piece in part.slices))
     return SiteCosts(kind, table, fixed)
 
 

@@ -90,6 +90,7 @@ def choice_front(
     *,
     most: float | None = None,
     form: tuple[bool, bool, bool] = (True, True, True),
+    group: int | None = None,
     settings: NSGA2 | None = None,
     seed: int = 0,
     compiled: bool = True,
@@ -108,6 +109,7 @@ def choice_front(
             averaged over both where there are both.
         most: the largest cost of interest.
         form: of all sites.
+        group: of all sites, where the space has groups; None is its first.
         settings: of NSGA-II.
         seed, compiled, progress: as for `evolve_front`.
         block, resume, job: as for `search_choice`.
@@ -118,11 +120,11 @@ def choice_front(
     """
     settings = settings or NSGA2()
     costs = bit_costs(domain, weights, inputs) if costs is None else costs
-    genes = Genes(domain, form)
+    genes = Genes(domain, form, group=group)
     if not genes.additive(costs.table):
         genes = dataclasses.replace(genes, paired=True)
     table, limit = genes.costs(costs.table), np.inf if most is None else most
-    said = {"of": job, "form": list(form), "sites": list(domain.sites)}
+    said = {"of": job, "form": genes.said, "sites": list(domain.sites)}
     score, folder = scores, resume
     if block is not None:
         score, folder, compiled = direct(scores, domain, block, resume, job), None, False

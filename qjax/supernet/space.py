@@ -386,19 +386,24 @@ def sample_choice(key: Array, domain: Domain, kind: str = "random", form: Any = 
     return choice[jnp.asarray(domain.leaders, jnp.int32)].astype(jnp.int32)
 
 
-def encode_choice(choice: Any, form: Any) -> Array:
+def encode_choice(choice: Any, form: Any, groups: int = 0) -> Array:
     """The input of an accuracy predictor, as EQ-Net's code makes it (section 4.3; CQAP).
 
     Six entries for the form of the whole network: per channel, per tensor, weights symmetric, 0, activations symmetric,
     0 (asymmetric has no entry of its own). Then a one-hot of 2 to 8 bits for the weights of each site, then the same
-    for activations; the first and the last site, and float activations, are all zero.
+    for activations; the first and the last site, and float activations, are all zero. Decided here, for spaces with
+    groups: then a one-hot of the group of each site.
 
     Args:
         choice: int [..., N, 5 or 6].
         form: (per channel, weights symmetric, activations symmetric), [..., 3].
+        groups: how many groups the space has, ``len(space.groups)``; 0 leaves them out of the code.
 
     Returns:
-        float32 [..., 6 + 14 N].
+        float32 [..., 6 + (14 + groups) N].
+
+    Raises:
+        SearchError: groups are asked for, and choices have no column of them.
     """
     choice, form = jnp.asarray(choice), jnp.asarray(form).astype(jnp.float32)
     n = choice.shape[-2]
@@ -411,6 +416,10 @@ def encode_choice(choice: Any, form: Any) -> Array:
     zero = jnp.zeros_like(channel)
     head = jnp.stack([channel, 1 - channel, weights, zero, acts, zero], axis=-1)
     head = jnp.broadcast_to(head, (*choice.shape[:-2], 6))
+    if groups:
+        if choice.shape[-1] != len(COLUMNS):
+            raise SearchError(f"encode_choice: groups={groups}, and choices {choice.shape} have no column of groups")
+        bits.append(jax.nn.one_hot(choice[..., 5], groups).reshape(*choice.shape[:-2], -1))
     return jnp.concatenate([head, *bits], axis=-1)
 
 

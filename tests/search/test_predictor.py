@@ -17,6 +17,7 @@ from qjax.search import (
     Genes,
     Genetic,
     agreement,
+    best_as_run,
     collect_subnets,
     draw_choices,
     fit_predictor,
@@ -119,6 +120,22 @@ def test_a_fitted_predictor_and_the_search_with_it():
         == f"Found(score {found.score:.4g}, {' / '.join(f'{v:.2f}' for v in found.average)} average bits, 6 sites)"
     )
     assert all(3.5 < v <= 4.0 + 1e-5 for v in found.average)
+    np.testing.assert_array_equal(found.ranked[0], found.choice)
+    ranked = np.asarray(predicted(found.ranked))
+    assert 10 < len(found.ranked) == len(np.unique(found.ranked, axis=0)) and (np.diff(ranked) <= 1e-6).all()
+    seen = []
+
+    def run(some):
+        seen.append(len(some))
+        return np.where((some == found.ranked[3]).all(axis=(1, 2)), 1.0, np.nan)
+
+    best, measured = best_as_run(found, run, predicted, WEIGHTS, INPUTS, block=5)
+    assert measured == 1 and seen == [5] and best.score == pytest.approx(ranked[3]) and len(best.average) == 2
+    np.testing.assert_array_equal(best.choice, found.ranked[3])
+    again, measured = best_as_run(found, lambda some: -np.arange(len(some)), predicted, WEIGHTS, INPUTS)
+    assert measured == 0 and again.score == pytest.approx(found.score) and again.average == found.average
+    with pytest.raises(SearchError, match="no choice has a score that is a number"):
+        best_as_run(found, lambda some: np.full(len(some), np.nan), predicted, WEIGHTS, INPUTS)
     genes = found.genes
     windows = genes.windows(WEIGHTS, INPUTS, 4.0)
     free = [np.flatnonzero(row) for row in genes.allowed]
@@ -131,6 +148,34 @@ def test_a_fitted_predictor_and_the_search_with_it():
     assert float(accuracy(found.choice)) >= np.quantile(truth, 0.95), "and among the best in truth"
     with pytest.raises(SearchError, match="average bits of weights above 1 and up to 1.5"):
         search_choice(predicted, DOMAIN, WEIGHTS, INPUTS, 1.5)
+
+
+def test_groups_are_read_by_the_predictor_and_a_search_has_one_of_them(tmp_path):
+    space = Space((2, 4, 8), (0,), (True,), (True,), (True,), groups=(16, 32), at=(At("b/**", groups=(32,)),))
+    domain = space.domain(SITES)
+
+    def run(choices):  # short groups are better
+        return 0.9 - np.exp2(-np.asarray(choices)[..., 0]).sum(-1) * 0.2 - 0.1 * np.asarray(choices)[..., 5].mean(-1)
+
+    found = collect_subnets(run, domain, WEIGHTS, INPUTS, 16, resume=tmp_path / "job")
+    assert found.groups == 2 and (found.choices[:, 2, 5] == 1).all(), "b has no groups of 16"
+    assert (found.choices[::2, [0, 1, 3, 4, 5], 5] == 0).all() and (found.choices[1::2, :, 5] == 1).all()
+    assert found.encoded.shape == (16, 6 + (14 + 2) * 6)
+    np.testing.assert_array_equal(found.encoded[:, :90], encode_choice(found.choices, found.forms))
+    tail = found.encoded[:, 90:].reshape(16, 6, 2)
+    np.testing.assert_array_equal(tail, np.eye(2)[found.choices[..., 5]])
+    with pytest.raises(SearchError, match="no column of groups"):
+        encode_choice(found.choices[..., :5], found.forms, 2)
+    for group, place in ((None, 0), (32, 1)):
+        few = Genetic(10, 5, 5, 5, generations=2)
+        best = search_choice(
+            run, domain, WEIGHTS, INPUTS, 4.0, group=group, settings=few, baselines=True, compiled=False
+        )
+        assert best.choice[:, 5].tolist() == [place, place, 1, place, place, place]
+        assert (best.baselines.uniform_choice[:, 5] == best.choice[:, 5]).all()
+        assert (best.baselines.random_choice[:, 5] == best.choice[:, 5]).all()
+    with pytest.raises(SearchError, match="16, 32"):
+        search_choice(run, domain, WEIGHTS, INPUTS, 4.0, group=64)
 
 
 def test_random_choices_are_valid_and_all_different():
