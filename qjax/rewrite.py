@@ -37,12 +37,13 @@ from qjax.program import Program
 from qjax.rewriting.control_flow import CONTROL_FLOW
 from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants, operand_axes, taken_in
 from qjax.rewriting.endings import Addition, Postponed, additions, not_taken
+from qjax.rewriting.log_attention import Kept
 from qjax.rewriting.selection import Selected, dense
 from qjax.rewriting.steps import Context
 from qjax.rewriting.views import VIEWS
 
 
-class Rewriter:
+class Rewriter(Kept):
     """Replays one program.
 
     Args:
@@ -69,6 +70,7 @@ class Rewriter:
         self.notes: dict[str, set[str]] = defaultdict(set)
         self.choices: dict[tuple[str, str], ops.Choice] | None = {} if record else None
         self.shared: dict[Any, Any] = {}
+        self.kept: dict[int, Any] = {}
 
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
         """Run the program on its flattened array leaves (quantized leaves allowed)."""
@@ -131,20 +133,11 @@ class Rewriter:
         """Whether all branches of a condition run, so that each site is seen once."""
         return False
 
-    # What bodies of control flow are given beside their operands; see `qjax.rewriting.given`.
-
-    def brought(self, numbers: Sequence[int]) -> list[Any]:
-        """What a shared body needs for each of these reads, as a tree of arrays: nothing, in a plain replay."""
-        return [None for _ in numbers]
+    # What bodies of control flow are given beside their operands; see `qjax.rewriting.given` and, for calls, `Kept`.
 
     def brought_rows(self, numbers: Sequence[int], loop: int, order: Sequence[int], context: Context) -> dict[int, Any]:
         """What reads need at the steps ``order`` of a loop, with that axis in front: nothing, in a plain replay."""
         return {}
-
-    @contextlib.contextmanager
-    def bringing(self, held: Mapping[int, Any]) -> Iterator[None]:
-        """Use inside what a body was given."""
-        yield
 
     def needs(self, eqn: Any, values: Sequence[Any], here: Path) -> bool:
         """Whether a higher-order equation has to be re-emitted: a quantized operand, or a decision inside."""
@@ -187,6 +180,8 @@ class Rewriter:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
+        wanted = self.wanted.get(path, {})
+        self.keep(wanted, list(env), list(env.values()))
         added = additions(inner) if self.takes_in else {}
         postponed: dict[int, Postponed | None] = {}
         for i, eqn in enumerate(inner.eqns):
@@ -206,6 +201,8 @@ class Rewriter:
                         continue
                     outs = self.equation(eqn, values, (*path, i), context)
             env.update(zip(eqn.outvars, outs, strict=True))
+            self.keep(wanted, eqn.outvars, outs)
+        self.drop(wanted)
         return [read(a) for a in inner.outvars]
 
     @property

@@ -16,6 +16,7 @@ from qjax.applying.storage import LeafPlan, Stored
 from qjax.formats import SMOOTH, QArray, QStack, is_quantized
 from qjax.program import Program
 from qjax.report.data import Report, SiteRow
+from qjax.rewriting.log_attention import lowering_of
 from qjax.sources import Dynamic
 
 NOT_QUANTIZED_HERE = {
@@ -55,7 +56,7 @@ def build_report(
     rows, carried = [], 0
     for site in program.sites:
         if site.leaf is None:
-            rows.append(_free_row(site, plan))
+            rows.append(_free_row(site, plan, rewriter))
             continue
         leaf = position[site.leaf]
         leaf_plan = plan.leaves.get(leaf)
@@ -102,10 +103,11 @@ def _of_sqnr(plan: Plan) -> list[str]:
     ]
 
 
-def _free_row(site: Site, plan: Plan) -> SiteRow:
+def _free_row(site: Site, plan: Plan, rewriter: Any) -> SiteRow:
     decision = plan.decisions[site.name]
     if decision.operands and not decision.skip:
         formats = {name: source.fmt.name for name, source in decision.operands.items()}
+        lowering, note = lowering_of(rewriter, site)
         return SiteRow(
             name=site.name,
             op=site.op,
@@ -113,7 +115,8 @@ def _free_row(site: Site, plan: Plan) -> SiteRow:
             shape=site.out_shape,
             format=", ".join(dict.fromkeys(formats.values())),
             inputs=", ".join(f"{name} {fmt}" for name, fmt in formats.items()),
-            lowering="rounded, then a float product",
+            lowering=lowering,
+            note=note,
             repeats=site.repeats or 1,
             flops=site.flops,
         )

@@ -72,9 +72,10 @@ class Value:
         source: for an input that is known to be a value of the level outside, that value.
         fixed: whether it can be computed, with little work, without any input of the level.
         weight: operations that this takes; 0 if it is not fixed.
+        aliases: further (scope, variable) that hold it: results of the calls in which it is computed, from inside out.
     """
 
-    __slots__ = ("_uniform", "atom", "const", "fixed", "node", "scope", "shape", "source", "users", "weight")
+    __slots__ = ("_uniform", "aliases", "atom", "const", "fixed", "node", "scope", "shape", "source", "users", "weight")
 
     def __init__(self, atom: Any, scope: Path, node: Node | None = None, const: Any = None, weight: int = 0):
         self.atom = atom
@@ -85,6 +86,7 @@ class Value:
         self.weight = weight
         self.source: Value | None = None
         self.users: list[Node] = []
+        self.aliases: tuple[tuple[Path, Any], ...] = ()
         self.shape: tuple[int, ...] = getattr(atom.aval, "shape", ())
 
     @property
@@ -245,6 +247,8 @@ def _walk(
                 inner = (*scope, i, (param, 0))
                 bound = [_constant(v, c, inner) for v, c in zip(sub.constvars, consts, strict=True)]
                 results = _walk(sub, [*bound, *operands], inner, nodes, named)
+                for variable, value in zip(eqn.outvars, results, strict=True):
+                    value.aliases = (*value.aliases, (scope, variable))
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
         node = Node(eqn, name, (*scope, i), operands, len(nodes))

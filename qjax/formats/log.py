@@ -260,21 +260,30 @@ def count_above(u: Array, descending: np.ndarray) -> Array:
     return count
 
 
-def decode_unit(codes: AnyArray, fmt: Log) -> Array:
+def decode_unit(codes: AnyArray, fmt: Log, over: int | None = None) -> Array:
     """Return what codes stand for at scale 1 and without shift, float32: correctly rounded, and exact for q = 37.
 
     Up to 5 bits one table of all codes is looked up; above, the r fractions, and the shift is set as an exponent.
+
+    Args:
+        codes: of the format.
+        fmt: the format.
+        over: what numerators are divided by; None for their denominator, 1 for the numerators times 2**-E, which are
+            exact.
     """
     codes = jnp.asarray(codes)
+    below = denominator(fmt.bits) if over is None else over
     if fmt.bits <= 5:
-        return lookup(codes, _padded(fmt.values()))
+        shifts, numerators, _ = fmt.tables()
+        values = np.ldexp(numerators / below, -shifts)
+        return lookup(codes, _padded(np.append(values, 0.0) if fmt.zero == "mask" else values))
     product = codes.astype(jnp.uint32) * np.uint32(fmt.q)
     if fmt.r == R:
         shift = (product * np.uint32(56680)) >> np.uint32(21)  # product div 37, exact below 2**16
     else:
         shift = product // np.uint32(fmt.r)
     part = product - shift * np.uint32(fmt.r)
-    fraction = lookup(part, _padded(fractions(fmt.bits, fmt.r) / denominator(fmt.bits)))
+    fraction = lookup(part, _padded(fractions(fmt.bits, fmt.r) / below))
     # Levels below 2**-126 are out of reach of float32 and of codes, whose numbers are at least 1e-15 of the scale.
     value = fraction * power_of_two(-jnp.minimum(shift, np.uint32(126)).astype(jnp.int32))
     return value if fmt.zero_code is None else jnp.where(codes >= fmt.zero_code, 0, value)

@@ -83,6 +83,10 @@ class Problem:
         if self.op == "quantize_rows":
             size = f"{self.rows or 'any'} rows of {self.k}"
             return f"quantize_rows to {self.weight.name}{self.settings or ''}, {size}, on {self.platform}"
+        if self.op == "log_attention":
+            values = f" x {self.act.name} values" if self.act else ""
+            size = f"{self.rows or 'any'} queries, {self.k} keys, {self.n} channels"
+            return f"log_attention of {self.weight.name} probabilities{values}, {size}, on {self.platform}"
         act = f" x {self.act.name} activations" if self.act else ""
         stack = f" x {self.matrices}" if self.stack else ""
         weight = f"{self.weight.name} weights [{self.n}, {self.k}]"

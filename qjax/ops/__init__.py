@@ -17,6 +17,7 @@ from qjax.ops.base import LinearOp, Operands, QuantizedOp, Spec, quantized_linea
 from qjax.ops.conv import ConvSpec, conv_activation_aux, conv_problem, q_conv
 from qjax.ops.dot import activation_aux, q_dot
 from qjax.ops.embedding import q_take
+from qjax.ops.log_attention import log_attention
 from qjax.ops.ragged import q_ragged_dot
 from qjax.ops.remat import remat_policy
 from qjax.ops.rows import LayerNorm, RMSNorm, quantize_rows
@@ -40,6 +41,7 @@ __all__ = [
     "conv_activation_aux",
     "conv_problem",
     "kind_of",
+    "log_attention",
     "lowering_table",
     "lowerings",
     "neutral",

@@ -27,6 +27,7 @@ from qjax.formats.rotation import prepared, rotate
 from qjax.kernels import Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.rewriting.endings import terms_of
+from qjax.rewriting.log_attention import emit_log_attention
 from qjax.rewriting.operands import Operand, Operands, round_fixed
 from qjax.rewriting.selection import Selected
 
@@ -387,7 +388,15 @@ def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None,
     """A product of float weights whose activations are rounded to their format: there is no integer dot to form."""
     values = [rewriter.dense(v, f"{where}: this operand has no quantized product") for v in values]
     if isinstance(act, Operands):
-        return bind(eqn, [_operand(eqn, x, act.sides[n], n, where) for n, x in enumerate(values)])[0]
+        values = [_dynamic(eqn, x, act.sides[n], n) for n, x in enumerate(values)]
+        whole = emit_log_attention(rewriter, eqn, values, act, where)
+        if whole is not None:
+            return whole
+        fixed = [
+            x if how is None or how.aux is None else round_fixed(x, how, where)
+            for x, how in zip(values, act.sides, strict=True)
+        ]
+        return bind(eqn, fixed)[0]
     if act is not None and act.prefix is not None:
         raise RecipeError(
             f"{where}: its rule asks for static inputs, whose scales are kept with a quantized weight, but the weight "
@@ -398,13 +407,9 @@ def _fake_quantized(rewriter: Any, eqn: Any, values: list[Any], act: Act | None,
     return bind(eqn, values)[0]
 
 
-def _operand(eqn: Any, x: Any, how: Operand | None, side: int, where: str) -> Any:
-    """One operand of a product of activations, rounded to its format and back."""
-    if how is None:
-        return x
-    if how.aux is None:
-        return rounded(x, Act(how.fmt), operand_axes(eqn, side)[0])
-    return round_fixed(x, how, where)
+def _dynamic(eqn: Any, x: Any, how: Operand | None, side: int) -> Any:
+    """One operand of a product of activations, rounded to its format and back where its scale is that of the moment."""
+    return x if how is None or how.aux is not None else rounded(x, Act(how.fmt), operand_axes(eqn, side)[0])
 
 
 def operand_axes(eqn: Any, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

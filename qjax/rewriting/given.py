@@ -28,6 +28,7 @@ class Giver:
     """What a `qjax.rewrite.Rewriter` adds that gives arrays to sites; it comes before the rewriter among the bases."""
 
     program: Any
+    brings_scores = False
     held: dict[int, dict[Step, Fields]]
     """Number of a read -> the steps of the loops that choose its slice and that are still open -> arrays."""
 

@@ -135,8 +135,8 @@ def _names_at(program: Program, site: Any, path: Any) -> list[str]:
     return list(dict.fromkeys(other.name_of[other.by_step[step]] for step in steps))
 
 
-def round_fixed(x: Any, how: Operand, where: str) -> Any:
-    """Round an operand by scales that are known, and back; derivatives pass straight through.
+def fixed_aux(x: Any, how: Operand, where: str) -> dict[str, Any]:
+    """Return the known scales and zero points of an operand, each of its rank and 1 long where it is no head.
 
     Args:
         x: any float array.
@@ -161,6 +161,15 @@ def round_fixed(x: Any, how: Operand, where: str) -> Any:
     aux = {"scale": jnp.asarray(np.asarray(scale, np.float32).reshape(shape))}
     if zero:
         aux["zero"] = jnp.asarray(np.asarray(zero, np.uint8).reshape(shape))
+    return aux
+
+
+def round_fixed(x: Any, how: Operand, where: str) -> Any:
+    """Round an operand by scales that are known, and back; derivatives pass straight through.
+
+    Args and errors are those of `fixed_aux`.
+    """
+    aux = fixed_aux(x, how, where)
     wide = x.astype(jnp.float32)
     near = how.fmt.decode(how.fmt.encode(wide, aux), aux).astype(x.dtype)
     return x + lax.stop_gradient(near - x)
