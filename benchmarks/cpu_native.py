@@ -24,18 +24,24 @@ import numpy as np
 
 from benchmarks import measure
 from qjax import ops
-from qjax.formats import Format, Int, quantize_array
+from qjax.formats import DualGrained, Format, Int, quantize_array
 from qjax.kernels import cpu
 
 TOKEN = Int(8, per="token")
 SHAPES = ((4096, 4096), (14336, 4096))
 TOKENS = (1, 4, 16, 64, 512)
 FORMATS: dict[str, Format] = {"W8A8": Int(8), "W4A8 g128": Int(4, group=128)}
+OTHERS: dict[str, tuple[Format, bool, tuple[str, ...]]] = {
+    "DualGrained g128": (DualGrained(), True, ("int_dot",)),
+}
+"""Formats of other kinds: whether activations are int8, and the lowerings of XLA that are fastest."""
+
 COLD = 16
 """Up to so many tokens weights are cold."""
 
 INTEGERS = [(name, lowering) for name in FORMATS for lowering in ("int_dot", "native")]
 FLOATS = [(name, lowering) for name in FORMATS for lowering in ("dequantize_blocks", "native")]
+KINDS = [(name, lowering) for name, (_, _, xla) in OTHERS.items() for lowering in (*xla, "native")]
 """ "W8A8 native" with activations quantized as they come, "W8A16 native" with those that stay float32."""
 
 
@@ -78,7 +84,8 @@ def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, A
     rng = np.random.default_rng(0)
     floats = jnp.asarray(rng.standard_normal((k, n), np.float32) / k**0.5)
     weights: dict[str, Any] = {"float32": floats}
-    weights |= {name: quantize_array(floats, fmt, in_axes=0).canonical() for name, fmt in FORMATS.items()}
+    formats = FORMATS | {name: fmt for name, (fmt, _, _) in OTHERS.items()}
+    weights |= {name: quantize_array(floats, fmt, in_axes=0).canonical() for name, fmt in formats.items()}
     sizes = {name: sum(a.nbytes for a in jax.tree.leaves(w)) for name, w in weights.items()}
     copies = {
         name: [jax.tree.map(functools.partial(jnp.array, copy=True), w) for _ in range(-(-cache // sizes[name]) + 1)]
@@ -92,6 +99,8 @@ def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, A
         for quantized, kinds in ((True, INTEGERS), (False, FLOATS if tokens <= COLD else [])):
             for name, lowering in kinds:
                 cases[label(name, lowering, quantized)] = in_turn(product(lowering, quantized), x, few(name))
+        for name, lowering in KINDS:
+            cases[f"{name} {lowering}"] = in_turn(product(lowering, OTHERS[name][1]), x, few(name))
         if tokens == 1:
             cases["read"] = reading(sizes["W4A8 g128"], max(cache, 2 * sizes["W4A8 g128"]))
         times = measure.interleaved(cases, **how)
@@ -105,10 +114,10 @@ def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, A
 
 
 def written(found: list[dict[str, Any]], clock: str) -> str:
-    """Return the tables, those of int8 activations and of floats, as text."""
+    """Return the tables, those of int8 activations, of floats and of other formats, as text."""
     tables = []
-    for quantized, kinds in ((True, INTEGERS), (False, FLOATS)):
-        names = [label(*kind, quantized) for kind in kinds]
+    named = [[label(*kind, quantized) for kind in kinds] for quantized, kinds in ((True, INTEGERS), (False, FLOATS))]
+    for names in [*named, [f"{name} {lowering}" for name, lowering in KINDS]]:
         rows = [
             [f"{f['shape'][0]} x {f['shape'][1]}", f["tokens"], f"{f['float_ms']:.3g}", *(f"{f[n]:.2f}" for n in names)]
             for f in found
@@ -120,6 +129,7 @@ def written(found: list[dict[str, Any]], clock: str) -> str:
     return (
         f"Speed beside XLA's float32 product (above 1: faster), least {clock} time of each. {cpu.status()}.\n\n"
         f"Activations quantized to int8 as they come:\n\n{tables[0]}\n\nFloat activations:\n\n{tables[1]}\n\n"
+        f"Other formats:\n\n{tables[2]}\n\n"
         f"W4A8 g128 by one token reaches this share of the speed at which NumPy reads memory: {shares}."
         + ("\n\n**Taken on a busy machine**, to be repeated on an idle one." if busy else "")
     )

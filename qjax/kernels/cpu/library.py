@@ -21,7 +21,10 @@ from qjax.kernels.cpu import build
 DOT, FLOAT_DOT = "qjax_dot", "qjax_float_dot"
 """How XLA calls the products, with int8 activations and with floats; so are the handlers in the library called."""
 
-TARGETS = (DOT, FLOAT_DOT)
+TWO_LEVEL = "qjax_two_level"
+"""The product with weights of two levels."""
+
+TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL)
 """All handlers in the library."""
 
 ISAS = ("portable", "avx2", "avx512_vnni", "amx")

@@ -45,6 +45,8 @@ QJAX_AMX void configure(int64_t rows0, int64_t rows1, int64_t columns) {
     s.rows[t] = static_cast<uint8_t>(columns / 4);
     s.bytes[t] = 64;
   }
+  // GCC's headers say that eight bytes are read: without this, stores of the others may be taken for dead ones.
+  __asm__ volatile("" : : "r"(&s) : "memory");
   _tile_loadconfig(&s);
 }
 
@@ -162,6 +164,11 @@ QJAX_AMX void panel_bits(const Dot& d, int64_t n0, int64_t n1, char* scratch) {
 }
 
 }  // namespace
+
+QJAX_AMX void tiles_amx(const Dot& d, const Panel& panel, int64_t n0, int64_t n1) {
+  tiles_of_panel<true>(d, panel, n0, n1);
+  _tile_release();
+}
 
 QJAX_AMX void panel_amx(const Dot& d, int64_t n0, int64_t n1, char* scratch) {
   switch (d.bits) {

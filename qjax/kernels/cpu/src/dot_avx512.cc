@@ -148,11 +148,7 @@ template <int kBits>
 QJAX_512 void panel_of_many(const Dot& d, int64_t n0, int64_t n1, char* scratch) {
   const Panel panel = panel_in(scratch, d);
   lay_out<kBits>(d, n0, n1, 0, panel);
-  int64_t m = 0;
-  for (; m + 8 <= d.m; m += 8) rows_of_panel<8>(d, panel, m, n0, n1);
-  for (; m + 4 <= d.m; m += 4) rows_of_panel<4>(d, panel, m, n0, n1);
-  for (; m + 2 <= d.m; m += 2) rows_of_panel<2>(d, panel, m, n0, n1);
-  if (m < d.m) rows_of_panel<1>(d, panel, m, n0, n1);
+  tiles_avx512(d, panel, n0, n1);
 }
 
 template <int kBits>
@@ -162,6 +158,14 @@ QJAX_512 void panel_bits(const Dot& d, int64_t n0, int64_t n1, char* scratch) {
 }
 
 }  // namespace
+
+QJAX_512 void tiles_avx512(const Dot& d, const Panel& panel, int64_t n0, int64_t n1) {
+  int64_t m = 0;
+  for (; m + 8 <= d.m; m += 8) rows_of_panel<8>(d, panel, m, n0, n1);
+  for (; m + 4 <= d.m; m += 4) rows_of_panel<4>(d, panel, m, n0, n1);
+  for (; m + 2 <= d.m; m += 2) rows_of_panel<2>(d, panel, m, n0, n1);
+  if (m < d.m) rows_of_panel<1>(d, panel, m, n0, n1);
+}
 
 void panel_avx512(const Dot& d, int64_t n0, int64_t n1, char* scratch) {
   switch (d.bits) {

@@ -74,11 +74,23 @@ QJAX_INLINE512 __m512i phase_of(__m512i bytes, int p) {
   return _mm512_and_si512(_mm512_srli_epi16(bytes, p * kBits), _mm512_set1_epi8((1 << kBits) - 1));
 }
 
+// Scales and zero points of rows [n0, n1).
+QJAX_512 static inline void scales_of_panel(const Dot& d, int64_t n0, int64_t n1, const Panel& panel) {
+  const int64_t blocks = (n1 - n0 + kBlock - 1) / kBlock, groups = d.groups();
+  for (int64_t i = 0; i < blocks * kBlock; i++) {
+    const int64_t n = n0 + i < n1 ? n0 + i : n1 - 1;
+    for (int64_t g = 0; g < groups; g++) {
+      panel.scale[g * kPanel + i] = d.scale_at(n, g);
+      panel.zero[g * kPanel + i] = d.zero_at(n, g);
+    }
+  }
+}
+
 // Lays out rows [n0, n1), with `minus` subtracted from every code; rows that are not there repeat the last one.
 template <int kBits>
 QJAX_512 static void lay_out(const Dot& d, int64_t n0, int64_t n1, int8_t minus, const Panel& panel) {
   constexpr int kPhases = 8 / kBits;
-  const int64_t chunks = d.chunks(), blocks = (n1 - n0 + kBlock - 1) / kBlock, groups = d.groups();
+  const int64_t chunks = d.chunks(), blocks = (n1 - n0 + kBlock - 1) / kBlock;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(d.flip)), less = _mm512_set1_epi8(minus);
   for (int64_t b = 0; b < blocks; b++) {
     for (int64_t c = 0; c < chunks; c++) {
@@ -96,13 +108,7 @@ QJAX_512 static void lay_out(const Dot& d, int64_t n0, int64_t n1, int8_t minus,
           _mm512_store_si512(out + p * 1024 + i * 64, _mm512_sub_epi8(phase_of<kBits>(r[i], p), less));
     }
   }
-  for (int64_t i = 0; i < blocks * kBlock; i++) {
-    const int64_t n = n0 + i < n1 ? n0 + i : n1 - 1;
-    for (int64_t g = 0; g < groups; g++) {
-      panel.scale[g * kPanel + i] = d.scale_at(n, g);
-      panel.zero[g * kPanel + i] = d.zero_at(n, g);
-    }
-  }
+  scales_of_panel(d, n0, n1, panel);
 }
 
 // The runs of vectors of a block that group g covers: `count` runs of `length`, from `first` in steps of 16.
@@ -121,6 +127,12 @@ QJAX_INLINE512 Runs runs_of(const Dot& d, int64_t g) {
   const int64_t start = g * bytes, chunk = start / kChunk;
   return {chunk * phases * 16 + start % kChunk / 4, phases, bytes / 4};
 }
+
+// All rows of activations by a panel that is laid out: unsigned codes, or int8 numbers with AMX.
+void tiles_avx512(const Dot& d, const Panel& panel, int64_t n0, int64_t n1);
+#if defined(QJAX_HAS_AMX)
+void tiles_amx(const Dot& d, const Panel& panel, int64_t n0, int64_t n1);
+#endif
 
 }  // namespace qjax
 #endif

@@ -1,0 +1,94 @@
+"""What lowerings to the compiled kernels share: what they refuse, and operands in the shapes that handlers take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qjax.formats import Int
+from qjax.formats.numerics import AnyArray
+from qjax.kernels.act.reference import unit_scale
+from qjax.kernels.cpu.library import instruction_sets, library, say_once
+from qjax.kernels.dot.reference import CODES
+from qjax.kernels.registry import Act, Problem
+
+SMALLEST = 1 << 20
+"""Weights of fewer elements are left to XLA unless the kernel is named; the benchmark begins here."""
+
+FAST = "avx512_vnni"
+"""The plainest instruction set for which kernels are taken by themselves."""
+
+
+def refuses_activations(problem: Problem) -> str | None:
+    """Say why kernels for int8 activations do not take these, or None."""
+    act = problem.act
+    if act is None:
+        return "the activations are not quantized"
+    if not (isinstance(act, Int) and act.symmetric and act.per != "group"):
+        return f"{act.name} activations have no kernel; Int(8, per='token') have, or 'tensor', fewer bits too"
+    return None
+
+
+def refuses_place(problem: Problem, large: bool = True) -> str | None:
+    """Say why no kernel can run there, or None; once also that they were not compiled, for a problem that is large."""
+    if problem.rows is None:
+        return "the number of rows is not known"
+    if problem.devices > 1:
+        return "it is for one device; inside shard_map it runs on each"
+    if isinstance(lib := library(), str):
+        if large and problem.n * problem.k >= SMALLEST and not problem.exported:
+            say_once()
+        return lib
+    return None
+
+
+def not_worth(problem: Problem) -> str | None:
+    """Say why a kernel that can run is not taken unless it is named, or None."""
+    if problem.exported:
+        return "a program that is exported has to run where these kernels are not, and jax.export refuses them"
+    if problem.n * problem.k < SMALLEST:
+        return f"the weight has fewer than {SMALLEST} elements, where XLA is quick enough"
+    if FAST not in instruction_sets():
+        return f"this processor has no {FAST}, without which XLA was faster"
+    return None
+
+
+def merged(problem: Problem, a: AnyArray, m: int, n: int) -> Array:
+    """Return [S, m, n] from [*stack or 1.., anything of m * n elements]: S matrices."""
+    a, stack = jnp.asarray(a), problem.stack
+    a = a.reshape(*a.shape[: len(stack)], m, n)
+    return jnp.broadcast_to(a, (*stack, m, n)).reshape(problem.matrices, m, n)
+
+
+def activations(problem: Problem, x: Array, act: Act) -> tuple[Array, Array | None]:
+    """Return x, float32 or int8 codes [S, M, K], and its scales, float32 [S, M or 1, 1], or None: fitted to rows."""
+    fmt, aux = act
+    stacks, rows = len(problem.stack), x.shape[len(problem.stack) : -1]
+    given = jnp.broadcast_to(jnp.asarray(aux[CODES]), x.shape) if CODES in aux else x.astype(jnp.float32)
+    given = merged(problem, given, math.prod(rows), problem.k)
+    if problem.settings is not None and problem.settings.fitted:
+        return given, None  # those in aux are not read, and so XLA does not compute them
+    scale = fmt.scale_of(aux)
+    if any(d > 1 for d in scale.shape[stacks:-1]):
+        scale = jnp.broadcast_to(scale, (*scale.shape[:stacks], *rows, 1))
+    return given, merged(problem, scale, math.prod(scale.shape[stacks:]), 1)
+
+
+def quantizing(x: Array, x_scale: Array | None, act: Int) -> tuple[Array, dict[str, Any]]:
+    """Return the scales and the settings by which a handler quantizes x [S, M, K]."""
+    low, high = act.code_range
+    own: dict[str, Any] = {"low": np.int64(low), "high": np.int64(high), "unit": np.float32(0)}
+    if x_scale is None:
+        own["unit"] = np.float32(unit_scale(act))
+        x_scale = jnp.zeros((x.shape[0], 0, 0), jnp.float32)
+    return x_scale, own
+
+
+def placed(problem: Problem, y: Array, x: Array) -> Array:
+    """Return [S, M, N] as the result of the op: [*stack, *rows, N] in its dtype."""
+    rows = x.shape[len(problem.stack) : -1]
+    return y.astype(problem.out_dtype).reshape(*problem.stack, *rows, problem.n)

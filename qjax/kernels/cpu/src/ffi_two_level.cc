@@ -1,0 +1,83 @@
+// The handler of products with weights of two levels: checks, memory, threads.
+#include "activations.h"
+#include "two_level.h"
+
+namespace {
+
+using namespace qjax;
+
+// x, sx as in `Activations`; w u8 [s, n, bytes], scale f32 [s, n or 1, 1], step s8 and zeros u8 [s, n or 1, groups or 1],
+// y f32 [s, m, n].
+ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+                     ffi::AnyBuffer step, ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
+                     int64_t group, int64_t after, int64_t low, int64_t high, float unit, int64_t isa) {
+  Activations activations;
+  if (ffi::Error wrong = activations.describe(x, sx, low, high, unit); wrong.failure()) return wrong;
+  if (bits != 4 && bits != 2) return invalid("codes of two levels of " + std::to_string(bits) + " bits; 4 or 2");
+  const int64_t stack = x.dimensions()[0];
+  if (!stacked(w, ffi::U8, stack)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  TwoLevel t{};
+  Dot& d = t.dot;
+  d.m = x.dimensions()[1];
+  d.k = x.dimensions()[2];
+  d.n = w.dimensions()[1];
+  d.row_bytes = w.dimensions()[2];
+  d.bits = bits;
+  if (d.row_bytes != (d.k * bits + 7) / 8)
+    return invalid("rows of " + std::to_string(d.row_bytes) + " bytes do not hold " + std::to_string(d.k) +
+                   " codes of " + std::to_string(bits) + " bits");
+  as_one_group(d);
+  t.group = group > 0 && group < d.k ? group : d.group;
+  t.after = after != 0;
+  const int64_t groups = t.groups(), columns = groups > 0 ? groups : 1;
+  if (groups > 1 && t.group % d.phases()) return invalid("groups have to begin with a byte");
+  if (!stacked(scale, ffi::F32, stack) || !broadcasts(scale, d.n, 1, &d.scale_n, &d.scale_g))
+    return invalid("scales have to be float32 [s, n or 1, 1], they are of shape " + shape(scale));
+  if (!stacked(step, ffi::S8, stack) || !broadcasts(step, d.n, columns, &t.step_n, &t.step_g))
+    return invalid("steps have to be int8 [s, n or 1, groups or 1], they are of shape " + shape(step));
+  if (!stacked(zeros, ffi::U8, stack) || !broadcasts(zeros, d.n, columns, &t.zeros_n, &t.zeros_g))
+    return invalid("zero points have to be uint8 [s, n or 1, groups or 1], they are of shape " + shape(zeros));
+  if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
+    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
+  if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
+  const int chosen = isa < 0 ? best_isa(t) : static_cast<int>(isa);
+  if (!has_isa(chosen)) return no_isa(chosen);
+
+  const Pool pool = pool_of(threads);
+  Memory scratch = aligned(scratch_bytes(d) * pool.workers);
+  if (!activations.allocate(d) || !scratch) return no_memory("activations and scratch");
+  try {
+    for (int64_t s = 0; s < stack; s++) {
+      activations.quantize(s, chosen, pool);
+      d.w = data<uint8_t>(w, s * matrix_size(w));
+      d.scale = data<float>(scale, s * matrix_size(scale));
+      t.step = data<int8_t>(step, s * matrix_size(step));
+      t.zeros = data<uint8_t>(zeros, s * matrix_size(zeros));
+      d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
+      run_two_level(t, chosen, pool, scratch.get());
+    }
+  } catch (const std::bad_alloc&) {
+    return no_memory("tasks");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_two_level, two_level,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("after")
+                                  .Attr<int64_t>("low")
+                                  .Attr<int64_t>("high")
+                                  .Attr<float>("unit")
+                                  .Attr<int64_t>("isa"));

@@ -1,0 +1,155 @@
+"""The compiled CPU kernels of formats other than `Int` against arithmetic in NumPy, by every instruction set."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qjax import ops
+from qjax.errors import LoweringError
+from qjax.formats import DualGrained, Int, Progressive, quantize_array
+from qjax.kernels.cpu import library, operands, two_level
+from qjax.testing import check_lowering
+
+TOKEN = Int(8, per="token")
+TWO_LEVELS = [DualGrained(32), Progressive(64), Progressive(32, zeros="post"), DualGrained(16), Progressive(64, bits=2)]
+
+
+def packed(codes, bits):
+    """[n, k] codes as rows of a little-endian bit stream."""
+    stream = np.unpackbits(codes.astype(np.uint8)[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(stream.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+
+
+def steps_of(x, sx):
+    """int8 codes of activations, NaN 0."""
+    with np.errstate(all="ignore"):
+        steps = x * (np.float32(1) / sx)
+        return np.where(np.isnan(steps), 0, np.clip(np.round(steps), -128, 127)).astype(np.int64)
+
+
+def drawn_rows(rng, m, k, values):
+    """Activations and their scales."""
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    if values == "nan":
+        x[-1, 0] = np.nan
+    return x, np.full((m, 1), 3 / 127.5, np.float32)
+
+
+@given(
+    bits=st.sampled_from([2, 4, 4, 4]),
+    after=st.booleans(),
+    group=st.sampled_from([32, 64, 128, 128, 40, 256, 1000]),
+    m=st.sampled_from([1, 2, 11, 37]),
+    n=st.sampled_from([1, 33, 70]),
+    k=st.sampled_from([1, 63, 256, 500]),
+    values=st.sampled_from(["normal", "nan", "largest numbers"]),
+    seed=st.integers(0, 1000),
+)
+def test_two_levels_equal_integer_arithmetic_to_the_bit(native, bits, after, group, m, n, k, values, seed):
+    rng = np.random.default_rng(seed)
+    groups = -(-k // min(group, k))
+    x, sx = drawn_rows(rng, m, k, values)
+    step = rng.integers(1, 128 if not after else 9, (n, groups))
+    zero = rng.integers(0, 2**bits if not after else 120, (n, groups))
+    if values == "largest numbers":
+        x[:], step[:], zero[:] = -100, 8, 0
+    wide = lambda a: np.repeat(a, min(group, k), axis=1)[:, :k]  # noqa: E731
+    codes = rng.integers(0, 2**bits, (n, k)) if values != "largest numbers" else np.full((n, k), 2**bits - 1)
+    if not after:  # codes that stay within int8, as fitted weights have
+        codes = np.clip(
+            codes, wide(np.maximum(zero - 127 // step, 0)), wide(np.minimum(zero + 127 // step, 2**bits - 1))
+        )
+    numbers = codes * wide(step) - wide(zero) if after else (codes - wide(zero)) * wide(step)
+    scale = rng.uniform(0.01, 1, (n, 1)).astype(np.float32)
+    expected = (steps_of(x, sx) @ numbers.T).astype(np.float32) * sx * scale[:, 0]
+    fmt = Progressive(group, bits=bits, zeros="post" if after else "pre")
+    operands = (scale, step.astype(np.int8), zero.astype(np.uint8))
+    for name in native.instruction_sets():
+        args = (x[None], sx[None], packed(codes, bits)[None], *(a[None] for a in operands))
+        y = two_level.product(*map(jnp.asarray, args), weight=fmt, act=TOKEN, instructions=name)
+        np.testing.assert_array_equal(np.asarray(y)[0], expected, err_msg=f"{name} {fmt.name}")
+
+
+def test_two_levels_give_what_xla_gives(native):
+    """The same bits as int_dot, under jit, vmap and scan, for weights as their formats fit them."""
+    rng = np.random.default_rng(0)
+    for fmt in TWO_LEVELS[2:3]:
+        w = quantize_array(jnp.asarray(rng.standard_normal((3, 40, 96)), jnp.float32), fmt, in_axes=2, stack_axes=0)
+        x = jnp.asarray(rng.standard_normal((3, 5, 96)), jnp.float32)
+
+        def run(x, w, name):
+            return ops.q_dot(x, w, act=(TOKEN, ops.activation_aux(x, TOKEN)), implementation=name)
+
+        def every(x, w, run=run):
+            one = run(x[0], w[0], "native")
+            _, scanned = jax.lax.scan(lambda c, xw: (c, run(*xw, "native")), 0, (x, w))
+            mapped = jax.vmap(lambda x, w: run(x, w, "native"))(x, w)
+            stacked = ops.q_dot(x, w, act=TOKEN, implementation="native")  # scales are fitted by the kernel
+            other = jnp.stack([run(x[i], w[i], "int_dot") for i in range(3)])
+            return one, scanned, mapped, stacked, other
+
+        one, scanned, mapped, stacked, other = jax.jit(every)(x, w)
+        np.testing.assert_array_equal(one, other[0])
+        for y in (scanned, mapped, stacked):
+            np.testing.assert_array_equal(y, other)
+
+
+def test_two_levels_are_a_lowering(native):
+    check_lowering("dot", "native", weights=TWO_LEVELS[:1], acts=[TOKEN], examples=1)
+
+
+@pytest.mark.slow
+def test_two_levels_are_a_lowering_at_length(native):
+    acts = [TOKEN, Int(8, per="tensor"), Int(6, per="token", scale="qmax")]
+    check_lowering("dot", "native", weights=TWO_LEVELS, acts=acts, examples=40)
+
+
+def test_when_formats_have_a_kernel(native, monkeypatch):
+    """The default for large weights, and reasons where there is none."""
+    if operands.FAST not in native.instruction_sets():
+        pytest.skip(f"this processor has no {operands.FAST}")
+    choose = lambda fmt, act, **how: ops.choose("dot", fmt, act, (4, 1024, 1024), "cpu", **how).name  # noqa: E731
+    assert choose(DualGrained(), TOKEN) == "native"
+    assert ops.choose("dot", DualGrained(), TOKEN, (4, 512, 1024), "cpu").name == "int_dot"
+    refused = [
+        (DualGrained(), None, "the activations are not quantized"),
+        (DualGrained(), Int(8, per="token", symmetric=False), "uint8 per token activations have no kernel"),
+        (Progressive(bits=5), TOKEN, "those of 2 and 4 bits have"),
+        (DualGrained(33), TOKEN, "groups of 33 codes of 4 bits do not end with a byte"),
+    ]
+    for fmt, act, says in refused:
+        with pytest.raises(LoweringError, match=says):
+            choose(fmt, act, implementation="native")
+    with pytest.raises(LoweringError, match="may overflow int32"):
+        ops.choose("dot", DualGrained(), TOKEN, (4, 8, 2**18), "cpu", implementation="native")
+
+
+def test_wrong_operands_of_formats_are_errors(native):
+    x, sx = jnp.zeros((1, 3, 64)), jnp.ones((1, 3, 1))
+    w, s = jnp.zeros((1, 8, 32), jnp.uint8), jnp.ones((1, 8, 1))
+    step, zero = jnp.ones((1, 8, 2), jnp.int8), jnp.zeros((1, 8, 2), jnp.uint8)
+    settings = {"bits": 4, "group": 32, "after": 0, "low": -128, "high": 127, "isa": -1}
+
+    def call(*own, out=((1, 3, 8), jnp.float32), **changed):
+        attributes = {k: np.int64(v) for k, v in {**settings, **changed}.items()} | {"unit": np.float32(0)}
+        return jax.ffi.ffi_call(library.TWO_LEVEL, jax.ShapeDtypeStruct(*out))(*own, **attributes)
+
+    assert call(x, sx, w, s, step, zero).shape == (1, 3, 8)
+    wrong = [
+        (lambda: call(x.astype(jnp.float16), sx, w, s, step, zero), "float32 or int8"),
+        (lambda: call(x, sx[:, :2], w, s, step, zero), "scales of activations"),
+        (lambda: call(x, sx, w[:, :, :31], s, step, zero), "rows of 31 bytes"),
+        (lambda: call(x, sx, w, jnp.ones((1, 8, 2)), step, zero), "scales have to be"),
+        (lambda: call(x, sx, w, s, zero, zero), "steps have to be"),
+        (lambda: call(x, sx, w, s, step, zero[:, :, :0]), "zero points have to be"),
+        (lambda: call(x, sx, w, s, step, zero, bits=8), "of 8 bits"),
+        (lambda: call(x, sx, w, s, step, zero, group=31), "begin with a byte"),
+        (lambda: call(x, sx, w, s, step, zero, isa=17), "no unknown"),
+        (lambda: call(x, sx, w, s, step, zero, out=((1, 3, 9), jnp.float32)), "result"),
+    ]
+    for run, says in wrong:
+        with pytest.raises(Exception, match=says):
+            run().block_until_ready()
