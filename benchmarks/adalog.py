@@ -2,12 +2,17 @@
 
     python -m benchmarks.adalog --resume DIR [--bits 3,4,6,8] [--seeds 0,1,2] [--methods adalog,log2]
     python -m benchmarks.adalog --resume DIR --rows 512 --images 4 --steps 4       # a search on a part of the tokens
+    python -m benchmarks.adalog --resume DIR --model deit-tiny --image-set IMAGENET/val --calibration-set IMAGENET/train
 
 Of the 500 images of ``shared/data`` 32 are for calibration, drawn by the seed, and the other 468 for scoring. Each row
 is kept in DIR when it is done, and so is each layer of a search: a killed run goes on from there. Top-1 of 468 images
-has a standard error of 2 points: compare the paired differences, which stand beside it. ``--model`` and ``--image-set``
-name another classifier and other labelled images, so that published checkpoints can be measured on a folder of ImageNet
-(see `qjax.evaluate.read_images`).
+has a standard error of 2 points: compare the paired differences, which stand beside it.
+
+``--model`` and ``--image-set`` name another classifier and other labelled images (`qjax.evaluate.read_images`), so that
+published checkpoints can be measured on a folder of ImageNet: one folder of images for each of the model's classes.
+With ``--calibration-set`` the 32 images are drawn from there and all of the image set is scored. Images are read as
+they are needed. The authors calibrate with training images in the augmentation of training; here they pass the
+checkpoint's own processing.
 """
 
 from __future__ import annotations
@@ -54,24 +59,44 @@ SAID = {
 class Set:
     """Images, what the float model says of them, and which are for calibration."""
 
-    def __init__(self, folder: Path, images: Path):
+    def __init__(self, folder: Path, images: Path, calibration: Path | None = None):
         self.folder = folder
-        self.fn, self.params, _ = models.load(folder)
-        data = evaluate.read_images(images)
-        self.pixels = np.asarray(models.image_processor(folder)(data.images))
-        self.labels = np.asarray(data.labels)
-        self.logits = logits(self.fn, self.params, self.pixels)
+        self.fn, self.params, config = models.load(folder)
+        self.prepare = models.image_processor(folder)
+        self.data = read_set(images, config.num_labels)
+        self.apart = None if calibration is None else read_set(calibration, config.num_labels)
+        self.labels = np.asarray(self.data.labels)
+        self.logits = self.of(self.fn, self.params, np.arange(len(self.labels)))
 
-    def drawn(self, seed: int) -> np.ndarray:
-        return np.sort(np.random.default_rng(seed).choice(len(self.labels), 32, replace=False))
+    def drawn(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The prepared images of calibration, and which images of the set are scored."""
+        source = self.data if self.apart is None else self.apart
+        if len(source) < 33:
+            raise SystemExit(f"32 images are for calibration and others for scoring; there are {len(source)}")
+        used = np.sort(np.random.default_rng(seed).choice(len(source), 32, replace=False))
+        every = np.arange(len(self.labels))
+        pixels = np.asarray(self.prepare(source.only(used.tolist()).images))
+        return pixels, every if self.apart is not None else np.setdiff1d(every, used)
+
+    def of(self, fn: Any, params: Any, rows: np.ndarray, size: int = 50) -> np.ndarray:
+        """Logits of images by number, so many at a time; the last batch is filled up, so one shape is compiled."""
+        run, parts = jax.jit(fn), []
+        for at in range(0, len(rows), size):
+            part = np.resize(rows[at : at + size], size).tolist()
+            parts.append(np.asarray(run(params, np.asarray(self.prepare(self.data.only(part).images)))))
+        return np.concatenate(parts)[: len(rows)].astype(np.float64)
 
 
-def logits(fn: Any, params: Any, pixels: np.ndarray, size: int = 50) -> np.ndarray:
-    run = jax.jit(fn)
-    pad = -len(pixels) % size
-    whole = np.concatenate([pixels, pixels[:pad]])
-    parts = [np.asarray(run(params, whole[at : at + size])) for at in range(0, len(whole), size)]
-    return np.concatenate(parts)[: len(pixels)].astype(np.float64)
+def read_set(path: Path, classes: int) -> Any:
+    """Labelled images whose labels are classes of the model."""
+    found = evaluate.read_images(path)
+    folders = len(found.classes) if not (path / "labels.csv").is_file() and path.is_dir() else classes
+    if folders != classes or found.labels.max() >= classes:
+        raise SystemExit(
+            f"{path} has {folders} folders of classes with labels up to {found.labels.max()}, and the model has "
+            f"{classes} classes; the order of all folders is what numbers them, so give one for each class"
+        )
+    return found
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -83,13 +108,12 @@ def measured(data: Set, method: str, bits: int, seed: int, search: dict[str, Any
     preset = qjax.recipe(f"adalog-w{bits}a{bits}")
     how = dataclasses.replace(preset.settle, **METHODS[method], **search, seed=seed)
     recipe = qjax.Recipe(preset.rules, name=f"{method}-w{bits}a{bits}", settle=how)
-    used = data.drawn(seed)
-    batches = [(data.pixels[used[at : at + 16]],) for at in range(0, 32, 16)]
+    pixels, rest = data.drawn(seed)
+    batches = [(pixels[at : at + 16],) for at in range(0, 32, 16)]
     start = time.perf_counter()
     model = qjax.quantize(data.fn, data.params, recipe=recipe, batches=batches, resume=folder)
     seconds = time.perf_counter() - start
-    rest = np.setdiff1d(np.arange(len(data.labels)), used)
-    want, got = data.logits[rest], logits(model, model.params, data.pixels[rest])
+    want, got = data.logits[rest], data.of(model, model.params, rest)
     p, q = log_softmax(want), log_softmax(got)
     row = {
         "method": method,
@@ -167,6 +191,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("QJAX_DATA", ROOT.parent / "shared/data")))
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--image-set", type=Path, default=None)
+    parser.add_argument("--calibration-set", type=Path, default=None)
     parser.add_argument("--resume", type=Path, required=True)
     parser.add_argument("--bits", type=numbers, default=[3, 4, 6, 8])
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
@@ -179,6 +204,7 @@ def main() -> None:
     data = Set(
         given.model or given.data / "models/vit-tiny-patch16-224",
         given.image_set or given.data / "images/imagenet-sample-500",
+        given.calibration_set,
     )
     rows = rows_of(data, given)
     found, text = summary(rows)
@@ -186,7 +212,8 @@ def main() -> None:
     searched = rows[0]["search"]
     said = ", ".join(f"{k} {v}" for k, v in searched.items()) if searched else "the whole schedule"
     text = (
-        f"{data.folder.name}: 32 images for calibration, the rest for scoring, seeds {given.seeds}; search: {said}. "
+        f"{data.folder.name}: 32 images for calibration, {len(rows[0]['right'])} for scoring, seeds {given.seeds}; "
+        f"search: {said}. "
         f"Float top-1 {top:.1%}. KL of logits in nats, output error: squared error of the logits over their squares. "
         "Differences to AdaLog are over the same images.\n\n" + text
     )

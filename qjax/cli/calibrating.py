@@ -204,6 +204,10 @@ def left_out(loaded: Loaded, path: Path, count: int, protocol: str = "", context
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder of images, of its list."""
-    with (path / "labels.csv" if path.is_dir() else path).open("rb") as file:
+    """SHA-256 of a file; of a folder of images, of its list, or of the names in it where each class has a folder."""
+    listed = path / "labels.csv"
+    if path.is_dir() and not listed.is_file():
+        names = sorted(str(file.relative_to(path)) for file in path.glob("*/*"))
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    with (listed if path.is_dir() else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -130,14 +130,14 @@ def _eval(commands: argparse._SubParsersAction) -> None:
         "\nagreement, recovery (percent), float_perplexity or float_top1.",
         "  qjax eval models/stories260k --text stories.txt\n"
         "  qjax eval stories260k-W4A16 --text book.txt --protocol B\n"
-        "  qjax eval vit-tiny-W8A8 --images imagenet-sample       a folder with labels.csv, or an .npz file\n"
+        "  qjax eval vit-tiny-W8A8 --images imagenet/val          a folder for each class, labels.csv, or .npz\n"
         "  qjax eval stories260k-W4A16 --text stories.txt --json | jq .perplexity",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     _data(
         parser,
         "UTF-8 text to score",
-        "labelled images: a folder with labels.csv, or an .npz file with images and labels",
+        "labelled images: a folder with labels.csv or with a folder for each class, or an .npz file",
     )
     parser.add_argument("--no-float", action="store_true", help="do not compare with the float model")
 

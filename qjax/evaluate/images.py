@@ -16,6 +16,9 @@ import numpy as np
 from qjax.errors import DataError
 from qjax.evaluate.progress import track
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+"""Of the files in a folder of a class that are taken for images, in upper case too."""
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -75,13 +78,18 @@ def read_images(path: str | Path) -> LabelledImages:
 
     Args:
         path: a folder with ``labels.csv`` (columns ``file`` and ``class_index``, others are ignored; ``name`` names the
-            class), or an ``.npz`` file with ``images`` (uint8) and ``labels`` (and ``classes``).
+            class); a folder with a folder of images for each class, as ImageNet's, where classes are counted in the
+            order of the folders' names, empty ones too; or an ``.npz`` file with ``images`` (uint8) and ``labels`` (and
+            ``classes``).
 
     Raises:
         DataError: a file is missing, damaged or lacks what is named above.
     """
     path = Path(path)
-    return _from_folder(path) if path.is_dir() else _from_npz(path)
+    if not path.is_dir():
+        return _from_npz(path)
+    listed = (path / "labels.csv").exists() or not any(p.is_dir() for p in path.iterdir())
+    return _from_folder(path) if listed else _from_classes(path)
 
 
 def accuracy(
@@ -181,7 +189,7 @@ def _from_folder(folder: Path) -> LabelledImages:
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(
             f"{folder} has no readable labels.csv ({e}); give a folder with labels.csv "
-            "(columns file, class_index) or an .npz file with images and labels"
+            "(columns file, class_index) or with a folder for each class, or an .npz file with images and labels"
         ) from e
     if not rows or not {"file", "class_index"} <= set(rows[0]):
         found = ", ".join(rows[0]) if rows else "no row"
@@ -200,6 +208,23 @@ def _from_folder(folder: Path) -> LabelledImages:
     names = {int(r["class_index"]): r["name"] for r in rows if r.get("name")}
     classes = tuple(names.get(i, str(i)) for i in range(max(names) + 1)) if names else ()
     return LabelledImages(files, labels, classes)
+
+
+def _from_classes(folder: Path) -> LabelledImages:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [
+        (file, label)
+        for label, name in enumerate(names)
+        for file in sorted((folder / name).iterdir())
+        if file.suffix.lower() in IMAGE_ENDINGS
+    ]
+    if not found:
+        raise DataError(
+            f"{folder} has {len(names)} folders and no image in them ({', '.join(IMAGE_ENDINGS)}); give a folder with "
+            "labels.csv, or one with a folder of images for each class"
+        )
+    files, labels = zip(*found, strict=True)
+    return LabelledImages(list(files), np.array(labels, np.int64), tuple(names))
 
 
 def _from_npz(path: Path) -> LabelledImages:

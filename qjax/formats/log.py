@@ -276,20 +276,20 @@ def decode_unit(codes: AnyArray, fmt: Log, over: int | None = None) -> Array:
     if fmt.bits <= 5:
         shifts, numerators, _ = fmt.tables()
         values = np.ldexp(numerators / below, -shifts)
-        return lookup(codes, _padded(np.append(values, 0.0) if fmt.zero == "mask" else values))
+        return lookup(codes, padded(np.append(values, 0.0) if fmt.zero == "mask" else values))
     product = codes.astype(jnp.uint32) * np.uint32(fmt.q)
     if fmt.r == R:
         shift = (product * np.uint32(56680)) >> np.uint32(21)  # product div 37, exact below 2**16
     else:
         shift = product // np.uint32(fmt.r)
     part = product - shift * np.uint32(fmt.r)
-    fraction = lookup(part, _padded(fractions(fmt.bits, fmt.r) / below))
+    fraction = lookup(part, padded(fractions(fmt.bits, fmt.r) / below))
     # Levels below 2**-126 are out of reach of float32 and of codes, whose numbers are at least 1e-15 of the scale.
     value = fraction * power_of_two(-jnp.minimum(shift, np.uint32(126)).astype(jnp.int32))
     return value if fmt.zero_code is None else jnp.where(codes >= fmt.zero_code, 0, value)
 
 
-def _padded(values: np.ndarray) -> np.ndarray:
-    """Return values as float32, filled with zeros to a power of two."""
+def padded(values: np.ndarray) -> np.ndarray:
+    """Return values as float32, filled with zeros to a power of two, as `lookup` takes them."""
     size = 1 << (len(values) - 1).bit_length()
     return np.pad(values, (0, size - len(values))).astype(np.float32)

@@ -19,7 +19,7 @@ from qjax import _compat
 from qjax.errors import FormatError, LayoutError
 from qjax.formats import Format
 from qjax.formats.log import Log, decode_unit
-from qjax.kernels import Problem, select
+from qjax.kernels import Act, Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.log_attention.reference import codes_of, probabilities, product
 from qjax.kernels.registry import on_new_platform
@@ -38,7 +38,7 @@ class _Call:
     precision: Any
     implementation: str | None
 
-    def values(self, aux: Sequence[Array]) -> tuple[Format, dict[str, Array]] | None:
+    def values(self, aux: Sequence[Array]) -> Act | None:
         """Return format and aux of the values, or None."""
         return None if self.act is None else (self.act, dict(zip(self.names, aux, strict=True)))
 
@@ -198,7 +198,8 @@ batching.primitive_batchers[log_attention_p] = _batch
 
 def _lower(platform: str | None, ctx: Any, *operands: Any, call: _Call) -> Any:
     where = platform or single_platform(ctx)
-    problem = _problem(call, *ctx.avals_in[:2], where, _compat.partitioned_devices(ctx))
+    scores, v = ctx.avals_in[:2]
+    problem = _problem(call, scores, v, where, _compat.partitioned_devices(ctx))
     problem = dataclasses.replace(problem, exported=_compat.for_export(ctx))
     lowering = select(problem, call.implementation).function
     return mlir.lower_fun(lambda *a: _with(lowering, problem, call, a), multiple_results=False)(ctx, *operands)

@@ -175,9 +175,9 @@ def _is_attention(read: Any) -> bool:
 def emit_log_attention(rewriter: Any, eqn: Any, values: list[Any], act: Operands, where: str) -> Any:
     """Return the product with the values of an attention as the op, or None where it has to stay a product."""
     site = rewriter.program.by_name.get(where)
-    how = rewriter.softmaxed.get(site.read) if site is not None else None
-    scores = rewriter.kept.get(site.read) if how is not None else None
-    if scores is None:
+    how: Softmaxed | None = rewriter.softmaxed.get(site.read) if site is not None else None
+    scores = rewriter.kept.get(site.read) if site is not None else None
+    if how is None or scores is None:
         return None
     (contract, batch), side = eqn.params["dimension_numbers"], how.side
     other = 1 - side

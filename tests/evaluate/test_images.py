@@ -86,6 +86,19 @@ def test_folder_with_labels(tmp_path):
     assert images.classes == ("dog", "1", "cat") and len(images.first(1)) == 1
 
 
+def test_folder_of_classes(tmp_path):
+    for name in ("n02/b.JPEG", "n01/a.png", "n02/a.jpeg", "n02/notes.txt", ".cache/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "n00").mkdir()  # counts, as in a sample of a set
+    images = evaluate.read_images(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in images.images] == ["n01/a.png", "n02/a.jpeg", "n02/b.JPEG"]
+    assert list(images.labels) == [1, 2, 2] and images.classes == ("n00", "n01", "n02")
+    (tmp_path / "empty/n00").mkdir(parents=True)
+    with pytest.raises(DataError, match="1 folders and no image"):
+        evaluate.read_images(tmp_path / "empty")
+
+
 @pytest.mark.parametrize(
     "table, says",
     [

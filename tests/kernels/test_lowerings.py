@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from qjax import ops
-from qjax.formats import MXFP4, MXFP8, NF4, NVFP4, DualGrained, Float8, Int, Progressive
+from qjax.formats import MXFP4, MXFP8, NF4, NVFP4, DualGrained, Float8, Int, Log, Progressive
 from qjax.testing import check_lowering
 
 WEIGHTS = [
@@ -25,6 +25,7 @@ GRAINED = [DualGrained(32), Progressive(32)]
 INTEGERS = [Int(8), Int(8, symmetric=False), Int(4, group=32), Int(4), Int(3, group=32, symmetric=False), *GRAINED]
 TOKEN = Int(8, per="token")
 TOKENS = [TOKEN, Int(8, per="tensor"), Int(8, per="token", symmetric=False), Int(6, group=32)]
+LOGS = [Log(3, 21), Log(4, 24, zero="mask", shift=0.17, folded=True), Log(4, 37, zero="clamp")]  # 1, 2 and 3 digits
 EIGHTS = [Float8(per="token"), Float8("e5m2", per="tensor")]
 
 SUITES = {
@@ -38,6 +39,7 @@ SUITES = {
     ("conv", "int_conv"): {"weights": [Int(8), Int(4)], "acts": [Int(8, per="tensor"), TOKEN]},
     ("ragged_dot", "experts"): {"weights": [Int(8), Int(4, group=32), NF4(group=32), *GRAINED], "acts": [None, TOKEN]},
     ("ragged_dot", "dequantize"): {"weights": [Int(8)]},
+    ("dot", "log_digits"): {"weights": [Int(4, symmetric=False), Int(8), Int(4, group=32)], "acts": LOGS},
 }
 
 
@@ -53,7 +55,7 @@ def test_no_lowering_is_forgotten():
     # test_mosaic*.py, test_triton.py, test_mosaic_ragged.py
     on_gpus = {("dot", "mosaic"), ("dot", "triton"), ("ragged_dot", "mosaic")}
     rows = {("quantize_rows", "mosaic"), ("quantize_rows", "xla")}  # test_rows.py
-    attention = {("log_attention", "xla"), ("log_attention", "lookup")}  # test_log_attention.py
+    attention = {("log_attention", name) for name in ("xla", "lookup")}  # test_log_attention.py
     compiled = {("dot", "native")}  # test_native.py
     offsets = {("dot", "affine_dot")}  # test_integer_dot.py
     assert there - oracles - on_gpus - rows - attention - compiled - offsets == set(SUITES)

@@ -44,7 +44,7 @@ def numbers_of(v: Array, act: Act) -> tuple[Array, Array]:
     fmt, aux = act
     codes = fmt.encode(v.astype(jnp.float32), aux).astype(jnp.float32)
     zero: Any = aux.get("zero", 0)
-    return (codes - jnp.asarray(zero, jnp.float32)).astype(jnp.bfloat16), aux["scale"]
+    return (codes - jnp.asarray(zero, jnp.float32)).astype(jnp.bfloat16), jnp.asarray(aux["scale"])
 
 
 @register_lowering(

@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from qjax.formats import Aux
 from qjax.formats.log import Log, decode_unit
 from qjax.kernels.registry import Act, Problem, register_lowering
 
@@ -36,7 +37,7 @@ def codes_of(scores: Array, fmt: Log) -> Array:
     return fmt.encode(probabilities(scores), _unit(scores))
 
 
-def _unit(x: Array) -> dict[str, Array]:
+def _unit(x: Array) -> Aux:
     return {"scale": jnp.ones((1,) * x.ndim, jnp.float32)}
 
 
