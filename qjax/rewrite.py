@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,15 +31,16 @@ from jax.extend import source_info_util as siu
 from qjax import ops
 from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, sub_jaxprs
 from qjax.analysis.reads import Path
-from qjax.errors import LayoutError
-from qjax.formats import is_quantized
+from qjax.errors import LayoutError, LoweringError
+from qjax.formats import QArray, is_quantized
+from qjax.kernels import Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.program import Program
 from qjax.rewriting.control_flow import CONTROL_FLOW
 from qjax.rewriting.emit import Act, emit_conv, emit_dot, emit_ragged, has_constants, operand_axes, taken_in
 from qjax.rewriting.endings import Addition, Postponed, additions, not_taken
 from qjax.rewriting.log_attention import Kept
-from qjax.rewriting.selection import Selected, dense
+from qjax.rewriting.selection import Layer, Selected, cut, dense
 from qjax.rewriting.steps import Context
 from qjax.rewriting.views import VIEWS
 
@@ -205,6 +207,21 @@ class Rewriter(Kept):
         self.drop(wanted)
         return [read(a) for a in inner.outvars]
 
+    def reads_in_place(self, weight: Any) -> bool:
+        """Whether products would read one of a stack of weights where it lies, so that a loop should not slice it.
+
+        In a plain replay, for a weight whose leading axis is that of the stack; what a single row would take decides.
+        """
+        if type(self) is not Rewriter or not isinstance(weight, QArray) or weight.view.order[:1] != (("s", 0),):
+            return False
+        stacks, platform = weight.stack_ndim, platform_here()
+        n = math.prod(weight.codes.shape[stacks : stacks + weight.view.count("o")])
+        problem = Problem("dot", platform, weight.fmt, None, 1, n, weight.length, capability=cuda_capability())
+        try:
+            return select(problem, self.implementation).picks
+        except LoweringError:  # which the product itself will tell
+            return False
+
     @property
     def takes_in(self) -> bool:
         """Whether additions may become part of a product: in a plain replay, for GPUs, whose kernels make them."""
@@ -243,6 +260,7 @@ class Rewriter(Kept):
             return [v if is_special(v) else next(plain) for v in values]
         elif any(is_special(v) for v in values):
             view = VIEWS.get(name)
+            values = values if name in WAITING else [cut(v) for v in values]
             if view is not None and is_special(values[0]):
                 try:
                     out = view(eqn, values)
@@ -263,7 +281,9 @@ class Rewriter(Kept):
     ) -> list[Any]:
         """Emit a quantized product, selecting at run time where weights or decisions differ between loop steps."""
         where = self.where(number)
-        chosen = [v for v in values if isinstance(v, Selected)]
+        if eqn.primitive.name != "dot_general" or len({act for _, act in acts}) > 1:
+            values = [cut(v) for v in values]
+        chosen = [v for v in values if isinstance(v, Selected) and not isinstance(v, Layer)]
         distinct = list(dict.fromkeys(act for _, act in acts)) or [None]
         if not chosen and len(distinct) == 1:
             return [emit(self, eqn, values, distinct[0], where)]
@@ -365,6 +385,18 @@ def _switch_acts(
 
     return lax.switch(which, [branch(act) for act in distinct], list(values))
 
+
+WAITING = (
+    "convert_element_type",
+    "transpose",
+    "reshape",
+    "squeeze",
+    "broadcast_in_dim",
+    "copy",
+    "copy_p",
+    "stop_gradient",
+)
+"""Views that can wait until a layer is cut out of its stack, or the whole stack is read."""
 
 PRODUCTS: dict[str, Callable[..., Any]] = {
     "dot_general": emit_dot,

@@ -109,6 +109,7 @@ class Lowering:
     about: str = ""
     order: int = 0
     adds: bool | When = False
+    picks: bool = False
 
     def reads(self, fmt: Format) -> bool:
         """Whether weights of this format are among those that it was registered for."""
@@ -172,6 +173,7 @@ def register_lowering(
     priority: int = 10,
     about: str = "",
     adds: bool | When = False,
+    picks: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a traceable function as a lowering of a quantized op; used as a decorator.
 
@@ -191,6 +193,8 @@ def register_lowering(
         adds: whether the function adds terms itself, or a condition on the problem. It is then called with those that
             there are as further keywords, ``bias`` [*stack, N] and ``residual`` [*stack, *rows, N], adds them in
             float32 at least, and rounds once. Without it, it is asked for the product in float32, and the op adds.
+        picks: whether the function reads one of a stack of weights where it lies. It is then called with a further
+            keyword ``layer``, an int32 scalar, where w has the layers in front; without it, the layer is cut out first.
 
     The function is called as ``function(problem, x, w, act)``: x float [*stack, *rows, K]; w a QArray in its
     canonical view [*stack, N, K] (of a convolution: as the user sees it); act None or ``(format, aux)``. It returns
@@ -201,7 +205,18 @@ def register_lowering(
         global _counter
         _counter += 1
         entry = Lowering(
-            name or function.__name__, op, function, format, platform, when, worth, priority, about, _counter, adds
+            name or function.__name__,
+            op,
+            function,
+            format,
+            platform,
+            when,
+            worth,
+            priority,
+            about,
+            _counter,
+            adds,
+            picks,
         )
         rows = _TABLE.setdefault(op, [])
         place = (entry.name, platform, _kinds(format or ()))

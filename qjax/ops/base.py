@@ -101,8 +101,8 @@ class Call:
 
     def operands(self, leaves: Sequence[Any]) -> Operands:
         """Return the operands from the flat ones of the equation."""
-        x, aux, w, extra, terms = jax.tree.unflatten(self.tree, leaves)
-        return Operands(x, aux, w, extra, terms)
+        x, aux, w, extra, layer, terms = jax.tree.unflatten(self.tree, leaves)
+        return Operands(x, aux, w, extra, terms, layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,8 @@ class Operands:
         w: the weight.
         extra: further arrays, without derivative (the group sizes of ragged_dot).
         terms: what is added to the product before it is rounded, by name (`qjax.kernels.dot.terms`).
+        layer: ``(number,)``, an int32 scalar, where w has one more stack axis in front, of which that layer is meant;
+            () where w is the weight. What an op says for itself is asked of the layer alone.
     """
 
     x: Any
@@ -122,6 +124,7 @@ class Operands:
     w: Any
     extra: tuple = ()
     terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layer: tuple = ()
 
     def act(self, spec: Spec) -> Act | None:
         """Return ``(format, aux)``, or None."""
@@ -129,11 +132,22 @@ class Operands:
 
     def flatten(self) -> tuple[list[Any], Any]:
         """Return the flat operands and their tree."""
-        return jax.tree.flatten((self.x, self.aux, self.w, self.extra, dict(self.terms)))
+        return jax.tree.flatten((self.x, self.aux, self.w, self.extra, self.layer, dict(self.terms)))
 
     def without_terms(self) -> Operands:
         """Return the operands of the product alone."""
         return dataclasses.replace(self, terms={}) if self.terms else self
+
+    def one_layer(self) -> Operands:
+        """Return the operands with the layer that is meant cut out of w."""
+        return dataclasses.replace(self, w=self.w.index_stack(0, *self.layer), layer=()) if self.layer else self
+
+    def shapes(self) -> Operands:
+        """Return the same without computing it: in place of w the shapes of the layer."""
+        if not self.layer:
+            return self
+        w = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), self.w)
+        return dataclasses.replace(self, w=w, layer=())
 
 
 class QuantizedOp:
@@ -224,7 +238,7 @@ class LinearOp:
         return _jitted(self.primitive, call)(*leaves)
 
     def _abstract_eval(self, *avals: Any, call: Call) -> Any:
-        operands = call.operands(avals)
+        operands = call.operands(avals).shapes()
         if all(_compat.is_plain(a) for a in avals):
             return ShapedArray(self.definition.out_shape(call.spec, operands), call.spec.out_dtype)
         return _oracle_type(self.definition, call, avals, jax.sharding.get_abstract_mesh())
@@ -237,7 +251,9 @@ class LinearOp:
         leaves, tree = values.without_terms().flatten()
         terms = []
         if not isinstance(slopes.x, ad.Zero):
-            terms.append(self.bind(_linear(call.spec), Operands(slopes.x, {}, values.w, values.extra)))
+            terms.append(
+                self.bind(_linear(call.spec), Operands(slopes.x, {}, values.w, values.extra, layer=values.layer))
+            )
         moving = tuple(
             i
             for i, (p, t) in enumerate(zip(leaves, tangents, strict=False))  # what is added stands behind
@@ -279,6 +295,9 @@ class LinearOp:
     def _batch(self, leaves: Sequence[Any], dims: Sequence[Any], *, call: Call) -> tuple[Any, int]:
         operands, axes = call.operands(leaves), call.operands(_absent_as_leaf(dims))
         size = next(a.shape[d] for a, d in zip(leaves, dims, strict=True) if d is not None)
+        if operands.layer and any(d is not NO_AXIS for d in jax.tree.leaves((axes.w, axes.layer))):
+            own = jax.vmap(lambda *leaves: self.bind(call.spec, call.operands(leaves).one_layer()), tuple(dims))
+            return own(*leaves), 0
         whole = self.definition.batch(self, call.spec, operands, axes, size)
         if whole is not None:
             return whole
@@ -296,9 +315,13 @@ class LinearOp:
     def _lower(self, platform: str | None, ctx: Any, *args: Any, call: Call) -> Any:
         where = platform or single_platform(ctx)
         devices = _compat.partitioned_devices(ctx)
-        operands = call.operands(ctx.avals_in)
+        given = call.operands(ctx.avals_in)
+        operands = given.shapes()
         problem = self.definition.problem(call.spec, operands, where, devices)
         problem = dataclasses.replace(problem, exported=_compat.for_export(ctx))
+        if given.layer and (devices > 1 or not select(problem, call.spec.implementation).picks):
+            cut = lambda *leaves: self.bind(call.spec, call.operands(leaves).one_layer())  # noqa: E731
+            return mlir.lower_fun(cut, multiple_results=False)(ctx, *args)
         if devices > 1 and self.definition.roles(call.spec, operands, ctx.avals_in) is not None:
             alone = select(dataclasses.replace(problem, devices=1), call.spec.implementation)
             wider = _compat.with_mesh(ctx) if alone.refuses(problem) else None
@@ -310,6 +333,10 @@ class LinearOp:
 
         def run(*leaves: Array) -> Array:
             o = call.operands(leaves)
+            if o.layer:
+                picking = functools.partial(lowering.function, layer=o.layer[0])
+                chosen = dataclasses.replace(lowering, function=picking)
+                return computed(chosen, problem, o.x, o.w, o.act(call.spec), *o.extra, terms=o.terms)
             return computed(lowering, problem, o.x, o.w, o.act(call.spec), *o.extra, terms=o.terms)
 
         return mlir.lower_fun(run, multiple_results=False)(ctx, *args)
@@ -342,7 +369,7 @@ def _jitted(primitive: Primitive, call: Call) -> Callable[..., Any]:
 @functools.lru_cache(maxsize=8192)
 def _oracle_type(definition: QuantizedOp, call: Call, avals: tuple[Any, ...], mesh: Any) -> Any:
     """Return the oracle's abstract result: shape, dtype, sharding and varying axes."""
-    jaxpr = jax.make_jaxpr(lambda *a: definition.reference(call.spec, call.operands(a)))(*avals)
+    jaxpr = jax.make_jaxpr(lambda *a: definition.reference(call.spec, call.operands(a).one_layer()))(*avals)
     return jaxpr.out_avals[0]
 
 
@@ -350,7 +377,7 @@ def _oracle_type(definition: QuantizedOp, call: Call, avals: tuple[Any, ...], me
 def _fixed_leaves(call: Call) -> frozenset[int]:
     """Return the positions of codes and extra operands, which have no derivative even where they are floats."""
     tree = call.operands(list(range(call.tree.num_leaves)))
-    return frozenset([tree.w.codes, *tree.extra])
+    return frozenset([tree.w.codes, *tree.extra, *tree.layer])
 
 
 def _linear(spec: Spec) -> Spec:
@@ -392,7 +419,7 @@ class AuxSlope(Deferred):
             leaves = list(residuals)
             for i, a in zip(self.moving, moved, strict=True):
                 leaves[i] = a
-            return self.definition.reference(self.call.spec, self.call.operands(leaves))
+            return self.definition.reference(self.call.spec, self.call.operands(leaves).one_layer())
 
         return [jax.jvp(value, tuple(residuals[i] for i in self.moving), tuple(linear))[1]]
 
@@ -407,7 +434,10 @@ class XTranspose(Deferred):
 
     def __call__(self, linear: Sequence[Any], residuals: Sequence[Any]) -> list[Any]:
         """Return [cotangent of x]."""
-        forward = lambda x: self.definition.reference(self.call.spec, self.call.operands([x, *residuals]))  # noqa: E731
+
+        def forward(x: Any) -> Array:
+            return self.definition.reference(self.call.spec, self.call.operands([x, *residuals]).one_layer())
+
         return list(jax.linear_transpose(forward, self.x)(linear[0]))
 
 

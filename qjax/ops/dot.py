@@ -84,7 +84,7 @@ class _Dot(QuantizedOp):
         self, op: LinearOp, spec: Spec, operands: Operands, dims: Operands, size: int
     ) -> tuple[Array, int] | None:
         weights = jax.tree.leaves(dims.w)
-        stacks = operands.w.codes.ndim - 2
+        stacks = operands.w.codes.ndim - 2 - len(operands.layer)
         if all(d is NO_AXIS for d in weights):  # one more dimension of rows; each example keeps its own scales
             if operands.terms and not _terms_fit(dims):
                 return self._terms_apart(op, spec, operands, dims, size), stacks
@@ -111,9 +111,10 @@ class _Dot(QuantizedOp):
 
         The batch is the first axis of the rows.
         """
-        stacks = operands.w.codes.ndim - 2
+        stacks = operands.w.codes.ndim - 2 - len(operands.layer)
         own = operands.without_terms()
-        wide = dataclasses.replace(spec, out_dtype=dtype_of_sum(self.problem(spec, operands, "any", 1)))
+        problem = self.problem(spec, operands.shapes(), "any", 1)
+        wide = dataclasses.replace(spec, out_dtype=dtype_of_sum(problem))
         if all(d is NO_AXIS for d in jax.tree.leaves((dims.x, dims.aux))):
             total = jnp.expand_dims(op.bind(wide, own), stacks)
         else:
@@ -168,6 +169,7 @@ def q_dot(
     implementation: str | None = None,
     out_sharding: Any = None,
     streamed: bool = False,
+    layer: Any = None,
     site: str = "",
 ) -> Array:
     """Multiply activations by a quantized weight: y[.., n] = sum over k of x[.., k] * W[n, k].
@@ -193,6 +195,8 @@ def q_dot(
         implementation: name of a lowering (`qjax.ops.lowering_table`), or None to choose.
         out_sharding: as in `jax.lax.dot_general`, on explicit meshes.
         streamed: whether w is what a running loop slices from a stack of weights at its step.
+        layer: int32 scalar: w is [layers, *stack, N, K], and the product is with ``w[layer]`` (clamped, as by
+            `lax.dynamic_slice`), which the kernels for CPUs read where it lies. A slice would be copied.
         site: name for messages.
 
     Returns:
@@ -207,8 +211,11 @@ def q_dot(
         x, act = _with_codes(x, act, f"{site}: " if site else "")
     check_prepared(w, f"{site}: " if site else "")
     w = w if _is_canonical(w) else w.canonical()
-    stacks = w.codes.ndim - 2
-    stack = w.codes.shape[:stacks]
+    layers = () if layer is None else (jnp.asarray(layer, jnp.int32),)
+    if layers and (layers[0].ndim or w.codes.ndim < 3):
+        raise LayoutError(f"{site or 'q_dot'}: layer has to be a scalar, and w {w.shape} to have an axis of layers")
+    stacks = w.codes.ndim - 2 - len(layers)
+    stack = w.codes.shape[len(layers) : len(layers) + stacks]
     at = f"{site}: " if site else ""
     if x.ndim < stacks + 1 or tuple(x.shape[:stacks]) != tuple(stack) or x.shape[-1] != w.length:
         raise LayoutError(
@@ -229,14 +236,14 @@ def q_dot(
         fitted=fitted,
     )
     terms = _terms(bias, residual, tuple(stack), (*x.shape[:-1], w.codes.shape[-2]), at)
-    operands = Operands(x, dict(act[1]) if act else {}, w, terms=terms)
+    operands = Operands(x, dict(act[1]) if act else {}, w, terms=terms, layer=layers)
     vector = x.ndim == stacks + 1
     if vector:
         if residual is not None:
             terms["residual"] = jnp.expand_dims(residual, stacks)
         operands = dataclasses.replace(operands, x=jnp.expand_dims(x, stacks))
     if implementation is not None or act is not None:
-        _check_choice(q_dot_op.definition.problem(spec, operands, platform_here(), 1), implementation, at)
+        _check_choice(q_dot_op.definition.problem(spec, operands.shapes(), platform_here(), 1), implementation, at)
     y = q_dot_op.bind(spec, operands)
     return lax.squeeze(y, (stacks,)) if vector else y
 

@@ -33,7 +33,7 @@ def remat_policy(policy: Policy) -> Policy:
         call = params.get("call")
         if not isinstance(call, Call):
             return policy(primitive, *avals, **params)
-        operands = call.operands(avals)
+        operands = call.operands(avals).shapes()
         x, w, spec = operands.x, operands.w, call.spec
         if primitive in (q_dot_op.primitive, q_dot_transposed_op.primitive):
             stacks = w.codes.ndim - 2

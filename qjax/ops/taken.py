@@ -112,7 +112,7 @@ def _walk(jaxpr: Any, names: Sequence[str], repeats: int, platform: str, devices
 
 def _taken(op: LinearOp, eqn: Any, of: Callable[[Any], str], repeats: int, platform: str, devices: int) -> Taken:
     call = eqn.params["call"]
-    problem = op.definition.problem(call.spec, call.operands([v.aval for v in eqn.invars]), platform, devices)
+    problem = op.definition.problem(call.spec, call.operands([v.aval for v in eqn.invars]).shapes(), platform, devices)
     weight = jax.tree.leaves(call.operands([of(v) for v in eqn.invars]).w)
     lowering = select(problem, call.spec.implementation).name
     kernel = platform == "cuda" and lowering in ("dequantize", "reference")

@@ -20,8 +20,8 @@ from jax import lax
 from qjax import ops
 from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, scan_arity
 from qjax.errors import LayoutError
-from qjax.formats import QStack, is_quantized
-from qjax.rewriting.selection import Selected, dense
+from qjax.formats import QArray, QStack, is_quantized
+from qjax.rewriting.selection import Layer, Selected, cut, dense
 from qjax.rewriting.sharding import quantized_specs
 from qjax.rewriting.steps import Steps
 
@@ -182,8 +182,12 @@ def _emit_scan(
     where = sorted(int(slices[t]) for t in steps)
     whole = len(where) == len(slices)
     sliced: list[Any] = []
-    for x in xs:
-        if isinstance(x, QStack):
+    stays = [_stack_of(rw, x, where[0], running) if where else None for x in xs]
+    at = jnp.arange(len(where), dtype=jnp.int32) if any(stays) else None
+    for x, stay in zip(xs, stays, strict=True):
+        if stay is not None:
+            sliced.append(None)
+        elif isinstance(x, QStack):
             sliced.append(None if running is not None else _run_of(x, where))
         else:
             sliced.append(x if whole else jax.tree.map(lambda a: lax.slice_in_dim(a, where[0], where[-1] + 1), x))
@@ -192,12 +196,14 @@ def _emit_scan(
     brought = rw.brought_rows([number for _, number in rw.active.get(path, ())], loop, in_rows, context)
 
     def body(carry: list[Any], step: Any) -> tuple[list[Any], Any]:
-        current, t, rows = step
+        current, t, rows, position = step
         inner = dict(context)
         inner[loop] = Steps(tuple(steps), t)
         args = []
-        for x, c in zip(xs, current, strict=True):
-            if isinstance(x, QStack) and running is not None:
+        for x, c, stay in zip(xs, current, stays, strict=True):
+            if stay is not None:
+                args.append(Layer(stay[0], position + stay[1]))
+            elif isinstance(x, QStack) and running is not None:
                 index = t if int(slices[0]) == 0 else len(slices) - 1 - t
                 args.append(Selected(x, index))
             else:
@@ -213,7 +219,7 @@ def _emit_scan(
     last, (ys, taken) = lax.scan(
         body,
         moving,
-        (sliced, running, brought),
+        (sliced, running, brought, at),
         length=len(steps),
         reverse=p["reverse"],
         unroll=_unroll(p["unroll"], len(steps)),
@@ -222,6 +228,16 @@ def _emit_scan(
         rw.deposit(rw.stacked(taken, loop, in_rows))
     it = iter(last)
     return [v if inv else next(it) for v, inv in zip(init, invariant, strict=True)] + list(ys)
+
+
+def _stack_of(rw: Any, x: Any, first: int, running: Any) -> tuple[QArray, int] | None:
+    """The weight whose slices a scan leaves where they are, and which of them it begins with; None if it cuts them."""
+    if isinstance(x, QStack):
+        if running is not None:
+            return None
+        part, first = x.assign[first]
+        x = x.parts[part]
+    return (x, first) if rw.reads_in_place(x) else None
 
 
 def _unroll(unroll: Any, length: int) -> Any:
@@ -239,6 +255,7 @@ def _run_of(x: QStack, where: list[int]) -> Any:
 
 def _scannable(rw: Any, x: Any) -> Any:
     """A quantized value whose leading axis a scan can slice, or a float array."""
+    x = cut(x)
     if isinstance(x, Selected):
         return rw.dense(x, "a selected slice is scanned over")
     if isinstance(x, QStack) and (x.axis != 0 or any(_leading_is_no_stack(p) for p in x.parts)):
@@ -335,6 +352,7 @@ def _with_all(rw: Any, branch: Callable[..., Any], keys: list[Any]) -> Callable[
 
 def do_custom_vjp(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
     """custom_vjp: the value is the rewritten body's, the derivative the user's own rule at the dequantized operands."""
+    values = [cut(v) for v in values]
     path = (*here, ("call_jaxpr", 0))
     if rw.observing:
         return rw.run(eqn.params["call_jaxpr"], values, path, context)
@@ -377,6 +395,7 @@ def _zero(leaf: Any) -> Any:
 
 def do_custom_jvp(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) -> list[Any]:
     """custom_jvp: as custom_vjp."""
+    values = [cut(v) for v in values]
     path = (*here, ("call_jaxpr", 0))
     if rw.observing:
         return rw.run(eqn.params["call_jaxpr"], values, path, context)
@@ -405,6 +424,7 @@ def do_shard_map(rw: Any, eqn: Any, values: list[Any], here: Any, context: Any) 
     """shard_map: a weight's PartitionSpec becomes that of its codes and scales."""
     p = eqn.params
     path = (*here, ("jaxpr", 0))
+    values = [cut(v) for v in values]
     values = [
         rw.dense(v, "a selected slice enters shard_map") if isinstance(v, (Selected, QStack)) else v for v in values
     ]

@@ -29,7 +29,7 @@ from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.rewriting.endings import terms_of
 from qjax.rewriting.log_attention import emit_log_attention
 from qjax.rewriting.operands import Operand, Operands, round_fixed
-from qjax.rewriting.selection import Selected
+from qjax.rewriting.selection import Layer, Selected, cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,8 @@ def emit_dot(
 ) -> Any:
     """A dot_general of which one operand may be a QArray; with the terms of `taken_in`, arrays of any rank."""
     out = eqn.outvars[0].aval
+    layer = next((v for v in values if isinstance(v, Layer)), None)
+    values = [cut(v) for v in values]
     side = weight_side(values)
     if side is None:
         return _fake_quantized(rewriter, eqn, values, act, where, rewriter.input_side(eqn, where))
@@ -171,13 +173,18 @@ def emit_dot(
         sizes = (*batch_shape, math.prod(rows), canonical.codes.shape[-2], canonical.length)
         rewriter.choose("dot", canonical.fmt, act, sizes, x.dtype, where)
     streamed = rewriter.streamed(where)
+    whole = None
+    if layer is not None:
+        (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+        axes = (rc, rb) if side else (lc, lb)
+        whole = layer.whole(lambda q: _without_inputs(product_view(q, *map(tuple, axes))[0])[0])
     n = math.prod(free_shape)
     added = {}
     for name, a in (terms or {}).items():
         lead = (*batch_shape, math.prod(rows)) if name == "residual" else batch_shape if a.size > n else ()
         added[name] = _reshape(a, (*lead, n))
 
-    def product(x: Any, canonical: QArray, constants: dict[str, Any]) -> Any:
+    def product(x: Any, weight: QArray, constants: dict[str, Any], *number: Any) -> Any:
         batch, xfree, contract = there.x_axes
         xt = lax.transpose(x, (*batch, *xfree, *contract))
         xt = _reshape(xt, (*batch_shape, math.prod(rows), math.prod(x.shape[d] for d in contract)))
@@ -185,12 +192,13 @@ def emit_dot(
         own = act is not None and act.prefix is None and act.fmt.per == "token"  # which a kernel may fit itself
         result = ops.q_dot(
             xt,
-            canonical,
+            weight,
             act=act.fmt if act and own else _for_stack(_act(act, xt, constants, where, streamed), batch_shape),
             out_dtype=out.dtype,
             precision=eqn.params["precision"],
             implementation=rewriter.implementation,
             streamed=streamed,
+            layer=number[0] if number else None,
             site=where,
             **added,
         )
@@ -200,6 +208,8 @@ def emit_dot(
     if sharding is not None:  # asked for by the user under explicit sharding: the partitioner finds the way there
         anywhere: Any = jax.sharding.auto_axes(product, out_sharding=sharding)
         return anywhere(x, canonical, constants)
+    if layer is not None and whole is not None:
+        return product(x, whole, constants, layer.index)
     return product(x, canonical, constants)
 
 

@@ -3,10 +3,14 @@
 The layers of one scan may have different formats. Where their runs are too many to split the scan, or a loop counter
 picks the layer, the environment holds a `Selected`: all parts, and the traced index. A product emits one branch per
 part under a switch; anything else gets the dequantized slice, chosen the same way.
+
+Where a kernel can read one of a stack of weights where it lies, a loop does not slice it, which would copy a layer at
+each step: the environment holds a `Layer`, the whole stack and the traced index.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats import QArray, QStack, is_quantized
+from qjax._compat import open_jaxpr, sub_jaxprs
+from qjax.formats import Layout, QArray, QStack, is_quantized
 
 
 class Selected:
@@ -62,6 +67,71 @@ class Selected:
         which, position = self.which()
         branches = [lambda i, p=p: dense(self.part(p, i)) for p in range(self.n_parts)]
         return lax.switch(which, branches, position)
+
+
+FREE = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "jit", "pjit")
+"""Primitives that move no numbers, as long as none is repeated."""
+
+
+class Layer(Selected):
+    """A slice of the leading stack axis of one quantized weight at the traced ``index``, not cut out yet.
+
+    Args:
+        stack: the weight, whose leading axis is the leading one of its children.
+        index: int32 scalar.
+        views: as for `Selected`.
+    """
+
+    def __init__(self, stack: QArray, index: Any, views: tuple[Callable[[Any], Any], ...] = ()):
+        self.weight, self.index, self.views = stack, index, views
+        aval = jax.eval_shape(lambda s: dense(self.apply(s.index_stack(0, 0))), stack)
+        self.shape, self.dtype, self.ndim = aval.shape, aval.dtype, len(aval.shape)
+
+    def map(self, view: Callable[[Any], Any]) -> Layer:
+        """Add a view."""
+        return Layer(self.weight, self.index, (*self.views, view))
+
+    def cut(self) -> Any:
+        """The slice, as a quantized weight of its own."""
+        return self.apply(self.weight.index_stack(0, self.index))
+
+    def dequantize(self) -> jax.Array:
+        """The float slice."""
+        return dense(self.cut())
+
+    def whole(self, view: Callable[[QArray], QArray]) -> QArray | None:
+        """All slices under the views and one more, whose result is canonical: [layers, *stack, N, K].
+
+        None where this would move codes, and not only count them otherwise.
+        """
+        children = (self.weight.codes, self.weight.aux)
+        one = dataclasses.replace(self.weight, layout=self.weight.view.without(0))
+        if len({a.shape[0] for a in jax.tree.leaves(children)}) > 1:
+            return None
+
+        def seen(codes: Any, aux: Any) -> QArray:
+            return view(self.apply(dataclasses.replace(one, codes=codes, aux=aux)))
+
+        if not _is_free(jax.make_jaxpr(jax.vmap(seen))(*children)):
+            return None
+        found = jax.vmap(seen)(*children)
+        stacks = found.codes.ndim - 2
+        layout = Layout((*(("s", k) for k in range(stacks)), ("o", 0), ("i", 0)), (), found.layout.pad)
+        return dataclasses.replace(found, layout=layout)
+
+
+def _is_free(jaxpr: Any) -> bool:
+    return all(
+        eqn.primitive.name in FREE
+        and (eqn.primitive.name != "broadcast_in_dim" or eqn.outvars[0].aval.size == eqn.invars[0].aval.size)
+        and all(_is_free(inner) for _, inner in sub_jaxprs(eqn.params))
+        for eqn in open_jaxpr(jaxpr).eqns
+    )
+
+
+def cut(value: Any) -> Any:
+    """A `Layer` as the quantized weight that it is; anything else as it is."""
+    return value.cut() if isinstance(value, Layer) else value
 
 
 def dense(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """The compiled CPU kernels against integer arithmetic in NumPy, to the last bit, by every instruction set there is."""
 
+import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +21,11 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import ops
-from qjax.errors import LoweringError, QjaxWarning
+from qjax.errors import LayoutError, LoweringError, QjaxWarning
 from qjax.formats import Int, quantize_array
 from qjax.kernels.cpu import build, dot, instruction_sets, library
 from qjax.kernels.cpu.dot import float_product, product
+from qjax.rewrite import Rewriter
 from qjax.testing import check_lowering
 
 TOKEN = Int(8, per="token")
@@ -159,6 +162,70 @@ def test_over_a_mesh_each_device_runs_it_on_what_it_holds(layer):
     np.testing.assert_array_equal(np.asarray(jax.jit(inside)(x, w)), alone)
 
 
+@pytest.fixture
+def layers():
+    """A model that scans over five layers, the last two of another format, its parameters and input."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": (5, 64, 32), "down": (5, 32, 64), "heads": (5, 64, 4, 16)}
+    params = {name: jnp.asarray(rng.standard_normal(s) / 8, jnp.float32) for name, s in shapes.items()}
+
+    def model(params, x):
+        def body(x, p):
+            x = x + jnp.einsum("bd,dhk->bhk", x, p["heads"]).reshape(x.shape)  # a view of the weight, inside a jit
+            return x + jnp.tanh(x @ p["up"]) @ p["down"], x[:, 0]
+
+        return jax.lax.scan(body, x, params, reverse=True)
+
+    x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
+    int8 = [qjax.Rule(f"{i}/up", weights=Int(8), inputs=qjax.dynamic(TOKEN)) for i in (3, 4)]
+    rest = qjax.Rule("**", weights=Int(4, group=32), inputs=qjax.dynamic(TOKEN))
+    return qjax.quantize(model, params, x, recipe=qjax.Recipe([*int8, rest])), x
+
+
+@pytest.mark.parametrize("what", ["values", pytest.param("slopes of a batch", marks=pytest.mark.slow)])
+def test_a_scan_reads_layers_where_they_lie(native, layers, monkeypatch, what):
+    """No layer is copied; values, derivatives and batches are those of layers that are."""
+    monkeypatch.setattr(dot, "SMALLEST", 1)
+    model, x = layers
+    if dot.FAST not in instruction_sets():
+        pytest.skip(f"this processor has no {dot.FAST}")
+
+    def slope(params, x):
+        return jax.vmap(jax.grad(lambda x: model(params, x)[0].sum()))(x[:, None])
+
+    copies = re.compile(r"= [us]8\[\S* (?:copy|fusion|dynamic-slice)\(")
+    run = jax.jit(model if what == "values" else slope).lower(model.params, x).compile()
+    if what == "values":
+        assert run.as_text().count('custom_call_target="qjax_dot"') == 6  # two scans of three products
+        assert not copies.search(run.as_text())
+    monkeypatch.setattr(Rewriter, "reads_in_place", lambda self, weight: False)
+    jax.clear_caches()
+    cut = jax.jit(model if what == "values" else slope).lower(model.params, x).compile()
+    assert copies.search(cut.as_text())
+    jax.tree.map(np.testing.assert_array_equal, run(model.params, x), cut(model.params, x))
+
+
+def test_a_product_with_one_of_a_stack(layer):
+    """The layer is clamped, may be batched, and what cannot read it in place cuts it out."""
+    w, x, run, alone = layer
+    whole = jax.tree.map(lambda a: jnp.stack([a[::-1], a, a]), w)
+    whole = dataclasses.replace(whole, layout=dataclasses.replace(w.layout, order=(("s", 0), *w.layout.order)))
+
+    def one(x, i, implementation="native"):
+        return ops.q_dot(x, whole, act=TOKEN, layer=i, implementation=implementation)
+
+    numbers = jnp.asarray([-7, 0, 1, 2, 99])
+    ys = np.asarray(jax.jit(jax.vmap(one, (None, 0)))(x, numbers))
+    for y, i in zip(ys, numbers, strict=True):
+        np.testing.assert_array_equal(y, alone[:, ::-1] if i <= 0 else alone)
+        np.testing.assert_array_equal(np.asarray(one(x, i)), y)
+    several = np.asarray(jax.vmap(one, (0, None))(jnp.stack([x, x]), 1))
+    np.testing.assert_array_equal(several, np.stack([alone, alone]))
+    np.testing.assert_allclose(np.asarray(one(x, 1, "reference")), alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(LayoutError, match="layer has to be a scalar"):
+        one(x, numbers)
+
+
 def test_threads_of_python_may_call_it_at_once(layer):
     w, x, run, alone = layer
     compiled = jax.jit(run)
@@ -201,16 +268,16 @@ def test_wrong_operands_are_errors(native):
     """A program that somebody else wrote must not crash the process."""
     x, sx = jnp.zeros((1, 3, 64)), jnp.ones((1, 3, 1))
     w, s = jnp.zeros((1, 8, 32), jnp.uint8), jnp.ones((1, 8, 2))
-    no = jnp.zeros((1, 0, 0), jnp.uint8)
+    no, at = jnp.zeros((1, 0, 0), jnp.uint8), jnp.zeros((0,), jnp.int32)
     settings = {"bits": 4, "group": 32, "is_signed": 1, "low": -128, "high": 127, "unit": 0, "isa": -1}
 
-    def call(*operands, out=((1, 3, 8), jnp.float32), **changed):
+    def call(*operands, out=((1, 3, 8), jnp.float32), at=at, **changed):
         attributes = {k: (np.float32 if k == "unit" else np.int64)(v) for k, v in {**settings, **changed}.items()}
-        return jax.ffi.ffi_call(library.DOT, jax.ShapeDtypeStruct(*out))(*operands, **attributes)
+        return jax.ffi.ffi_call(library.DOT, jax.ShapeDtypeStruct(*out))(*operands, at, **attributes)
 
     def floats(*operands, out=((1, 3, 8), jnp.float32)):
         attributes = {k: np.int64(settings[k]) for k in ("bits", "group", "is_signed", "isa")}
-        return jax.ffi.ffi_call(library.FLOAT_DOT, jax.ShapeDtypeStruct(*out))(*operands, **attributes)
+        return jax.ffi.ffi_call(library.FLOAT_DOT, jax.ShapeDtypeStruct(*out))(*operands, at, **attributes)
 
     assert call(x, sx, w, s, no).shape == floats(x, w, s, no).shape == (1, 3, 8)
     wrong = [
@@ -219,6 +286,10 @@ def test_wrong_operands_are_errors(native):
         (lambda: call(x, sx[:, :2], w, s, no), "scales of activations"),
         (lambda: call(x, sx[:, :0, :0], w, s, no), "scales are fitted to floats"),
         (lambda: call(x.astype(jnp.int8), sx[:, :0, :0], w, s, no, unit=1), "scales are fitted to floats"),
+        (lambda: call(x, sx, w, s, no, at=jnp.zeros((2,), jnp.int32)), "layer has to be int32"),
+        (lambda: call(x, sx, w, s, no, at=jnp.zeros((1,))), "layer has to be int32"),
+        (lambda: call(x, sx, w[:0], s[:0], no[:0], at=jnp.zeros((1,), jnp.int32)), "weight has to be bytes"),
+        (lambda: call(x, sx, jnp.concatenate([w, w]), s, no, at=jnp.zeros((1,), jnp.int32)), "scales have to be"),
         (lambda: call(x, sx, w[:, :, :31], s, no), "rows of 31 bytes"),
         (lambda: call(x, sx, w.astype(jnp.int32), s, no), "weight has to be bytes"),
         (lambda: call(x, sx, jnp.concatenate([w, w]), s, no), "weight has to be bytes"),

@@ -88,28 +88,28 @@ def _worth(problem: Problem) -> bool | str:
     worth=_worth,
     name="native",
     priority=6,
+    picks=True,
     about="compiled kernels: int8 activations by AVX-512 VNNI, AMX or AVX2, few rows of floats by AVX-512, or portable",
 )
-def native(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
-    """Return the product of x and a weight, read as it is stored."""
+def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array | None = None) -> Array:
+    """Return the product of x and a weight, read as it is stored, or of one layer of a stack, read where it lies."""
     if not x.size or not w.codes.size:
-        return dot_reference(problem, x, w, act)
+        return dot_reference(problem, x, w if layer is None else w.index_stack(0, layer), act)
     assert isinstance(w.fmt, Int)
     stack, rows = problem.stack, x.shape[len(problem.stack) : -1]
     count = math.prod(rows)
 
-    def merged(a: AnyArray, m: int, n: int) -> Array:
-        a = jnp.asarray(a).reshape(*a.shape[: len(stack)], m, n)
-        return jnp.broadcast_to(a, (*stack, m, n)).reshape(problem.matrices, m, n)
+    def merged(a: AnyArray, m: int, n: int, lead: tuple[int, ...] = stack) -> Array:
+        a = jnp.asarray(a).reshape(*a.shape[: len(lead)], m, n)
+        return jnp.broadcast_to(a, (*lead, m, n)).reshape(math.prod(lead), m, n)
 
-    weight = [merged(w.codes, *w.codes.shape[-2:]), merged(w.fmt.scale_of(w.aux), *w.aux["scale"].shape[-2:])]
-    weight.append(
-        jnp.zeros((problem.matrices, 0, 0), jnp.uint8)
-        if w.fmt.symmetric
-        else merged(w.aux["zero"], *w.aux["zero"].shape[-2:])
-    )
+    def of_weight(a: AnyArray) -> Array:
+        return merged(a, *a.shape[-2:], lead=tuple(w.codes.shape[:-2]))
+
+    weight = [of_weight(w.codes), of_weight(w.fmt.scale_of(w.aux))]
+    weight.append(jnp.zeros((len(weight[0]), 0, 0), jnp.uint8) if w.fmt.symmetric else of_weight(w.aux["zero"]))
     if act is None:
-        y = float_product(merged(x.astype(jnp.float32), count, problem.k), *weight, weight=w.fmt)
+        y = float_product(merged(x.astype(jnp.float32), count, problem.k), *weight, weight=w.fmt, layer=layer)
         return y.astype(problem.out_dtype).reshape(*stack, *rows, problem.n)
     fmt, aux = act
     assert isinstance(fmt, Int)
@@ -121,7 +121,7 @@ def native(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
         if any(d > 1 for d in scale.shape[len(stack) : -1]):
             scale = jnp.broadcast_to(scale, (*scale.shape[: len(stack)], *rows, 1))
         x_scale = merged(scale, math.prod(scale.shape[len(stack) :]), 1)
-    y = product(merged(given, count, problem.k), x_scale, *weight, weight=w.fmt, act=fmt)
+    y = product(merged(given, count, problem.k), x_scale, *weight, weight=w.fmt, act=fmt, layer=layer)
     return y.astype(problem.out_dtype).reshape(*stack, *rows, problem.n)
 
 
@@ -134,6 +134,7 @@ def product(
     *,
     weight: Int,
     act: Int,
+    layer: Array | None = None,
     instructions: str | None = None,
 ) -> Array:
     """Call the kernel for int8 activations.
@@ -141,11 +142,12 @@ def product(
     Args:
         x: float32, or int8 codes, [S, M, K].
         x_scale: float32 [S, M or 1, 1], or None: fitted to each row of x, as ``act`` does.
-        codes: packed, [S, N, bytes].
+        codes: packed, [S, N, bytes], or [L * S, N, bytes] with a layer, and so are scales and zero points.
         scale: float32 [S, N or 1, groups or 1].
         zero: uint8 likewise, or [S, 0, 0] where ``weight`` is symmetric.
         weight: format of the weight.
         act: format of the activations.
+        layer: int32 scalar: which S matrices of the weight are read, clamped to those that there are.
         instructions: one of `ISAS`, or None for the best that the processor has.
 
     Returns:
@@ -156,23 +158,37 @@ def product(
     if x_scale is None:
         own["unit"] = np.float32(unit_scale(act))
         x_scale = jnp.zeros((x.shape[0], 0, 0), jnp.float32)
-    return _call(DOT, x, (x_scale, codes, scale, zero), weight, instructions, own)
+    return _call(DOT, x, (x_scale, codes, scale, zero), weight, layer, instructions, own)
 
 
 def float_product(
-    x: Array, codes: Array, scale: Array, zero: Array, *, weight: Int, instructions: str | None = None
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero: Array,
+    *,
+    weight: Int,
+    layer: Array | None = None,
+    instructions: str | None = None,
 ) -> Array:
     """Call the kernel for float activations, float32 [S, M, K]; the rest as in `product`."""
-    return _call(FLOAT_DOT, x, (codes, scale, zero), weight, instructions, {})
+    return _call(FLOAT_DOT, x, (codes, scale, zero), weight, layer, instructions, {})
 
 
 def _call(
-    target: str, x: Array, more: tuple[Array, ...], weight: Int, instructions: str | None, own: dict[str, Any]
+    target: str,
+    x: Array,
+    more: tuple[Array, ...],
+    weight: Int,
+    layer: Array | None,
+    instructions: str | None,
+    own: dict[str, Any],
 ) -> Array:
     s, m, _ = x.shape
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((s, m, more[-3].shape[1]), jnp.float32))(
         x,
         *more,
+        jnp.zeros((0,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1),
         bits=np.int64(weight.bits),
         group=np.int64(weight.group or 0),
         is_signed=np.int64(weight.symmetric),

@@ -22,14 +22,21 @@ void quantize_task(void* argument, int64_t number, int64_t) {
   qjax::quantize_rows(*rows.what, first, last < rows.what->m ? last : rows.what->m, rows.isa);
 }
 
-// Fills in what a problem says of the weight and of sizes; x [s, m, k], w u8 or s8 [s, n, bytes], scale f32 [s, n or 1,
-// groups or 1], zeros u8, likewise, or [s, 0, 0], y f32 [s, m, n].
-ffi::Error describe(Dot& d, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
-                    const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& y, int64_t bits, int64_t group,
-                    int64_t is_signed) {
+// Fills in what a problem says of the weight and of sizes, and the first matrix of the weight that is read; x [s, m, k],
+// w u8 or s8 [t, n, bytes], scale f32 [t, n or 1, groups or 1], zeros u8, likewise, or [t, 0, 0], layer s32 [0] or [1],
+// y f32 [s, m, n]. Without a layer t = s; else w has whole layers of s matrices, of which one is read, the last if the
+// number is too large and the first if it is negative.
+ffi::Error describe(Dot& d, int64_t* begin, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
+                    const ffi::AnyBuffer& scale, const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& layer,
+                    const ffi::AnyBuffer& y, int64_t bits, int64_t group, int64_t is_signed) {
   if (bits != 8 && bits != 4 && bits != 2) return invalid("codes of " + std::to_string(bits) + " bits; 8, 4 or 2");
   const int64_t stack = x.dimensions()[0];
-  if (!stacked(w, ffi::U8, stack) && !stacked(w, ffi::S8, stack))
+  if (!is(layer, ffi::S32, 1) || layer.dimensions()[0] > 1)
+    return invalid("the layer has to be int32 [0 or 1], it is of shape " + shape(layer));
+  const bool layered = layer.dimensions()[0] == 1;
+  int64_t all = stack;
+  if (layered && stack > 0 && w.dimensions().size() == 3) all = w.dimensions()[0];
+  if ((!stacked(w, ffi::U8, all) && !stacked(w, ffi::S8, all)) || (layered && stack > 0 && (all == 0 || all % stack)))
     return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
   d.m = x.dimensions()[1];
   d.k = x.dimensions()[2];
@@ -42,10 +49,10 @@ ffi::Error describe(Dot& d, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, co
   d.group = group > 0 && group < d.k ? group : (d.k > 0 ? d.k : 1);
   const int64_t groups = d.groups(), columns = groups > 0 ? groups : 1;
   if (groups > 1 && d.group % d.phases()) return invalid("groups have to begin with a byte");
-  if (!stacked(scale, ffi::F32, stack) || !broadcasts(scale, d.n, columns, &d.scale_n, &d.scale_g))
+  if (!stacked(scale, ffi::F32, all) || !broadcasts(scale, d.n, columns, &d.scale_n, &d.scale_g))
     return invalid("scales have to be float32 [s, n or 1, groups or 1] for " + std::to_string(groups) +
                    " groups, they are of shape " + shape(scale));
-  if (!stacked(zeros, ffi::U8, stack)) return invalid("zero points have to be uint8, they are of shape " + shape(zeros));
+  if (!stacked(zeros, ffi::U8, all)) return invalid("zero points have to be uint8, they are of shape " + shape(zeros));
   if (zeros.element_count() > 0 && !broadcasts(zeros, d.n, columns, &d.zeros_n, &d.zeros_g))
     return invalid("zero points have to be [s, n or 1, groups or 1], they are of shape " + shape(zeros));
   if (!stacked(y, ffi::F32, stack) || y.dimensions()[1] != d.m || y.dimensions()[2] != d.n)
@@ -54,29 +61,34 @@ ffi::Error describe(Dot& d, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, co
     d.flip = bits == 8 ? 0x80 : bits == 4 ? 0x88 : 0xaa;
     d.zero = 1 << (bits - 1);
   }
+  if (layered && stack > 0) {
+    const int64_t last = all / stack - 1, asked = *data<int32_t>(layer);
+    *begin = (asked < 0 ? 0 : asked > last ? last : asked) * stack;
+  }
   return ffi::Error::Success();
 }
 
-// Matrix s of a stack.
-void take(Dot& d, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& zeros,
-          const ffi::AnyBuffer& y) {
-  d.w = static_cast<const uint8_t*>(w.untyped_data()) + s * d.n * d.row_bytes;
-  d.scale = static_cast<const float*>(scale.untyped_data()) + s * scale.dimensions()[1] * scale.dimensions()[2];
-  if (zeros.element_count() > 0)
-    d.zeros = static_cast<const uint8_t*>(zeros.untyped_data()) + s * zeros.dimensions()[1] * zeros.dimensions()[2];
+// Matrix s of a stack, which is matrix `begin` + s of the weight.
+void take(Dot& d, int64_t begin, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
+          const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& y) {
+  d.w = data<uint8_t>(w, (begin + s) * d.n * d.row_bytes);
+  d.scale = data<float>(scale, (begin + s) * matrix_size(scale));
+  if (zeros.element_count() > 0) d.zeros = data<uint8_t>(zeros, (begin + s) * matrix_size(zeros));
   d.y = static_cast<float*>(y.untyped_data()) + s * d.m * d.n;
 }
 
 // x f32, or s8 codes, [s, m, k]; sx f32 [s, m or 1, 1], or [s, 0, 0] where `unit`, the scale of [-1, 1], says how they are
 // fitted to x; the others as above. Each of the s matrices by itself.
 ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-               ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group, int64_t is_signed,
-               int64_t low, int64_t high, float unit, int64_t isa) {
+               ffi::AnyBuffer zeros, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group,
+               int64_t is_signed, int64_t low, int64_t high, float unit, int64_t isa) {
   const bool codes = x.element_type() == ffi::S8;
   if (!(codes || x.element_type() == ffi::F32) || x.dimensions().size() != 3)
     return invalid("activations have to be float32 or int8 [s, m, k], they are of shape " + shape(x));
   Dot d{};
-  if (ffi::Error wrong = describe(d, x, w, scale, zeros, *y, bits, group, is_signed); wrong.failure()) return wrong;
+  int64_t begin = 0;
+  ffi::Error wrong = describe(d, &begin, x, w, scale, zeros, layer, *y, bits, group, is_signed);
+  if (wrong.failure()) return wrong;
   const int64_t stack = x.dimensions()[0], columns = d.groups() > 0 ? d.groups() : 1;
   if (low < -128 || high > 127 || low > high) return invalid("codes of activations are int8");
   if (!stacked(sx, ffi::F32, stack)) return invalid("scales of activations have to be float32, they are of shape " + shape(sx));
@@ -117,7 +129,7 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
         quantize.codes = static_cast<const int8_t*>(x.untyped_data()) + s * d.m * d.k;
       else
         quantize.x = static_cast<const float*>(x.untyped_data()) + s * d.m * d.k;
-      take(d, s, w, scale, zeros, *y);
+      take(d, begin, s, w, scale, zeros, *y);
       Rows rows{&quantize, chosen, (int64_t{1} << 16) / (d.k + 1) + 1};
       pool.run(pool.context, pool.workers, (d.m + rows.step - 1) / rows.step, quantize_task, &rows);
       qjax::run_dot(d, chosen, pool, scratch.get());
@@ -130,13 +142,15 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
 
 // x f32 [s, m, k]; the others as above.
 ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                     ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits, int64_t group,
-                     int64_t is_signed, int64_t isa) {
+                     ffi::AnyBuffer zeros, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
+                     int64_t group, int64_t is_signed, int64_t isa) {
   if (x.element_type() != ffi::F32 || x.dimensions().size() != 3)
     return invalid("activations have to be float32 [s, m, k], they are of shape " + shape(x));
   qjax::FloatDot f{};
   Dot& d = f.dot;
-  if (ffi::Error wrong = describe(d, x, w, scale, zeros, *y, bits, group, is_signed); wrong.failure()) return wrong;
+  int64_t begin = 0;
+  ffi::Error wrong = describe(d, &begin, x, w, scale, zeros, layer, *y, bits, group, is_signed);
+  if (wrong.failure()) return wrong;
   const int64_t stack = x.dimensions()[0];
   if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
   const int chosen = isa < 0 ? qjax::best_isa(d) : static_cast<int>(isa);
@@ -149,7 +163,7 @@ ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w
     for (int64_t s = 0; s < stack; s++) {
       qjax::arrange_floats(static_cast<const float*>(x.untyped_data()) + s * d.m * d.k, d.m, d.k, bits,
                            reinterpret_cast<float*>(laid.get()));
-      take(d, s, w, scale, zeros, *y);
+      take(d, begin, s, w, scale, zeros, *y);
       qjax::run_float_dot(f, chosen, pool);
     }
   } catch (const std::bad_alloc&) {
@@ -168,6 +182,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_dot, dot,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group")
@@ -180,6 +195,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_dot, dot,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_float_dot, float_dot,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
