@@ -291,6 +291,7 @@ def test_images(capsys, vit_folder, pictures, tmp_path):
     assert code == 0 and out["images"] == 4 and out["agreement"] >= 0.75
 
 
+@pytest.mark.slow
 def test_calibration_on_a_text(capsys, folder, tmp_path):
     pieces = tmp_path / "pieces.txt"
     pieces.write_text("\n\n".join(f"the cat number {'abcdefghij'[i]} sat" for i in range(10)))
@@ -329,6 +330,7 @@ def test_calibration_on_images(capsys, vit_folder, pictures, tmp_path):
     assert code == 0 and out["images"] == 6 and "3 rows" in err and out["kl"] < 0.1
 
 
+@pytest.mark.slow
 def test_calibration_that_cannot_be(capsys, folder, text, tmp_path):
     quantize = (capsys, "quantize", folder, "--recipe", "FP8")
     assert "FP8 needs calibration data: give --calibration FILE, a text that" in fails(*quantize)

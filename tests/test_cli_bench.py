@@ -21,6 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmarking, "ROTATE", samples.ROTATE)
 
 
+@pytest.mark.slow
 def test_every_lowering_that_can_run_has_a_row(capsys):
     formats = "int4 g128,int8 x int8 token"
     assert main(["bench", "kernels", *SMALL, "--formats", formats, "--device", "h200", "--json"]) == 0

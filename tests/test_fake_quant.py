@@ -62,7 +62,7 @@ def test_every_construct(name):
     assert differ(out, want) == (has_products(name) and not unrounded)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("inputs", [None, qjax.Int(8, per="token")])
 @pytest.mark.parametrize("group", [None, 4, 6])
 def test_groups_run_over_the_axes_in_the_order_in_which_they_are_stored(group, inputs):

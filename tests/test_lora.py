@@ -205,6 +205,7 @@ def test_layers_with_different_ranks_or_none():
         assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grad))
 
 
+@pytest.mark.slow
 def test_two_stacked_loops_and_formats_that_differ():
     rng = np.random.default_rng(0)
     p = {"w": jnp.asarray(rng.standard_normal((2, 3, 8, 8)), jnp.float32) / 3}
@@ -276,7 +277,7 @@ def test_a_step_keeps_packed_codes_and_no_float_weight():
         assert [k for k in kept if k[1] == jnp.uint8 and k[0][-1] == width // 2], kept
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_merging(fmt):
     p, x = params(), batch()

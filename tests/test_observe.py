@@ -366,6 +366,7 @@ def layered(p, x):
     return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["s"])[0]
 
 
+@pytest.mark.slow
 def test_other_statistics_beside_those_of_a_recipe():
     p, xs = params(), [batch(), 2 * batch()]
     more = {"s/1": SecondMoment(), "**": (ChannelRange(), Samples(count=3))}
@@ -408,6 +409,7 @@ class Stopping:
             yield b
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_goes_on_to_the_same_state(tmp_path, monkeypatch):
     monkeypatch.setattr("qjax.checkpoint.folded.SHARE", 1e9)  # keep the state after every batch
     rng = np.random.default_rng(0)

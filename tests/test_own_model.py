@@ -70,6 +70,7 @@ def test_w4a16_is_round_to_nearest(loaded, divide, tolerance):
         assert measured.agreement == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).mean()), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_constant_scales_of_8_bit_floats_cost_little_more_than_dynamic_ones(loaded):
     fn, params, _, tokens = loaded
     calibration, test = tokens[:, :64], tokens[0, 64:]

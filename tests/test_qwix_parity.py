@@ -256,7 +256,7 @@ PAIRS += [("linen cnn", "int8"), ("nnx transformer", "int4 tiled")]
 PAIRS += [(name, "int8 dynamic int8") for name in MODELS if name != "linen transformer"]
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize(("name", "scheme"), PAIRS, ids=[" ".join(pair) for pair in PAIRS])
 def test_codes_scales_and_outputs(name, scheme):
     chosen = SCHEMES[scheme]

@@ -140,7 +140,7 @@ def alone(name):
     return trained(network, recipe(name), weights(), *data())
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(11)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
@@ -243,6 +243,7 @@ def test_one_group_may_be_split():
             close(model(stored, x), alone(alone.params, data()[0]))
 
 
+@pytest.mark.slow
 def test_a_llama():
     """A decoder of ours on an automatic mesh: heads and hidden units over devices, and rows of tokens.
 

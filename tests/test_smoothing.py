@@ -23,6 +23,7 @@ def smoothed(strength: float = 0.8, weights=None) -> qjax.Recipe:
     return qjax.Recipe([qjax.Rule("**", weights=weights, inputs=qjax.static(INT8, smooth=strength))])
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     rows=st.integers(1, 9),

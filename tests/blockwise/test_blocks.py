@@ -127,7 +127,7 @@ def floats(params) -> dict:
     return jax.tree.map(lambda a: a.dequantize() if is_quantized(a) else a, params, is_leaf=is_quantized)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_the_layers_gives_what_is_done_by_hand(name):
     fn, form = FORMS[name]
@@ -256,7 +256,7 @@ def test_lazy_leaves_without_data():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("form", ["scan", "unrolled"])
 @pytest.mark.parametrize("recipe", [GPTQ, STATIC], ids=["gptq", "static"])
 def test_donated_leaves_are_freed_and_nothing_else_changes(form, recipe):

@@ -14,7 +14,7 @@ from qjax.statistics import ChannelRange, Samples, SecondMoment
 GPTQ = qjax.Recipe([qjax.Rule("**", weights=qjax.Int(4, group=8, scale="qmax"), rounding=qjax.GPTQ())])
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("what", ["batches", "weights", "both"])
 def test_equals_that_on_one_device(kind, what):

@@ -107,6 +107,7 @@ def test_recipes(gemma, recipe):
     assert packed.params["layer_1"]["mlp"]["gating_einsum"].shape == (2, EMBED, HIDDEN)
 
 
+@pytest.mark.slow
 def test_one_leaf_for_queries_keys_and_values():
     fused = model(grouped=False)
     check_trace(fused)

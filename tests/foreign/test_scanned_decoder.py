@@ -144,6 +144,7 @@ def test_recipes(model, recipe):
     check_layout(packed.params["params"]["layers"]["self_attention"]["out"]["kernel"])
 
 
+@pytest.mark.slow
 def test_leaves_may_stay_in_their_boxes(model, variables):
     boxed = dataclasses.replace(model, params=variables)
     check_trace(boxed)

@@ -43,7 +43,7 @@ SUITES = {
 }
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize(("op", "name"), SUITES)
 def test_lowering(op, name):
     check_lowering(op, name, dtypes=(jnp.float32, jnp.bfloat16), examples=3, **SUITES[op, name])

@@ -51,6 +51,7 @@ def test_what_a_device_said_counts_for_the_same_kernels(monkeypatch, tmp_path):
     assert kernel_states.on_device("K, 8 tokens", family, [record]).startswith("unmeasured; an earlier form: 1 of 1")
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date():
     page = kernel_states.PAGE.read_text()
     assert kernel_states.renewed(page) == page, "run python -m benchmarks.kernel_states"

@@ -74,6 +74,7 @@ def test_when_the_time_is_up_what_was_measured_stays(gpu, tmp_path):
     assert found == [] and "1 of 1 products are left" in said[0]
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_said_and_the_rest_goes_on(gpu, tmp_path):
     found, said = run(tmp_path / "tuned.json", [Product(Int(3), 128, 128, 8), PRODUCT])
     assert len(found) == 1 and len(said) == 1 and "int3" in said[0]

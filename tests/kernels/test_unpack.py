@@ -21,6 +21,7 @@ def packed(fmt, n, k, seed=0, lead=()):
     ).canonical()
 
 
+@pytest.mark.slow
 @given(
     bits=st.integers(2, 8),
     symmetric=st.booleans(),

@@ -50,6 +50,7 @@ def test_perplexity_is_the_cards(asset, data_dir):
     assert np.exp(nats) == pytest.approx(float(said.group(1)), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_reads_it(asset, transformers):

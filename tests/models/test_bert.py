@@ -57,6 +57,7 @@ def cosines(embed, tokenizer):
     return np.sum(np.asarray(first) * np.asarray(second), axis=-1)
 
 
+@pytest.mark.slow
 def test_real_cosines(minilm):
     fn, params, tokenizer = minilm
     found = cosines(lambda tokens, mask: fn.sentence_embedding(params, tokens, mask), tokenizer)
@@ -101,6 +102,7 @@ def test_parity(tmp_path, transformers, settings):
     assert np.abs(theirs - bare).max() > 0.1
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     fn = TextEncoder(BertConfig(**SIZES))
     params = fn.init(0)

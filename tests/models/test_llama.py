@@ -153,6 +153,7 @@ def test_bfloat16_stays_bfloat16():
     assert logits.dtype == jnp.bfloat16 and cache["layers"][0]["k"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_gradients_flow_to_every_leaf():
     fn = LanguageModel(CASES["qk-norm"])
     params = fn.init()

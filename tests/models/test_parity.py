@@ -152,6 +152,7 @@ LEARNED_POSITIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.every(3)
 @pytest.mark.parametrize("case", LEARNED_POSITIONS)
 def test_decoder_with_learned_positions(case, tmp_path, transformers):

@@ -38,6 +38,7 @@ def train(monkeypatch, root, books, work, *more):
     script(root, "train_lm").main()
 
 
+@pytest.mark.slow
 def test_cut_in_two_is_whole(monkeypatch, root, books, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(monkeypatch, root, books, whole)

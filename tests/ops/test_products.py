@@ -88,7 +88,7 @@ def test_float8_products_multiply_float8():
     assert any("dot_general" in line and line.count("f8E4M3FN") >= 2 for line in text.splitlines())
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     ("op", "name", "fmt", "act"),
     [

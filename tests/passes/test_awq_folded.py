@@ -56,6 +56,7 @@ def block(p, x):
     return jax.nn.gelu(h @ p["a"]) @ p["down"] + h @ p["b"]
 
 
+@pytest.mark.slow
 def test_weights_that_read_the_same_activations_share_factors_that_go_into_the_norm():
     norm = jnp.exp(1.5 * draw(32)).at[3].set(30)
     p = {"norm": norm, "a": draw(32, 48), "b": draw(32, 16), "down": draw(48, 16) / 4}

@@ -194,6 +194,7 @@ def test_longest_keys_of_each_pair_and_head():
     np.testing.assert_allclose(new[q], np.asarray(old[q]) * queries, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_in_a_recipe_with_data():
     """All of QoQ on a scanned model: smoothed, reordered, rounded, and near the float one."""
     model = case("scanned")

@@ -46,7 +46,7 @@ def notes_of(fn, params, step=None) -> str:
     return "\n".join(qjax.quantize(fn, params, TOKENS, recipe=recipe).report.notes)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_function_stays(name, scan):
@@ -79,6 +79,7 @@ def test_what_becomes_of_a_weight():
     np.testing.assert_allclose(now["o_proj"], heads.T @ was["o_proj"] @ r, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mean_keeps_the_vector_of_ones():
     """A LayerNorm: the table's rows keep their means, and are rotated otherwise."""
     fn, params = decoder("gpt2")

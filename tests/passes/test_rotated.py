@@ -130,6 +130,7 @@ def test_outliers_in_four_bits():
     assert error[qjax.Rotated()] < 0.6 * error[None], error
 
 
+@pytest.mark.slow
 def test_experts_and_layers():
     rng = np.random.default_rng(0)
     p = {"e": jnp.asarray(rng.standard_normal((4, 24, 10)) / 5, jnp.float32)}

@@ -183,6 +183,7 @@ def test_a_result_of_the_function_is_not_touched():
         qjax.quantize(fn, p, recipe=recipe, batches=ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.every(2)
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_llama(scan):

@@ -119,6 +119,7 @@ def test_columns_that_are_never_used_and_a_moment_that_is_zero():
             assert np.isfinite(near).all() and np.abs(near[:, 5] - W[:, 5]).max() < np.abs(W).max()
 
 
+@pytest.mark.slow
 def test_stacked_layers_by_a_recipe():
     """Layers of a scan, each with its own statistics, strips and outliers; told by TOML."""
     rng = np.random.default_rng(0)

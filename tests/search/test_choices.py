@@ -75,6 +75,7 @@ def together(w, a):
     return np.maximum(bits[:, None] * w, bits[None] * a)
 
 
+@pytest.mark.slow
 def test_a_budget_that_does_not_add_up_has_genes_of_pairs():
     table = np.stack([together(w, a) for w, a in zip(WEIGHTS, [40, 8, 8, 4, 1], strict=True)]) * 1e-6
     time = SiteCosts("seconds", table, 1e-5)

@@ -150,6 +150,7 @@ def test_a_fitted_predictor_and_the_search_with_it():
         search_choice(predicted, DOMAIN, WEIGHTS, INPUTS, 1.5)
 
 
+@pytest.mark.slow
 def test_groups_are_read_by_the_predictor_and_a_search_has_one_of_them(tmp_path):
     space = Space((2, 4, 8), (0,), (True,), (True,), (True,), groups=(16, 32), at=(At("b/**", groups=(32,)),))
     domain = space.domain(SITES)

@@ -78,6 +78,7 @@ def test_search_then_quantize(capsys, folder, tmp_path):
     assert (out / "measured" / "measured.jsonl").read_text() == lines, "nothing is measured again"
 
 
+@pytest.mark.slow
 def test_generations_on_a_space(capsys, folder, tmp_path):
     text, out = folder.parent / "text.txt", tmp_path / "found"
     tie = ("--tie", "q_proj,k_proj,v_proj", "--tie", "gate,up")

@@ -72,6 +72,7 @@ def test_figures_are_those_of_every_token(done):
     assert result.counts["letters"] == (len(kl), len(BLOCKS.blocks))
 
 
+@pytest.mark.slow
 def test_sizes_are_as_stored(done):
     result, _ = done
     report = qjax.quantize(decoder, PARAMS, np.zeros((1, 4), np.int32), recipe="W4A16").report
@@ -220,6 +221,7 @@ def test_tables_go_from_the_best_to_the_worst_and_have_units(done):
     assert "tokens in" in result.markdown() and "one by one" in result.html()
 
 
+@pytest.mark.slow
 def test_the_presets_of_the_study_keep_what_it_says():
     """W8A8-INT (here with smoothing) and W8A8-FP within half a percent of the float perplexity."""
     result = run(("W8A8-INT-smooth", "W8A8-FP"), batches=BATCHES)
@@ -258,6 +260,7 @@ def test_images_and_the_average_over_tasks():
     assert "average recovery, %" in result.columns() and result.html().count("<svg") == 5
 
 
+@pytest.mark.slow
 def test_sentences():
     rng = np.random.default_rng(4)
     params = {"e": rng.normal(size=(30, 8)).astype(np.float32), "w": rng.normal(size=(8, 8)).astype(np.float32)}

@@ -212,6 +212,7 @@ def test_a_subnet_is_exported_as_codes_that_a_reader_with_numpy_multiplies(net, 
         t.export(tmp_path / "other", p, state, choice, x)
 
 
+@pytest.mark.slow
 def test_what_reads_one_weight_is_tied_and_what_an_embedding_reads_is_left():
     def fn(p, ids):
         y = p["table"][ids]

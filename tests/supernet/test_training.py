@@ -101,6 +101,7 @@ def test_the_float_model_teaches_the_highest_subnet(job):
     np.testing.assert_allclose(done.metrics["lowest"][0], logit_divergence(highest, lowest).kl, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_over_the_devices_of_a_mesh(job):
     t, p, state, alone = job
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -111,6 +112,7 @@ def test_it_is_the_same_over_the_devices_of_a_mesh(job):
         train(t, p, state, lambda n: jax.tree.map(lambda a: a[:12], batches(n)), SCHEDULE, mesh=mesh)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_checkpoint(job, tmp_path):
     t, p, state, _ = job
 
