@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from qjax.errors import RecipeError
-from qjax.supernet.space import Domain, listed, sample_choice
+from qjax.supernet.choices import sample_choice
+from qjax.supernet.space import Domain, listed
 
 
 class Sampler(Protocol):
