@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PARTS = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton", "acts", "peers")
-"""In the order in which they are checked, and then timed; one a line when there are more."""
+PARTS = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton", "acts", "log_attention", "peers")
+"""In the order in which they are checked, and then timed."""
 
 
 def part(name: str) -> Any:

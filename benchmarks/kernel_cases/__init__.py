@@ -14,9 +14,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton", "acts")
-"""In the order of the table in docs/kernels.md; one a line when there are more."""
-
+FAMILIES = ("weights16", "codes8", "w4a8", "lookup", "mixed", "ragged", "triton", "acts", "log_attention")
+"""In the order of the table in docs/kernels.md."""
 
 QJAX = Path(__file__).parents[2] / "qjax"
 
@@ -33,6 +32,7 @@ SOURCES = {
     "ragged": (_HOPPER, *_WORDS, "kernels/ragged_dot/experts.py", "kernels/ragged_dot/placing.py"),
     "triton": ("kernels/dot/rows16.py", "kernels/dot/rows8.py", "kernels/dot/triton_call.py"),
     "acts": ("kernels/act/rows.py",),
+    "log_attention": (_HOPPER, "kernels/log_attention/hopper.py", "formats/log.py"),
 }
 """The modules of qjax that say what a family's kernels do."""
 

@@ -6,53 +6,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mosaic
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qjax
+from benchmarks.gpu_parts.log_attention import exact, operands
 from qjax import ops
+from qjax._compat import JAX_VERSION
 from qjax.errors import FormatError, LayoutError, LoweringError
 from qjax.formats import Int, Log
+from qjax.kernels.log_attention.hopper import attend, scaled
+from qjax.kernels.log_attention.lookup import numbers_of
 from qjax.rewriting.log_attention import Kept
 
 F = np.float32
 V4 = Int(4, per="tensor", symmetric=False)
-
-
-def oracle(scores, v, fmt, values):
-    """The product [*batch, M, D] in float64, and how far float32 may be off: codes on the edge may fall either way."""
-    s = scores.astype(np.float64)
-    e = np.exp(s - s.max(-1, keepdims=True))
-    u = np.maximum(e / e.sum(-1, keepdims=True), 1e-15 if fmt.zero != "reserve" else 1e-300)
-    exact = -np.log2(u) * fmt.r / fmt.q
-    n, below = 2**fmt.bits, 2 ** (fmt.bits + 1) - 2
-
-    def level(code):
-        at = np.clip(code, 0, n - 1) * fmt.q
-        value = np.rint(2.0 ** (-(at % fmt.r) / fmt.r) * below) / below * 2.0 ** -(at // fmt.r)
-        last = {"mask": n, "reserve": n - 1, "clamp": np.inf}[fmt.zero]
-        return np.where(code < last, value, 0)
-
-    edge = np.abs(exact - np.floor(exact) - 0.5) < 1e-4
-    jump = np.where(edge, level(np.floor(exact)) - level(np.ceil(exact)), 0)
-    near = v.astype(np.float64)
-    if values is not None:
-        scale, zero = (np.asarray(values[1][k], np.float64) for k in ("scale", "zero"))
-        near = (np.clip(np.rint(near / scale) + zero, 0, 2 ** values[0].bits - 1) - zero) * scale
-    p = level(np.rint(exact))
-    return p @ near, jump @ np.abs(near) + 2e-6 * (p @ np.abs(near)) + 1e-7
-
-
-def case(seed, shape, fmt, bits=4, spread=3.0):
-    rng = np.random.default_rng(seed)
-    *batch, m, n, d = shape
-    scores = (spread * rng.standard_normal((*batch, m, n))).astype(F)
-    scale = rng.uniform(0.1, 1, (*batch[:-1], batch[-1], 1, 1)).astype(F)
-    zero = rng.integers(0, 2**bits, scale.shape).astype(np.uint8)
-    v = (rng.integers(-20, 20, (*batch, n, d)) + rng.uniform(-0.4, 0.4, (*batch, n, d))) * scale  # no ties
-    return scores, v.astype(F), (Int(bits, per="tensor", symmetric=False), {"scale": scale, "zero": zero})
 
 
 @settings(max_examples=4, deadline=None)
@@ -66,9 +37,9 @@ def case(seed, shape, fmt, bits=4, spread=3.0):
 )
 def test_it_is_what_the_equations_say(seed, shape, bits, q, zero, quantized):
     fmt = Log(bits, q, zero=zero)
-    scores, v, values = case(seed, shape, fmt, max(bits, 3))
+    scores, v, values = operands(seed, shape, max(bits, 3))
     values = values if quantized else None
-    want, off = oracle(scores, v, fmt, values)
+    want, off = exact(scores, v, fmt, values)
     for name in ("xla", "lookup") if quantized and bits < 8 else ("xla",):
         got = ops.log_attention(scores, v, fmt, values=values, implementation=name)
         assert got.dtype == F and (np.abs(got - want) <= off).all(), name
@@ -76,7 +47,7 @@ def test_it_is_what_the_equations_say(seed, shape, bits, q, zero, quantized):
 
 def test_it_transforms():
     fmt = Log(4, 25)
-    scores, v, values = case(0, (2, 3, 4, 7, 5), fmt)
+    scores, v, values = operands(0, (2, 3, 4, 7, 5))
     scores[0, 0, 1] = -np.inf
     shared = (values[0], {k: a[0, :1] for k, a in values[1].items()})  # [1, 1, 1], for all of a batch
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -117,7 +88,7 @@ def test_it_transforms():
 
 
 def test_what_it_refuses():
-    scores, v, values = case(0, (2, 4, 7, 5), None)
+    scores, v, values = operands(0, (2, 4, 7, 5))
     with pytest.raises(FormatError, match="without shift"):
         ops.log_attention(scores, v, Log(4, shift=0.17))
     with pytest.raises(LayoutError, match="give .*M, N. and .*N, D"):
@@ -129,6 +100,51 @@ def test_what_it_refuses():
     with pytest.raises(LoweringError, match="values are not quantized"):
         ops.log_attention(scores, v, Log(4), implementation="lookup")
     assert "lookup" in str(ops.lowering_table("log_attention"))
+
+
+# ---------------------------------------------------------------------------------------------- on Hopper
+@pytest.mark.skipif(JAX_VERSION < (0, 11), reason="the Mosaic GPU interpreter is usable from jax 0.11 on")
+@pytest.mark.parametrize(
+    ("fmt", "shape", "dtype"),
+    [
+        (Log(4, 25, zero="mask"), (2, 70, 100, 40), "float32"),
+        (Log(3, 37), (1, 5, 49, 32), "bfloat16"),
+        (Log(5, 12, zero="clamp"), (1, 64, 129, 72), "float32"),
+    ],
+    ids=["two blocks", "a window, 16 bits", "5 bits, odd sizes"],
+)
+def test_the_kernel_in_the_interpreter(fmt, shape, dtype):
+    scores, v, (its, aux) = operands(3, shape)
+    scores[0, 3] = -np.inf
+    scores = np.asarray(jnp.asarray(scores, dtype).astype(F))
+    numbers, scale = numbers_of(jnp.asarray(v), (its, aux))
+    with mosaic.interpreter() as interpret:
+        y = attend(jnp.asarray(scores, dtype), numbers, fmt=fmt, interpret=interpret)
+        got = np.asarray(scaled(y, fmt, scale))
+        assert not mosaic.races_found()
+    shown = np.delete(np.arange(shape[1]), 3)
+    want, off = exact(scores[:, shown], v, fmt, (its, aux))
+    assert (np.abs(got[:, shown] - want) <= off).all()
+    want = np.asarray(ops.log_attention(scores[:, 3:4], v, fmt, values=(its, aux)))  # a row that is wholly hidden
+    np.testing.assert_allclose(got[:, 3:4], want, atol=1e-6)
+
+
+def test_the_kernel_lowers_for_cuda():
+    args = jax.ShapeDtypeStruct((2, 3, 197, 197), F), jax.ShapeDtypeStruct((2, 3, 197, 64), F)
+    aux = {"scale": np.ones((1, 3, 1, 1), F), "zero": np.full((1, 3, 1, 1), 8, np.uint8)}
+
+    def lowered(name, bits=4, args=args):
+        run = lambda s, x: ops.log_attention(s, x, Log(bits, 25), values=(V4, aux), implementation=name)  # noqa: E731
+        with mosaic.described_gpu():
+            traced = jax.jit(run).trace(*args)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "mosaic_gpu" in lowered("mosaic") and "mosaic_gpu" not in lowered(None)
+    with pytest.raises(LoweringError, match="have 6 bits"):
+        lowered("mosaic", 6)
+    long = jax.ShapeDtypeStruct((2, 3, 197, 1024), F), jax.ShapeDtypeStruct((2, 3, 1024, 64), F)
+    with pytest.raises(LoweringError, match="bytes of shared memory"):
+        lowered("mosaic", args=long)
 
 
 # ------------------------------------------------------------------------------------------------- in programs

@@ -55,7 +55,7 @@ def test_no_lowering_is_forgotten():
     # test_mosaic*.py, test_triton.py, test_mosaic_ragged.py
     on_gpus = {("dot", "mosaic"), ("dot", "triton"), ("ragged_dot", "mosaic")}
     rows = {("quantize_rows", "mosaic"), ("quantize_rows", "xla")}  # test_rows.py
-    attention = {("log_attention", name) for name in ("xla", "lookup")}  # test_log_attention.py
+    attention = {("log_attention", name) for name in ("xla", "lookup", "mosaic")}  # test_log_attention.py
     compiled = {("dot", "native")}  # test_native.py
     offsets = {("dot", "affine_dot")}  # test_integer_dot.py
     assert there - oracles - on_gpus - rows - attention - compiled - offsets == set(SUITES)
