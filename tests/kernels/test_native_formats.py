@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from qjax import ops
 from qjax.errors import LoweringError
-from qjax.formats import DualGrained, Int, Progressive, quantize_array
-from qjax.kernels.cpu import library, operands, two_level
+from qjax.formats import DualGrained, Int, MixedBits, Progressive, quantize_array
+from qjax.kernels.cpu import library, mixed, operands, two_level
 from qjax.testing import check_lowering
 
 TOKEN = Int(8, per="token")
@@ -97,14 +97,46 @@ def test_two_levels_give_what_xla_gives(native):
             np.testing.assert_array_equal(y, other)
 
 
-def test_two_levels_are_a_lowering(native):
-    check_lowering("dot", "native", weights=TWO_LEVELS[:1], acts=[TOKEN], examples=1)
+def by_hand_mixed(w, x):
+    """The product in float64 and the sum of magnitudes of its terms, rows by outputs."""
+    real = np.asarray(w.decode_canonical(), np.float64)
+    return x @ real.T, np.abs(x) @ np.abs(real).T
+
+
+STRIPS = [
+    MixedBits(outliers=0.01),
+    MixedBits(0.3, select="global", strip=32, wide_group=64, tile=24),
+    MixedBits(0, select="global", strip=8, tile=5),
+    MixedBits(1, select="global", strip=64, wide_group=64),
+]
+
+
+@pytest.mark.parametrize("fmt", [STRIPS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in STRIPS[1:])])
+def test_strips_of_two_widths_are_multiplied_as_they_decode(native, fmt):
+    """Sparse numbers among them; a row has the same bits with others and alone."""
+    rng = np.random.default_rng(0)
+    w = quantize_array(jnp.asarray(rng.standard_normal((90, 300)), jnp.float32), fmt, in_axes=1).canonical()
+    x = rng.standard_normal((7, 300)).astype(np.float32)
+    expected, terms = by_hand_mixed(w, x)
+    problem = type("Matrix", (), {"stack": (), "matrices": 1})  # what operands look at
+    empty = {name: jnp.zeros((1, 0), dtype) for name, dtype in mixed.ARRAYS.items()}
+    arrays = empty | w.aux
+    own = [operands.merged(problem, a, *a.shape) for a in (w.codes, *(arrays[name] for name in mixed.ARRAYS))]
+    for name in set(native.instruction_sets()) & {"portable", "avx512_vnni"}:
+        run = lambda x, name=name: np.asarray(mixed.product(x[None], *own, weight=fmt, instructions=name))[0]  # noqa: E731
+        y = run(x)
+        assert np.max(np.abs(y - expected) / terms) < 1e-6, name
+        np.testing.assert_array_equal(run(x[6:]), y[6:], err_msg=name)
+
+
+def test_they_are_lowerings(native):
+    check_lowering("dot", "native", weights=[TWO_LEVELS[0], STRIPS[0]], acts=[TOKEN, None], examples=1)
 
 
 @pytest.mark.slow
-def test_two_levels_are_a_lowering_at_length(native):
-    acts = [TOKEN, Int(8, per="tensor"), Int(6, per="token", scale="qmax")]
-    check_lowering("dot", "native", weights=TWO_LEVELS, acts=acts, examples=40)
+def test_they_are_lowerings_at_length(native):
+    acts = [TOKEN, Int(8, per="tensor"), Int(6, per="token", scale="qmax"), None]
+    check_lowering("dot", "native", weights=[*TWO_LEVELS, *STRIPS], acts=acts, examples=60)
 
 
 def test_when_formats_have_a_kernel(native, monkeypatch):

@@ -1,10 +1,12 @@
 // Random problems of weights in formats other than integers with float scales.
 #pragma once
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <vector>
 
+#include "mixed.h"
 #include "problem.h"
 #include "support.h"
 #include "two_level.h"
@@ -89,9 +91,82 @@ inline bool two_level(const Draw& draw, Threads& threads) {
   return true;
 }
 
+// Sums of floats: close to the plain ones, and no memory that is not there.
+inline bool mixed(const Draw& draw, Threads& threads) {
+  const int64_t all_strips[] = {8, 16, 16, 32, 64};
+  qjax::Mixed f{};
+  f.strip = all_strips[draw.below(5)];
+  f.m = 1 + draw.below(7);
+  f.n = 1 + draw.below(100);
+  f.aligned = draw.below(2);
+  f.wide = draw.below(6);
+  f.narrow = f.aligned ? 3 * f.wide : draw.below(9);
+  if (f.strips() == 0) f.narrow = 1, f.aligned = false;
+  f.k = f.x_stride() - draw.below(f.strip);
+  f.tile = draw.below(2) ? 16 : 1 + draw.below(20);
+  f.per_group = 1 + draw.below(4);
+  f.scale_bits[0] = f.scale_bits[1] = 3;
+  f.scale_bits[2] = 4;
+  f.row_bytes = (f.strips() + f.wide) * f.word();
+  f.unit = 0.25f;
+  f.sparse = draw.below(3) ? draw.below(f.n * f.k) : 0;
+  f.at_is_long = draw.below(2);
+  const int64_t tiles = (f.n + f.tile - 1) / f.tile, zeros = (f.groups() + 1) / 2, numbers = f.m * f.x_stride();
+  Guarded w(f.n * f.row_bytes), words(f.n * f.triples() * 2), step(tiles * f.triples() * 6), offset(tiles * f.triples() * 2);
+  Guarded scale(f.n * f.groups() * 2), zero(f.n * zeros), value(f.sparse * 2), at(f.sparse * 4), row(f.n * 4 + 4);
+  Guarded column(f.strips() * 4), x(numbers * 4);
+  draw.bytes(w, f.n * f.row_bytes);
+  draw.bytes(words, f.n * f.triples() * 2);
+  draw.bytes(offset, tiles * f.triples() * 2);
+  draw.bytes(zero, f.n * zeros);
+  auto half = [&] { return static_cast<uint16_t>(0x3000 + draw.below(0x0c00)); };  // 0.125 to 1
+  for (int64_t i = 0; i < tiles * f.triples() * 3; i++) step.as<uint16_t>()[i] = half();
+  for (int64_t i = 0; i < f.n * f.groups(); i++) scale.as<uint16_t>()[i] = half();
+  for (int64_t i = 0; i < f.sparse; i++) {
+    value.as<uint16_t>()[i] = half();
+    if (f.at_is_long)
+      at.as<uint32_t>()[i] = static_cast<uint32_t>(draw.random());
+    else
+      at.as<uint16_t>()[i] = static_cast<uint16_t>(draw.below(f.k + 1));
+  }
+  for (int64_t i = 0; i <= f.n; i++) row.as<uint32_t>()[i] = static_cast<uint32_t>(i * f.sparse / f.n);
+  for (int64_t i = 0; i < f.strips(); i++) column.as<int32_t>()[i] = static_cast<int32_t>((f.strips() - 1 - i) * f.strip);
+  for (int64_t i = 0; i < numbers; i++) x.as<float>()[i] = static_cast<float>(draw.below(2001) - 1000) / 1000.0f;
+  f.w = w.as<uint8_t>();
+  f.words = words.as<uint16_t>();
+  f.tile_scale = step.as<uint16_t>();
+  f.tile_zero = offset.as<uint16_t>();
+  f.wide_scale = scale.as<uint16_t>();
+  f.wide_zero = zero.as<uint8_t>();
+  f.column = column.as<int32_t>();
+  f.value = value.as<uint16_t>();
+  f.at = f.at_is_long ? static_cast<const void*>(at.as<uint32_t>()) : at.as<uint16_t>();
+  f.row = row.as<uint32_t>();
+  f.x = x.as<float>();
+  const qjax::Pool pool{3, &threads, support::run};
+  std::vector<float> expected;
+  for (int isa : {qjax::kPortable, qjax::kAvx512Vnni}) {
+    if (!qjax::has_isa(isa)) continue;
+    Guarded y(f.m * f.n * 4);
+    f.y = y.as<float>();
+    Aligned scratch(qjax::scratch_bytes(f) * pool.workers);
+    qjax::run_mixed(f, isa, pool, scratch.data);
+    if (isa == 0) expected.assign(f.y, f.y + f.m * f.n);
+    for (int64_t i = 0; i < f.m * f.n; i++) {
+      const float most = 31.0f * 15.0f * static_cast<float>(f.x_stride());
+      if (!(std::fabs(expected[i] - f.y[i]) <= 1e-6f * most)) {
+        std::printf("strips, %s differs: strip %ld narrow %ld wide %ld m %ld n %ld k %ld\n", qjax::isa_name(isa),
+                    long(f.strip), long(f.narrow), long(f.wide), long(f.m), long(f.n), long(f.k));
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 inline bool one(std::mt19937& random, Threads& threads) {
   const Draw draw{random};
-  return two_level(draw, threads);
+  return draw.below(2) ? two_level(draw, threads) : mixed(draw, threads);
 }
 
 }  // namespace formats

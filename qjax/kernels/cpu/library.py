@@ -24,7 +24,10 @@ DOT, FLOAT_DOT = "qjax_dot", "qjax_float_dot"
 TWO_LEVEL = "qjax_two_level"
 """The product with weights of two levels."""
 
-TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL)
+MIXED = "qjax_mixed"
+"""The product of floats with weights of 2-bit and 4-bit strips."""
+
+TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED)
 """All handlers in the library."""
 
 ISAS = ("portable", "avx2", "avx512_vnni", "amx")
