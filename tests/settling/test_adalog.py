@@ -17,6 +17,7 @@ from qjax.formats import Int, Log
 from qjax.passes import AdaLog
 from qjax.passes.units import LinearUnit, find_units
 from qjax.settling import settle
+from qjax.settling.capture import separable
 from qjax.settling.cuts import blocks_of_units, evaluated, prefix
 from qjax.settling.results import moved_channels
 
@@ -104,6 +105,40 @@ def test_units_are_found_on_the_program():
                        {"a": np.ones((4, 4), F), "b": np.ones((4, 2), F)}, np.ones((3, 4), F))  # fmt: skip
     found = find_units(exact, recipe().decide(exact.sites, strict=False))[1]
     assert [u.kind for u in found] == ["plain", "gelu"] and found[1].shift == 0.16997124254703522
+
+
+@pytest.mark.parametrize("library", ["nnx", "linen"])
+def test_flax_attention_is_found_and_runs_as_one_op(library):
+    from flax import linen, nnx
+
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = x + linen.MultiHeadDotProductAttention(num_heads=HEADS)(linen.LayerNorm()(x))
+            return x + linen.Dense(D)(linen.gelu(linen.Dense(D)(linen.LayerNorm()(x))))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.norms = nnx.List([nnx.LayerNorm(D, rngs=rngs) for _ in range(2)])
+            self.attend = nnx.MultiHeadAttention(HEADS, D, decode=False, rngs=rngs)
+            self.up, self.down = nnx.Linear(D, D, rngs=rngs), nnx.Linear(D, D, rngs=rngs)
+
+        def __call__(self, x):
+            x = x + self.attend(self.norms[0](x))
+            return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
+
+    if library == "nnx":
+        fn, params = qjax.from_nnx(Nnx(nnx.Rngs(0)))
+    else:
+        fn, params = qjax.from_linen(Linen(), Linen().init(jax.random.key(0), X))
+    program = qjax.trace(fn, params, X)
+    _, units = find_units(program, recipe().decide(program.sites))
+    assert sorted(u.kind for u in units if isinstance(u, LinearUnit)) == ["gelu", "norm", "norm", "plain"]
+    (attention,) = (u for u in units if not isinstance(u, LinearUnit))
+    assert not separable(attention)
+    fixed = qjax.Rule("**", op="attention", operands={"p": qjax.fixed(Log(4, 25), 1.0)})
+    rewritten = qjax.quantize(fn, params, X, recipe=qjax.Recipe([fixed]))
+    assert str(jax.make_jaxpr(lambda x: rewritten(rewritten.params, x))(X)).count("log_attention[") == 1
 
 
 def test_a_layer_norm_is_found_behind_windows_and_their_shifts():
