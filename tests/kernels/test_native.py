@@ -234,6 +234,24 @@ def test_threads_of_python_may_call_it_at_once(layer):
             np.testing.assert_array_equal(y, alone)
 
 
+@pytest.mark.slow
+def test_processes_forked_before_the_backend_starts(native):
+    """The library was loaded and handed to XLA by the parent; both compute, each with threads of its own."""
+    program = (
+        "import os, sys, jax, jax.numpy as jnp; from qjax import Int, ops; from qjax.formats import quantize_array\n"
+        "from qjax.kernels import cpu; print(cpu.status(), flush=True)\n"
+        "child = os.fork()\n"
+        "w = quantize_array(jnp.ones((256, 1024)), Int(8), in_axes=1)\n"
+        "y = ops.q_dot(jnp.ones((4, 1024)), w, act=Int(8, per='token'), implementation='native')\n"
+        "right = bool(abs(y - 1024 * (127 / 127.5) ** 2).max() < 0.01)\n"
+        "if not child: os._exit(0 if right else 7)\n"
+        "print('right' if right and os.waitpid(child, 0)[1] == 0 else 'wrong')"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "CPU kernels: there" in run.stdout and run.stdout.endswith("right\n"), run.stdout + run.stderr
+
+
 def test_the_default_for_large_weights_but_not_for_export(layer, monkeypatch):
     w, x, run, alone = layer
     if dot.FAST not in instruction_sets():

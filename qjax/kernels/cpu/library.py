@@ -30,7 +30,7 @@ MIXED = "qjax_mixed"
 TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED)
 """All handlers in the library."""
 
-ISAS = ("portable", "avx2", "avx512_vnni", "amx")
+ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "amx")
 """Instruction sets, as numbered in ``src/problem.h``."""
 
 MAKE = "python -m qjax.kernels.cpu.build makes it"

@@ -11,6 +11,15 @@ bool has_isa(int isa) {
   if (isa == kPortable) return true;
 #if defined(__x86_64__)
   if (isa == kAvx2) return __builtin_cpu_supports("avx2");
+#if defined(QJAX_HAS_AVX_VNNI)
+  if (isa == kAvxVnni) {
+    static const bool there = [] {
+      unsigned a = 0, b, c, d;
+      return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+    }();
+    return there;
+  }
+#endif
   if (isa == kAvx512Vnni || isa == kAmx) {
     static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -25,7 +34,7 @@ bool has_isa(int isa) {
 }
 
 const char* isa_name(int isa) {
-  static const char* const names[kIsaCount] = {"portable", "avx2", "avx512_vnni", "amx"};
+  static const char* const names[kIsaCount] = {"portable", "avx2", "avx_vnni", "avx512_vnni", "amx"};
   return isa >= 0 && isa < kIsaCount ? names[isa] : "unknown";
 }
 
@@ -70,6 +79,10 @@ void task(void* argument, int64_t number, int64_t worker) {
 #if defined(__x86_64__)
     case kAvx2:
       return panel_avx2(d, n0, n1);
+#if defined(QJAX_HAS_AVX_VNNI)
+    case kAvxVnni:
+      return panel_avx_vnni(d, n0, n1);
+#endif
     case kAvx512Vnni:
       return panel_avx512(d, n0, n1, scratch);
 #if defined(QJAX_HAS_AMX)

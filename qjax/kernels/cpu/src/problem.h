@@ -16,6 +16,7 @@
 #if defined(__x86_64__) && defined(__linux__) && ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11) || \
                                                   (defined(__clang__) && __clang_major__ >= 12))
 #define QJAX_HAS_AMX 1
+#define QJAX_HAS_AVX_VNNI 1
 #endif
 
 namespace qjax {
@@ -25,7 +26,7 @@ constexpr int64_t kBlock = 16;   // rows of the weight, which lie in the lanes o
 constexpr int64_t kPanel = 64;   // rows of the weight that a task lays out anew for many rows of activations
 
 // Instruction sets, from the plainest.
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512Vnni = 2, kAmx = 3, kIsaCount = 4 };
+enum Isa : int { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4, kIsaCount = 5 };
 
 struct Dot {
   int64_t m, n, k;      // rows of activations, rows of the weight, what is summed over
@@ -121,6 +122,9 @@ void run_dot(const Dot& dot, int isa, const Pool& pool, char* scratch);
 void panel_portable(const Dot& dot, int64_t n0, int64_t n1);
 #if defined(__x86_64__)
 void panel_avx2(const Dot& dot, int64_t n0, int64_t n1);
+#if defined(QJAX_HAS_AVX_VNNI)
+void panel_avx_vnni(const Dot& dot, int64_t n0, int64_t n1);
+#endif
 void panel_avx512(const Dot& dot, int64_t n0, int64_t n1, char* scratch);
 #if defined(QJAX_HAS_AMX)
 void panel_amx(const Dot& dot, int64_t n0, int64_t n1, char* scratch);

@@ -51,8 +51,8 @@ void task(void* argument, int64_t number, int64_t worker) {
   const int64_t n0 = number * work.step, n1 = n0 + work.step < t.dot.n ? n0 + work.step : t.dot.n;
   char* scratch = work.scratch + worker * work.bytes;
 #if defined(__x86_64__)
-  if (work.isa == kAvx2) return two_level_avx2(t, n0, n1, scratch);
-  if (work.isa > kAvx2) return two_level_avx512(t, n0, n1, scratch, work.isa == kAmx);
+  if (work.isa == kAvx2 || work.isa == kAvxVnni) return two_level_avx2(t, n0, n1, scratch);
+  if (work.isa >= kAvx512Vnni) return two_level_avx512(t, n0, n1, scratch, work.isa == kAmx);
 #endif
   two_level_portable(t, n0, n1, scratch);
 }
