@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import measure
 from qjax import ops
-from qjax.formats import DualGrained, Format, Int, MixedBits, quantize_array
+from qjax.formats import DualGrained, Format, Int, MixedBits, TritPlanes, quantize_array
 from qjax.kernels import cpu
 
 TOKEN = Int(8, per="token")
@@ -34,8 +34,12 @@ FORMATS: dict[str, Format] = {"W8A8": Int(8), "W4A8 g128": Int(4, group=128)}
 OTHERS: dict[str, tuple[Format, bool, tuple[str, ...]]] = {
     "DualGrained g128": (DualGrained(), True, ("int_dot",)),
     "MixedBits": (MixedBits(outliers=0.005), False, ("dequantize_blocks",)),
+    "TritPlanes g128": (TritPlanes(), True, ("dequantize_blocks",)),
 }
 """Formats of other kinds: whether activations are int8, and the lowerings of XLA that are fastest."""
+
+EXPERTS = (8, 2048, 2048)
+"""Experts, and the outputs and inputs of each."""
 
 COLD = 16
 """Up to so many tokens weights are cold."""
@@ -116,23 +120,53 @@ def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, A
     return found
 
 
-def written(found: list[dict[str, Any]], clock: str) -> str:
-    """Return the tables, those of int8 activations, of floats and of other formats, as text."""
+def of_experts(**how: Any) -> list[dict[str, Any]]:
+    """Measure a mixture of experts, rows shared evenly among them, beside XLA's ragged product of floats."""
+    count, n, k = EXPERTS
+    rng = np.random.default_rng(0)
+    floats = jnp.asarray(rng.standard_normal((count, k, n), np.float32) / k**0.5)
+    packed = quantize_array(floats, FORMATS["W4A8 g128"], in_axes=1, stack_axes=0).canonical()
+    found = []
+    for tokens in TOKENS:
+        x = jnp.asarray(rng.standard_normal((tokens, k)), jnp.float32)
+        sizes = jnp.asarray([tokens * (g + 1) // count - tokens * g // count for g in range(count)], jnp.int32)
+
+        def ragged(x: Any, w: Any, name: str, sizes: jax.Array = sizes) -> jax.Array:
+            return ops.q_ragged_dot(x, w, sizes, act=(TOKEN, ops.activation_aux(x, TOKEN)), implementation=name)
+
+        cases = {"float32": in_turn(lambda x, w, sizes=sizes: jax.lax.ragged_dot(x, w, sizes), x, [floats])}
+        cases |= {name: in_turn(functools.partial(ragged, name=name), x, [packed]) for name in ("experts", "native")}
+        times = measure.interleaved(cases, **how)
+        row = {"experts": [count, n, k], "tokens": tokens, "float_ms": times["float32"].least * 1e3}
+        row |= {f"W4A8 g128 {name}": times["float32"].least_over(times[name]) for name in ("experts", "native")}
+        found.append(row)
+        print(row, flush=True)
+    return found
+
+
+def written(found: list[dict[str, Any]], experts: list[dict[str, Any]], clock: str) -> str:
+    """Return the tables, those of int8 activations, of floats, of other formats and of experts, as text."""
     tables = []
     named = [[label(*kind, quantized) for kind in kinds] for quantized, kinds in ((True, INTEGERS), (False, FLOATS))]
     for names in [*named, [f"{name} {lowering}" for name, lowering in KINDS]]:
+        shown = lambda f, n: f"{f[n]:.2f}" if n in f else ""  # noqa: E731 (some are for few rows alone)
         rows = [
-            [f"{f['shape'][0]} x {f['shape'][1]}", f["tokens"], f"{f['float_ms']:.3g}", *(f"{f[n]:.2f}" if n in f else "" for n in names)]
+            [f"{f['shape'][0]} x {f['shape'][1]}", f["tokens"], f"{f['float_ms']:.3g}", *(shown(f, n) for n in names)]
             for f in found
             if names[0] in f
         ]
         tables.append(measure.table(["layer", "tokens", "float32, ms", *names], rows))
+    names = [f"W4A8 g128 {name}" for name in ("experts", "native")]
+    rows = [[e["tokens"], f"{e['float_ms']:.3g}", *(f"{e[n]:.2f}" for n in names)] for e in experts]
+    tables.append(measure.table(["tokens", "float32, ms", *names], rows))
+    count, n, k = EXPERTS
     shares = ", ".join(f"{f['of_reading']:.0%} at {f['shape'][0]} x {f['shape'][1]}" for f in found if f["tokens"] == 1)
     busy = os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
     return (
         f"Speed beside XLA's float32 product (above 1: faster), least {clock} time of each. {cpu.status()}.\n\n"
         f"Activations quantized to int8 as they come:\n\n{tables[0]}\n\nFloat activations:\n\n{tables[1]}\n\n"
         f"Other formats:\n\n{tables[2]}\n\n"
+        f"{count} experts of {n} x {k}, beside XLA's ragged product of floats:\n\n{tables[3]}\n\n"
         f"W4A8 g128 by one token reaches this share of the speed at which NumPy reads memory: {shares}."
         + ("\n\n**Taken on a busy machine**, to be repeated on an idle one." if busy else "")
     )
@@ -149,7 +183,9 @@ def main() -> None:
     found = []
     for shape in SHAPES:
         found += measured(shape, given.cache << 20, budget=given.budget, least_rounds=4, clock=clock)
-    measure.save("cpu_native", {"clock": given.clock, "measured": found}, written(found, given.clock), given.out)
+    experts = of_experts(budget=given.budget, least_rounds=4, clock=clock)
+    figures = {"clock": given.clock, "measured": found, "experts": experts}
+    measure.save("cpu_native", figures, written(found, experts, given.clock), given.out)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,6 @@ def test_no_lowering_is_forgotten():
     on_gpus = {("dot", "mosaic"), ("dot", "triton"), ("ragged_dot", "mosaic")}
     rows = {("quantize_rows", "mosaic"), ("quantize_rows", "xla")}  # test_rows.py
     attention = {("log_attention", name) for name in ("xla", "lookup", "mosaic")}  # test_log_attention.py
-    compiled = {("dot", "native")}  # test_native.py
+    compiled = {("dot", "native"), ("ragged_dot", "native")}  # test_native.py, test_native_formats.py
     offsets = {("dot", "affine_dot")}  # test_integer_dot.py
     assert there - oracles - on_gpus - rows - attention - compiled - offsets == set(SUITES)

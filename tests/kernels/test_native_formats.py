@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from qjax import ops
 from qjax.errors import LoweringError
-from qjax.formats import DualGrained, Int, MixedBits, Progressive, quantize_array
-from qjax.kernels.cpu import library, mixed, operands, two_level
+from qjax.formats import DualGrained, Int, MixedBits, Progressive, TritPlanes, quantize_array
+from qjax.kernels.cpu import library, mixed, operands, trits, two_level
 from qjax.testing import check_lowering
 
 TOKEN = Int(8, per="token")
@@ -129,6 +131,92 @@ def test_strips_of_two_widths_are_multiplied_as_they_decode(native, fmt):
         np.testing.assert_array_equal(run(x[6:]), y[6:], err_msg=name)
 
 
+PLANES = [
+    TritPlanes(group=32),
+    TritPlanes(group=64, store="two_bit"),
+    TritPlanes(group=100, store="nibble", tied=True),
+    TritPlanes(planes=1, group=48),
+    TritPlanes(planes=1, store="two_bit"),
+    TritPlanes(planes=3, group=32),
+]
+
+
+@given(
+    m=st.sampled_from([1, 3, 7]),
+    n=st.sampled_from([1, 33]),
+    k=st.sampled_from([63, 130, 384]),
+    values=st.sampled_from(["normal", "nan"]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=3)
+def test_trits_equal_integer_arithmetic_to_the_bit(native, m, n, k, values, seed):
+    rng = np.random.default_rng(seed)
+    x, sx = drawn_rows(rng, m, k, values)
+    q = steps_of(x, sx)
+    for fmt in PLANES:
+        planes, groups = fmt.planes, -(-k // min(fmt.group, k))
+        t = rng.integers(-1, 2, (planes, n, k))
+        codes = np.tensordot(3 ** np.arange(planes)[::-1], t + 1, axes=1)
+        scale = rng.uniform(0.01, 1, (planes, n, groups)).astype(np.float32)
+        expected = np.zeros((m, n), np.float32)
+        for g in range(groups):
+            part = slice(g * fmt.group, (g + 1) * fmt.group)
+            for p in range(planes):
+                expected += (q[:, part] @ t[p][:, part].T).astype(np.float32) * scale[p, :, g]
+        stored = fmt.packing.pack(codes.astype(np.uint8))
+        for name in set(native.instruction_sets()) & {"portable", "avx512_vnni"}:
+            own = (stored[None], jnp.asarray(scale.reshape(1, planes * n, groups)))
+            y = trits.product(x[None], sx[None], *own, weight=fmt, act=TOKEN, instructions=name)
+            np.testing.assert_array_equal(np.asarray(y)[0], expected * sx, err_msg=f"{name} {fmt.name}")
+
+
+def test_experts_give_what_their_matrices_give(native):
+    """Bit for bit; groups without rows among them, sizes cut off, rows behind the last group 0."""
+    rng = np.random.default_rng(0)
+    w = quantize_array(
+        jnp.asarray(rng.standard_normal((4, 40, 96)), jnp.float32), Int(4, group=32), in_axes=2, stack_axes=0
+    )
+    x = jnp.asarray(rng.standard_normal((13, 96)), jnp.float32)
+    aux = ops.activation_aux(x, TOKEN)
+
+    def run(x, w, sizes):
+        return ops.q_ragged_dot(x, w, sizes, act=(TOKEN, ops.activation_aux(x, TOKEN)), implementation="native")
+
+    alone = jax.jit(
+        lambda x, w: jnp.stack([ops.q_dot(x, w[g], act=(TOKEN, aux), implementation="native") for g in range(4)])
+    )
+    each = np.asarray(alone(x, w))
+    compiled = jax.jit(run)
+    for sizes in ([3, 0, 8, 1], [0, 0, 0, 0], [1, 1, 20, 5], [-2, 4, 1, 2]):
+        y = np.asarray(compiled(x, w, jnp.asarray(sizes)))
+        group = np.repeat(np.arange(4), np.maximum(sizes, 0))[:13]
+        np.testing.assert_array_equal(y[: len(group)], each[group, np.arange(len(group))])
+        assert not np.any(y[len(group) :])
+
+
+def test_experts_are_a_lowering(native):
+    check_lowering("ragged_dot", "native", weights=[Int(4, symmetric=False)], acts=[TOKEN], examples=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [TWO_LEVELS[0], STRIPS[0], PLANES[0]])
+def test_inside_shard_map_each_device_runs_it_on_what_it_holds(native, fmt):
+    rng = np.random.default_rng(0)
+    w = quantize_array(jnp.asarray(rng.standard_normal((48, 256)), jnp.float32), fmt, in_axes=1).canonical()
+    x = jnp.asarray(rng.standard_normal((8, 256)), jnp.float32)
+    run = lambda x, w: ops.q_dot(x, w, act=TOKEN, implementation="native")  # noqa: E731
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    inside = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")))
+    np.testing.assert_array_equal(np.asarray(inside(x, w)), np.asarray(jax.jit(run)(x, w)))
+
+
+@pytest.mark.slow
+def test_experts_are_a_lowering_at_length(native):
+    weights = [Int(8), Int(4, group=32), Int(2, per="tensor", symmetric=False)]
+    acts = [TOKEN, Int(8, per="tensor"), Int(6, per="token", scale="qmax")]
+    check_lowering("ragged_dot", "native", weights=weights, acts=acts, examples=40)
+
+
 def test_they_are_lowerings(native):
     check_lowering("dot", "native", weights=[TWO_LEVELS[0], STRIPS[0]], acts=[TOKEN, None], examples=1)
 
@@ -136,7 +224,7 @@ def test_they_are_lowerings(native):
 @pytest.mark.slow
 def test_they_are_lowerings_at_length(native):
     acts = [TOKEN, Int(8, per="tensor"), Int(6, per="token", scale="qmax"), None]
-    check_lowering("dot", "native", weights=[*TWO_LEVELS, *STRIPS], acts=acts, examples=60)
+    check_lowering("dot", "native", weights=[*TWO_LEVELS, *STRIPS, *PLANES], acts=acts, examples=60)
 
 
 def test_when_formats_have_a_kernel(native, monkeypatch):

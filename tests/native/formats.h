@@ -9,6 +9,7 @@
 #include "mixed.h"
 #include "problem.h"
 #include "support.h"
+#include "trits.h"
 #include "two_level.h"
 
 namespace formats {
@@ -164,9 +165,64 @@ inline bool mixed(const Draw& draw, Threads& threads) {
   return true;
 }
 
+inline bool trits(const Draw& draw, Threads& threads) {
+  const int64_t all_groups[] = {0, 32, 64, 128, 33, 7};
+  qjax::Trits t{};
+  qjax::Dot& d = t.dot;
+  t.planes = 1 + draw.below(3);
+  t.store = draw.below(t.planes == 2 ? 3 : 2);
+  d.m = 1 + draw.below(7);
+  d.n = 1 + draw.below(100);
+  d.k = d.row_bytes = 1 + draw.below(500);
+  d.bits = 8;
+  const int64_t group = all_groups[draw.below(6)];
+  d.group = group > 0 && group < d.k ? group : d.k;
+  qjax::describe_trits(t);
+  const int64_t groups = d.groups(), scales = t.planes * d.n * groups;
+  Guarded w(d.n * t.row_bytes), scale(scales * 4), x(d.m * d.k * 4), sx(d.m * 4);
+  for (int64_t i = 0; i < d.n * t.row_bytes; i++) {
+    const int64_t byte = draw.below(t.store == qjax::kBase3 ? 243 : 256);
+    w.as<uint8_t>()[i] = static_cast<uint8_t>(byte);
+    if (t.store == qjax::kTwoBit)  // 10 stands for no trit
+      w.as<uint8_t>()[i] = static_cast<uint8_t>(byte & ~(byte & 0xaa & ~((byte & 0x55) << 1)));
+  }
+  for (int64_t i = 0; i < scales; i++) scale.as<float>()[i] = 0.01f * static_cast<float>(1 + draw.below(100));
+  for (int64_t i = 0; i < d.m * d.k; i++) x.as<float>()[i] = static_cast<float>(draw.below(4001) - 2000) / 300.0f;
+  for (int64_t i = 0; i < d.m; i++) sx.as<float>()[i] = 0.05f;
+  t.w = w.as<uint8_t>();
+  t.scale = scale.as<float>();
+  const qjax::Pool pool{3, &threads, support::run};
+  std::vector<float> expected;
+  for (int isa : {qjax::kPortable, qjax::kAvx512Vnni}) {
+    if (!qjax::has_isa(isa)) continue;
+    Guarded q(d.m * d.q_stride() + 64), sums(d.m * groups * 4), y(d.m * d.n * 4);
+    Guarded laid(t.planes < 3 ? d.m * t.laid_stride() : 1);
+    quantize(x.as<float>(), sx.as<float>(), d, q, sums, isa);
+    if (t.planes < 3) qjax::arrange_trits(t, laid.as<int8_t>());
+    t.laid = laid.as<int8_t>();
+    d.y = y.as<float>();
+    Aligned scratch(qjax::scratch_bytes(t) * pool.workers);
+    qjax::run_trits(t, isa, pool, scratch.data);
+    if (isa == 0) expected.assign(d.y, d.y + d.m * d.n);
+    if (std::memcmp(expected.data(), d.y, d.m * d.n * 4)) {
+      std::printf("trits, %s differs: planes %ld store %ld group %ld m %ld n %ld k %ld\n", qjax::isa_name(isa),
+                  long(t.planes), long(t.store), long(d.group), long(d.m), long(d.n), long(d.k));
+      return false;
+    }
+  }
+  return true;
+}
+
 inline bool one(std::mt19937& random, Threads& threads) {
   const Draw draw{random};
-  return draw.below(2) ? two_level(draw, threads) : mixed(draw, threads);
+  switch (draw.below(3)) {
+    case 0:
+      return two_level(draw, threads);
+    case 1:
+      return mixed(draw, threads);
+    default:
+      return trits(draw, threads);
+  }
 }
 
 }  // namespace formats

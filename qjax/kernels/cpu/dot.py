@@ -39,7 +39,8 @@ FAST = "avx512_vnni"
 """The plainest instruction set that was measured ahead of XLA (``benchmarks/cpu_native.py``)."""
 
 
-def _can(problem: Problem) -> bool | str:
+def can_multiply(problem: Problem) -> bool | str:
+    """Return whether the kernels for `Int` weights can compute a problem, or why not."""
     weight, act = problem.weight, problem.act
     assert isinstance(weight, Int)
     if act is None and problem.x_dtype.itemsize > 4:
@@ -84,7 +85,7 @@ def _worth(problem: Problem) -> bool | str:
     "dot",
     Int,
     "cpu",
-    when=_can,
+    when=can_multiply,
     worth=_worth,
     name="native",
     priority=6,

@@ -27,7 +27,13 @@ TWO_LEVEL = "qjax_two_level"
 MIXED = "qjax_mixed"
 """The product of floats with weights of 2-bit and 4-bit strips."""
 
-TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED)
+TRITS = "qjax_trits"
+"""The product with trit-planes."""
+
+RAGGED = "qjax_ragged"
+"""The product of rows with the matrix of their group."""
+
+TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED, TRITS, RAGGED)
 """All handlers in the library."""
 
 ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "amx")

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "handler.h"
+#include "weights.h"
 
 namespace ffi = xla::ffi;
 
@@ -29,38 +30,19 @@ void quantize_task(void* argument, int64_t number, int64_t) {
 ffi::Error describe(Dot& d, int64_t* begin, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
                     const ffi::AnyBuffer& scale, const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& layer,
                     const ffi::AnyBuffer& y, int64_t bits, int64_t group, int64_t is_signed) {
-  if (bits != 8 && bits != 4 && bits != 2) return invalid("codes of " + std::to_string(bits) + " bits; 8, 4 or 2");
   const int64_t stack = x.dimensions()[0];
   if (!is(layer, ffi::S32, 1) || layer.dimensions()[0] > 1)
     return invalid("the layer has to be int32 [0 or 1], it is of shape " + shape(layer));
   const bool layered = layer.dimensions()[0] == 1;
   int64_t all = stack;
   if (layered && stack > 0 && w.dimensions().size() == 3) all = w.dimensions()[0];
-  if ((!stacked(w, ffi::U8, all) && !stacked(w, ffi::S8, all)) || (layered && stack > 0 && (all == 0 || all % stack)))
+  if (layered && stack > 0 && (all == 0 || all % stack))
     return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
   d.m = x.dimensions()[1];
   d.k = x.dimensions()[2];
-  d.n = w.dimensions()[1];
-  d.row_bytes = w.dimensions()[2];
-  d.bits = bits;
-  if (d.row_bytes != (d.k * bits + 7) / 8)
-    return invalid("rows of " + std::to_string(d.row_bytes) + " bytes do not hold " + std::to_string(d.k) +
-                   " codes of " + std::to_string(bits) + " bits");
-  d.group = group > 0 && group < d.k ? group : (d.k > 0 ? d.k : 1);
-  const int64_t groups = d.groups(), columns = groups > 0 ? groups : 1;
-  if (groups > 1 && d.group % d.phases()) return invalid("groups have to begin with a byte");
-  if (!stacked(scale, ffi::F32, all) || !broadcasts(scale, d.n, columns, &d.scale_n, &d.scale_g))
-    return invalid("scales have to be float32 [s, n or 1, groups or 1] for " + std::to_string(groups) +
-                   " groups, they are of shape " + shape(scale));
-  if (!stacked(zeros, ffi::U8, all)) return invalid("zero points have to be uint8, they are of shape " + shape(zeros));
-  if (zeros.element_count() > 0 && !broadcasts(zeros, d.n, columns, &d.zeros_n, &d.zeros_g))
-    return invalid("zero points have to be [s, n or 1, groups or 1], they are of shape " + shape(zeros));
+  if (ffi::Error wrong = describe_weight(d, all, w, scale, zeros, bits, group, is_signed); wrong.failure()) return wrong;
   if (!stacked(y, ffi::F32, stack) || y.dimensions()[1] != d.m || y.dimensions()[2] != d.n)
     return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(y));
-  if (is_signed) {
-    d.flip = bits == 8 ? 0x80 : bits == 4 ? 0x88 : 0xaa;
-    d.zero = 1 << (bits - 1);
-  }
   if (layered && stack > 0) {
     const int64_t last = all / stack - 1, asked = *data<int32_t>(layer);
     *begin = (asked < 0 ? 0 : asked > last ? last : asked) * stack;
@@ -71,9 +53,7 @@ ffi::Error describe(Dot& d, int64_t* begin, const ffi::AnyBuffer& x, const ffi::
 // Matrix s of a stack, which is matrix `begin` + s of the weight.
 void take(Dot& d, int64_t begin, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
           const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& y) {
-  d.w = data<uint8_t>(w, (begin + s) * d.n * d.row_bytes);
-  d.scale = data<float>(scale, (begin + s) * matrix_size(scale));
-  if (zeros.element_count() > 0) d.zeros = data<uint8_t>(zeros, (begin + s) * matrix_size(zeros));
+  take_weight(d, begin + s, w, scale, zeros);
   d.y = static_cast<float*>(y.untyped_data()) + s * d.m * d.n;
 }
 

@@ -12,17 +12,6 @@ struct Block {
   const uint32_t* laid;  // [words of 32 bits][16 rows]
 };
 
-QJAX_512 void lay_out_words(const Mixed& f, const Block& b, uint32_t* laid) {
-  for (int64_t from = 0; from < f.row_bytes; from += 64) {
-    const int64_t left = f.row_bytes - from;
-    const __mmask64 there = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-    __m512i r[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi8(there, f.w + b.row[i] * f.row_bytes + from);
-    transpose16(r);
-    for (int i = 0; i < 16; i++) _mm512_store_si512(laid + (from / 4 + i) * 16, r[i]);
-  }
-}
-
 // Zero points and scales of the rows for three 2-bit strips.
 QJAX_512 void scales_of_triple(const Mixed& f, const Block& b, int64_t triple, __m512* zero, __m512* scale) {
   alignas(64) int32_t word[16], offset[16];
@@ -118,7 +107,7 @@ QJAX_512 void mixed_avx512(const Mixed& f, int64_t n0, int64_t n1, char* scratch
     Block b;
     b.laid = laid;
     for (int i = 0; i < 16; i++) b.row[i] = n + (i < outputs ? i : outputs - 1);
-    lay_out_words(f, b, laid);
+    lay_out_words(f.w, f.row_bytes, b.row, laid);
     int64_t m = 0;
     for (; m + 4 <= f.m; m += 4) rows_of_block<4>(f, b, m, n, outputs);
     for (; m + 2 <= f.m; m += 2) rows_of_block<2>(f, b, m, n, outputs);

@@ -62,6 +62,18 @@ QJAX_INLINE512 void transpose16(__m512i r[16]) {
   }
 }
 
+// 16 rows of bytes side by side: words of 32 bits, [words in whole chunks][16 rows].
+QJAX_512 static inline void lay_out_words(const uint8_t* w, int64_t row_bytes, const int64_t row[16], uint32_t* laid) {
+  for (int64_t from = 0; from < row_bytes; from += kChunk) {
+    const int64_t left = row_bytes - from;
+    const __mmask64 there = left >= kChunk ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi8(there, w + row[i] * row_bytes + from);
+    transpose16(r);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(laid + (from / 4 + i) * 16, r[i]);
+  }
+}
+
 // The bytes of a chunk that a row has.
 QJAX_INLINE512 __mmask64 bytes_of(const Dot& d, int64_t chunk) {
   const int64_t left = d.row_bytes - chunk * kChunk;

@@ -1,0 +1,77 @@
+// The handler of ragged products: rows of activations by the matrix of their group.
+#include "activations.h"
+#include "weights.h"
+
+namespace {
+
+using namespace qjax;
+
+// x and sx as in `Activations`, one matrix [1, m, k]; w, scale, zeros as in `describe_weight`, a matrix for each group; sizes
+// s32 [groups]; y f32 [1, m, n]. Rows are sorted by group; those behind the last group give 0. Sizes that are negative count
+// as 0, and what is beyond m is cut off.
+ffi::Error ragged(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+                  ffi::AnyBuffer zeros, ffi::AnyBuffer sizes, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
+                  int64_t group, int64_t is_signed, int64_t low, int64_t high, float unit, int64_t isa) {
+  Activations activations;
+  if (ffi::Error wrong = activations.describe(x, sx, low, high, unit); wrong.failure()) return wrong;
+  if (x.dimensions()[0] != 1) return invalid("activations have to be one matrix, they are of shape " + shape(x));
+  if (!is(sizes, ffi::S32, 1)) return invalid("sizes of groups have to be int32 [groups], they are of shape " + shape(sizes));
+  const int64_t matrices = sizes.dimensions()[0];
+  Dot d{};
+  d.m = x.dimensions()[1];
+  d.k = x.dimensions()[2];
+  ffi::Error wrong = describe_weight(d, matrices, w, scale, zeros, bits, group, is_signed);
+  if (wrong.failure()) return wrong;
+  if (!stacked(*y, ffi::F32, 1) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
+    return invalid("the result has to be float32 [1, m, n], it is of shape " + shape(*y));
+  if (d.m == 0 || d.n == 0) return ffi::Error::Success();
+  const int chosen = isa < 0 ? best_isa(d) : static_cast<int>(isa);
+  if (!has_isa(chosen)) return no_isa(chosen);
+
+  const Pool pool = pool_of(threads);
+  Memory scratch = aligned(scratch_bytes(d) * pool.workers);
+  if (!activations.allocate(d) || !scratch) return no_memory("activations and scratch");
+  float* out = static_cast<float*>(y->untyped_data());
+  int64_t start = 0;
+  try {
+    activations.quantize(0, chosen, pool);
+    for (int64_t g = 0; g < matrices; g++) {
+      const int64_t asked = data<int32_t>(sizes)[g], left = d.m - start;
+      const int64_t rows = asked < 0 ? 0 : asked < left ? asked : left;
+      if (rows == 0) continue;
+      Dot own = d;
+      own.m = rows;
+      own.q = d.q + start * d.q_stride();
+      own.qsum = d.qsum + start * d.groups();
+      own.sx = d.sx + start;
+      own.y = out + start * d.n;
+      take_weight(own, g, w, scale, zeros);
+      run_dot(own, isa < 0 ? best_isa(own) : chosen, pool, scratch.get());
+      start += rows;
+    }
+  } catch (const std::bad_alloc&) {
+    return no_memory("tasks");
+  }
+  for (int64_t i = start * d.n; i < d.m * d.n; i++) out[i] = 0.0f;
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_ragged, ragged,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("is_signed")
+                                  .Attr<int64_t>("low")
+                                  .Attr<int64_t>("high")
+                                  .Attr<float>("unit")
+                                  .Attr<int64_t>("isa"));

@@ -1,0 +1,77 @@
+// The handler of products with trit-planes: checks, memory, threads.
+#include "activations.h"
+#include "trits.h"
+
+namespace {
+
+using namespace qjax;
+
+// x, sx as in `Activations`; w u8 [s, n, bytes], scale f32 [s, planes * n, groups], y f32 [s, m, n].
+ffi::Error trits(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+                 ffi::Result<ffi::AnyBuffer> y, int64_t planes, int64_t store, int64_t group, int64_t low, int64_t high,
+                 float unit, int64_t isa) {
+  Activations activations;
+  if (ffi::Error wrong = activations.describe(x, sx, low, high, unit); wrong.failure()) return wrong;
+  if (planes < 1 || planes > 3 || store < kBase3 || store > kNibble || (store == kNibble && planes != 2))
+    return invalid("trit-planes are one to three, of base 3 or two bits, or two in half bytes");
+  const int64_t stack = x.dimensions()[0];
+  if (!stacked(w, ffi::U8, stack)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  Trits t{};
+  Dot& d = t.dot;
+  d.m = x.dimensions()[1];
+  d.k = d.row_bytes = x.dimensions()[2];  // codes of 8 bits, whose activations lie in natural order
+  d.n = w.dimensions()[1];
+  d.bits = 8;
+  d.group = group > 0 && group < d.k ? group : (d.k > 0 ? d.k : 1);
+  t.planes = planes;
+  t.store = store;
+  describe_trits(t);
+  const int64_t groups = d.groups();
+  if (w.dimensions()[2] != t.row_bytes)
+    return invalid("rows of " + std::to_string(w.dimensions()[2]) + " bytes do not hold " + std::to_string(d.k) +
+                   " trits of " + std::to_string(planes) + " planes");
+  if (!stacked(scale, ffi::F32, stack) || scale.dimensions()[1] != planes * d.n || scale.dimensions()[2] != groups)
+    return invalid("scales have to be float32 [s, planes * n, groups], they are of shape " + shape(scale));
+  if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
+    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
+  if (stack == 0 || d.m == 0 || d.n == 0 || d.k == 0) return ffi::Error::Success();
+  const int chosen = isa < 0 ? best_isa(t) : static_cast<int>(isa);
+  if (!has_isa(chosen)) return no_isa(chosen);
+
+  const Pool pool = pool_of(threads);
+  const bool wide = planes < 3;
+  Memory scratch = aligned(scratch_bytes(t) * pool.workers), laid = aligned(wide ? d.m * t.laid_stride() : 0);
+  if (!activations.allocate(d) || !scratch || !laid) return no_memory("activations and scratch");
+  t.laid = reinterpret_cast<const int8_t*>(laid.get());
+  try {
+    for (int64_t s = 0; s < stack; s++) {
+      activations.quantize(s, chosen, pool);
+      if (wide) arrange_trits(t, reinterpret_cast<int8_t*>(laid.get()));
+      t.w = data<uint8_t>(w, s * matrix_size(w));
+      t.scale = data<float>(scale, s * matrix_size(scale));
+      d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
+      run_trits(t, chosen, pool, scratch.get());
+    }
+  } catch (const std::bad_alloc&) {
+    return no_memory("tasks");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_trits, trits,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("planes")
+                                  .Attr<int64_t>("store")
+                                  .Attr<int64_t>("group")
+                                  .Attr<int64_t>("low")
+                                  .Attr<int64_t>("high")
+                                  .Attr<float>("unit")
+                                  .Attr<int64_t>("isa"));
