@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from qjax.low_rank import lora as lora
     from qjax.observed import calibrate as calibrate
     from qjax.observed import observe as observe
+    from qjax.ops import quantize_cache as quantize_cache
     from qjax.ops import register_lowering as register_lowering
     from qjax.passes import AWQ as AWQ
     from qjax.passes import DGQ as DGQ
@@ -109,6 +110,7 @@ _HOME = {
     "QArray": "qjax.formats",
     "QStack": "qjax.formats",
     "register_format": "qjax.formats",
+    "quantize_cache": "qjax.ops",
     "register_lowering": "qjax.ops",
     "RTN": "qjax.passes",
     "AutoRound": "qjax.passes",
@@ -199,6 +201,7 @@ __all__ = [
     "passes",
     "plan",
     "quantize",
+    "quantize_cache",
     "recipe",
     "recipes",
     "register_format",

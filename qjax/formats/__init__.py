@@ -7,6 +7,7 @@ from qjax.formats.code_tiles import CodeTiles
 from qjax.formats.dual_grained import DualGrained
 from qjax.formats.float8 import Float8
 from qjax.formats.integer import Int
+from qjax.formats.kv4 import KV4
 from qjax.formats.layout import Layout
 from qjax.formats.log import Log
 from qjax.formats.mixed_bits import MixedBits
@@ -28,6 +29,7 @@ from qjax.formats.views import concatenate, stack
 from qjax.formats.word_tiles import WordTiles
 
 __all__ = [
+    "KV4",
     "MXFP4",
     "MXFP8",
     "NF4",

@@ -8,7 +8,7 @@ from qjax._guard import only_inside_qjax
 
 only_inside_qjax(__name__)
 
-from qjax.kernels import act, conv, cpu, dot, log_attention, ragged_dot  # noqa: F401 (they fill the table)
+from qjax.kernels import act, attention, conv, cpu, dot, log_attention, ragged_dot  # noqa: F401 (they fill the table)
 from qjax.kernels.figures import kind_of
 from qjax.kernels.pack import neutral, pack, pack_tree
 from qjax.kernels.registry import (

@@ -40,7 +40,8 @@ class Problem:
     """What a lowering may look at when it says whether it can run. Everything here is static.
 
     Attributes:
-        op: "dot", "dot_transposed" (y = x @ W[N, K], summed over N: the gradient of dot), "conv" or "ragged_dot".
+        op: "dot", "dot_transposed" (y = x @ W[N, K], summed over N: the gradient of dot), "conv", "ragged_dot" or
+            "attention" (`qjax.kernels.attention` says what the others then are).
         platform: "cpu", "cuda", "rocm", "tpu", ...
         weight: format of the weight.
         act: format of the activations if they are quantized too, else None.
@@ -87,6 +88,10 @@ class Problem:
             values = f" x {self.act.name} values" if self.act else ""
             size = f"{self.rows or 'any'} queries, {self.k} keys, {self.n} channels"
             return f"log_attention of {self.weight.name} probabilities{values}, {size}, on {self.platform}"
+        if self.op == "attention":
+            kinds = f"{self.weight.name} keys and {self.settings.values.name} values"
+            size = f"{self.matrices} x {self.k} positions, {self.rows or 'any'} rows of queries each"
+            return f"attention over {kinds}, {size}, on {self.platform}"
         act = f" x {self.act.name} activations" if self.act else ""
         stack = f" x {self.matrices}" if self.stack else ""
         weight = f"{self.weight.name} weights [{self.n}, {self.k}]"

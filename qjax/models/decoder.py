@@ -9,6 +9,7 @@ The key/value cache is a value: it goes in and a new one comes out, nothing is m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +64,48 @@ class DecoderConfig(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnCache(Protocol):
+    """Keys and values of a layer, or of stacked layers, that are kept in a form of their own and attended over in it.
+
+    It may stand in a cache where :func:`init_cache` has ``{"k": ..., "v": ...}``; `qjax.quantize_cache` makes such.
+    """
+
+    @property
+    def room(self) -> int:
+        """Positions that there is room for."""
+        ...
+
+    def written(self, k: jax.Array, v: jax.Array, start: Any, layer: Any = None) -> OwnCache:
+        """It with new keys and values [B, T, KV, D] from position ``start`` on; ``layer`` says where in a stack."""
+        ...
+
+    def attend(
+        self, q: jax.Array, length: Any, *, window: Any = None, layer: Any = None, scale: Any = None
+    ) -> jax.Array:
+        """Causal attention of queries [B, T, H, D], which stand at the last of ``length`` positions."""
+        ...
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, store: Callable | None, scale: float | None = None
+) -> jax.Array:
+    """Attend, over the tokens given or over a cache.
+
+    Args:
+        q: float [B, T, H, D].
+        k: float [B, T, KV, D].
+        v: likewise.
+        mask: bool [1, 1, T, S], or None: causal over the T tokens.
+        store: what :class:`Decoder` gives to its layers, or None.
+        scale: factor on products of queries and keys, by default ``D ** -0.5``.
+    """
+    if store is not None:
+        return store(q, k, v, mask, scale)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale)
+
+
 class Embed(nnx.Module):
     """A table of rows, looked up by token and read once more by a tied output projection; its dtype is the model's."""
 
@@ -115,8 +158,8 @@ class Decoder(nnx.Module):
     """A decoder: tokens in, logits out. An architecture adds ``_begin``, ``_end`` and its layers.
 
     A layer is called as ``layer(x, *context, mask, store)``: ``context`` is what ``_begin`` made for all layers,
-    ``mask`` bool [1, 1, T, S] or None (causal over the T tokens given), and ``store`` puts the new keys and values
-    [B, T, KV, D] into a cache and returns all of it, or is None.
+    ``mask`` bool [1, 1, T, S] or None (causal over the T tokens given), and ``store`` puts new keys and values into a
+    cache and attends over all of it, or is None: :func:`attention` takes it.
 
     Args:
         config: sizes and switches.
@@ -199,17 +242,11 @@ class Decoder(nnx.Module):
         if not self.scan_layers:
             new = []
             for i, (layer, kept) in enumerate(zip(self.layers, old, strict=True)):
-                filled: dict[str, jax.Array] = {}
-
-                def store(k: jax.Array, v: jax.Array, kept: Any = kept, filled: Any = filled) -> Any:
-                    for name, value in (("k", k), ("v", v)):
-                        rows = jnp.swapaxes(value, 1, 2).astype(kept[name].dtype)
-                        filled[name] = jax.lax.dynamic_update_slice(kept[name], rows, (0, 0, start, 0))
-                    return jnp.swapaxes(filled["k"], 1, 2), jnp.swapaxes(filled["v"], 1, 2)
-
-                mask = _mask(positions, kept["k"].shape[2], self._window(i), cached=True)
-                x = layer(x, *context, mask, store)
-                new.append(filled)
+                filled: list[Any] = []
+                window = self._window(i)
+                store = functools.partial(_store, kept, filled, start, None, window)
+                x = layer(x, *context, _mask(positions, _room(kept), window, cached=True), store)
+                new += filled
             return x, new
         graph, weights = nnx.split(self.layers)
 
@@ -217,20 +254,11 @@ class Decoder(nnx.Module):
         def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
             x, kept, i = carry
             state, window = xs
-            filled: dict[str, jax.Array] = {}
-
-            def store(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-                for name, value in (("k", k), ("v", v)):
-                    rows = jnp.swapaxes(value, 1, 2).astype(kept[name].dtype)[None]
-                    filled[name] = jax.lax.dynamic_update_slice(kept[name], rows, (i, 0, 0, start, 0))
-                return (
-                    jnp.swapaxes(jax.lax.dynamic_index_in_dim(filled["k"], i, keepdims=False), 1, 2),
-                    jnp.swapaxes(jax.lax.dynamic_index_in_dim(filled["v"], i, keepdims=False), 1, 2),
-                )
-
-            mask = _mask(positions, kept["k"].shape[3], window, cached=True)
+            filled: list[Any] = []
+            store = functools.partial(_store, kept, filled, start, i, window)
+            mask = _mask(positions, _room(kept), window, cached=True)
             x = nnx.merge(graph, state)(x, *context, mask, store)
-            return (x, filled, i + 1), None
+            return (x, filled[0], i + 1), None
 
         xs = (weights, self._scanned_windows())
         carry, _ = jax.lax.scan(body, (x, old, jnp.int32(0)), xs, length=self.config.num_hidden_layers)
@@ -244,6 +272,40 @@ class Decoder(nnx.Module):
         widest = jnp.iinfo(jnp.int32).max
         windows = [widest if w is None else w for w in self.config.windows]
         return jnp.asarray(windows, jnp.int32) if windows else None
+
+
+def _store(
+    kept: Any,
+    filled: list[Any],
+    start: Any,
+    layer: Any,
+    window: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    scale: float | None,
+) -> jax.Array:
+    """Attend over a layer's cache and the new keys and values; what it is afterwards is added to ``filled``."""
+    if isinstance(kept, OwnCache):
+        filled.append(kept.written(k, v, start, layer))
+        return filled[-1].attend(q, start + q.shape[1], window=window, layer=layer, scale=scale)
+    stacked: dict[str, jax.Array] = {}
+    for name, value in (("k", k), ("v", v)):
+        rows = jnp.swapaxes(value, 1, 2).astype(kept[name].dtype)
+        rows, at = (rows, ()) if layer is None else (rows[None], (layer,))
+        stacked[name] = jax.lax.dynamic_update_slice(kept[name], rows, (*at, 0, 0, start, 0))
+    filled.append(stacked)
+    own = [
+        stacked[n] if layer is None else jax.lax.dynamic_index_in_dim(stacked[n], layer, keepdims=False) for n in "kv"
+    ]
+    k, v = (jnp.swapaxes(a, 1, 2) for a in own)
+    return attention(q, k, v, mask, None, scale)
+
+
+def _room(kept: Any) -> int:
+    """How many positions a layer's cache, or that of stacked layers, holds."""
+    return kept.room if isinstance(kept, OwnCache) else kept["k"].shape[-2]
 
 
 def _mask(positions: jax.Array, keys: int, window: Any, cached: bool = False) -> jax.Array | None:
@@ -289,4 +351,4 @@ def cache_room(cache: Any) -> int | None:
         return None
     layers = cache["layers"]
     first = layers[0] if isinstance(layers, list) else layers
-    return first["k"].shape[-2] - int(cache["length"])
+    return _room(first) - int(cache["length"])

@@ -16,7 +16,7 @@ from flax import nnx
 
 from qjax.errors import ModelError
 from qjax.models.activations import ACTIVATIONS
-from qjax.models.decoder import Decoder, Embed, check_sizes, linear, positions_of
+from qjax.models.decoder import Decoder, Embed, attention, check_sizes, linear, positions_of
 from qjax.models.family import Family
 from qjax.models.language import LanguageModel
 
@@ -128,11 +128,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None, store: Any = None) -> jax.Array:
         """X [B, T, hidden] to the same shape; ``mask`` and ``store`` as a :class:`Decoder`'s layers have them."""
         q, k, v = (part.reshape(*x.shape[:-1], -1, self.head_dim) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        if store is not None:
-            k, v = store(k, v)
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=self.scale)
-        return self.o_proj(out.reshape(x.shape))
+        return self.o_proj(attention(q, k, v, mask, store, self.scale).reshape(x.shape))
 
 
 class MLP(nnx.Module):

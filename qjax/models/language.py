@@ -68,10 +68,12 @@ class LanguageModel:
         """The Flax NNX module with these parameters in it."""
         return self._bind(params)
 
-    def generate(self, params: Any, prompt: Any, max_new_tokens: int, **settings: Any) -> np.ndarray:
-        """:func:`generate` with this model's own functions and a cache of the right size."""
+    def generate(
+        self, params: Any, prompt: Any, max_new_tokens: int, *, cache: Cache | None = None, **settings: Any
+    ) -> np.ndarray:
+        """:func:`generate` with this model's own functions and, unless one is given, a cache of the right size."""
         prompt = _as_prompt(prompt)
-        cache = self.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens)
+        cache = self.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens) if cache is None else cache
         functions = {"prefill": self.prefill, "decode_step": self.decode_step}
         return generate(params, prompt, max_new_tokens, cache=cache, **functions, **settings)
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from qjax.models.activations import ACTIVATIONS
 from qjax.models.config import FAMILIES, LlamaConfig
-from qjax.models.decoder import Decoder, Embed, linear
+from qjax.models.decoder import Decoder, Embed, attention, linear
 from qjax.models.family import Family
 from qjax.models.language import LanguageModel
 from qjax.models.rope import cos_sin, rotate
@@ -61,9 +61,9 @@ class Attention(nnx.Module):
         cos: jax.Array,  # [T, 1, head_dim/2]
         sin: jax.Array,  # [T, 1, head_dim/2]
         mask: jax.Array | None,  # bool [1, 1, T, S]; None is causal over the T tokens given
-        store: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+        store: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
-        """Attend; ``store`` puts the new keys and values [B, T, KV, D] into a cache and returns all of it."""
+        """Attend; ``store`` attends over a cache, into which it puts the new keys and values first."""
         c = self.config
         heads = (*x.shape[:-1], -1, c.head_dim)
         if self.fused:
@@ -75,9 +75,7 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if store is not None:
-            k, v = store(k, v)
-        out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask, is_causal=mask is None)
+        out = attention(q, k, v, mask, store)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 

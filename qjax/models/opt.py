@@ -11,7 +11,7 @@ from flax import nnx
 
 from qjax.errors import ModelError
 from qjax.models.activations import ACTIVATIONS
-from qjax.models.decoder import Decoder, Embed, check_sizes, linear, positions_of
+from qjax.models.decoder import Decoder, Embed, attention, check_sizes, linear, positions_of
 from qjax.models.family import Family
 from qjax.models.language import LanguageModel
 
@@ -132,10 +132,7 @@ class Attention(nnx.Module):
         """X [B, T, hidden] to the same shape; ``mask`` and ``store`` as a :class:`Decoder`'s layers have them."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
-        if store is not None:
-            k, v = store(k, v)
-        out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask, is_causal=mask is None)
-        return self.o_proj(out.reshape(x.shape))
+        return self.o_proj(attention(q, k, v, mask, store).reshape(x.shape))
 
 
 class MLP(nnx.Module):

@@ -1,4 +1,4 @@
-"""Quantized operations: products, convolutions and gathers on packed weights, as primitives that JAX can transform."""
+"""Quantized operations as primitives that JAX can transform: products, convolutions, gathers, attention over caches."""
 
 from qjax.kernels import (
     Choice,
@@ -13,7 +13,9 @@ from qjax.kernels import (
     pack_tree,
     register_lowering,
 )
+from qjax.ops.attention import q_attention
 from qjax.ops.base import LinearOp, Operands, QuantizedOp, Spec, quantized_linear
+from qjax.ops.cache import KVCache, quantize_cache
 from qjax.ops.conv import ConvSpec, conv_activation_aux, conv_problem, q_conv
 from qjax.ops.dot import activation_aux, q_dot
 from qjax.ops.embedding import q_take
@@ -26,6 +28,7 @@ from qjax.ops.taken import Taken, lowerings
 __all__ = [
     "Choice",
     "ConvSpec",
+    "KVCache",
     "LayerNorm",
     "LinearOp",
     "LoweringTable",
@@ -47,10 +50,12 @@ __all__ = [
     "neutral",
     "pack",
     "pack_tree",
+    "q_attention",
     "q_conv",
     "q_dot",
     "q_ragged_dot",
     "q_take",
+    "quantize_cache",
     "quantize_rows",
     "quantized_linear",
     "register_lowering",

@@ -1,4 +1,4 @@
-"""Which lowering each quantized product of a whole function takes, without compiling or running it.
+"""Which lowering each quantized product, or attention over a cache, of a whole function takes, without compiling it.
 
 `qjax.ops.choose` answers for one product; this one traces a function, such as a decode step of packed weights, and asks
 for each of its products as the compiler will: by format, shapes, dtype, platform and device. Products are called by the
@@ -19,6 +19,7 @@ from qjax.formats import QArray
 from qjax.kernels import Problem, select
 from qjax.kernels.devices import described, platform_here
 from qjax.kernels.registry import refusal
+from qjax.ops.attention import problem_of, q_attention_p
 from qjax.ops.base import LinearOp, op_of
 
 
@@ -27,7 +28,8 @@ class Taken:
     """A product and the lowering that it takes.
 
     Attributes:
-        name: path of the weight in the first argument, or of a later one with its number in front; empty if unknown.
+        name: path of the weight in the first argument, or of a later one with its number in front (that of the keys for
+            attention over a cache); empty if unknown.
         problem: what is computed.
         lowering: name of the lowering.
         repeats: how often: more than once inside a scan.
@@ -100,6 +102,11 @@ def _walk(jaxpr: Any, names: Sequence[str], repeats: int, platform: str, devices
         op = op_of(eqn.primitive)
         if op is not None:
             out.append(_taken(op, eqn, of, repeats, platform, devices))
+            continue
+        if eqn.primitive is q_attention_p:
+            problem, named = problem_of(eqn.params["call"], [v.aval for v in eqn.invars], platform, devices)
+            cache = next(filter(None, map(of, eqn.invars[4:])), "") or "attention"
+            out.append(Taken(cache, problem, select(problem, named).name, repeats))
             continue
         inner = _compat.sub_jaxprs(eqn.params)
         times = repeats * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else repeats

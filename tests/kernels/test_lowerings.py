@@ -51,11 +51,12 @@ def test_lowering(op, name):
 
 def test_no_lowering_is_forgotten():
     there = {(e.op, e.name) for e in ops.lowering_table().rows if e.function.__module__.startswith("qjax.")}
-    oracles = {(op, "reference") for op in ("dot", "dot_transposed", "conv", "ragged_dot")}
+    oracles = {(op, "reference") for op in ("dot", "dot_transposed", "conv", "ragged_dot", "attention")}
     # test_mosaic*.py, test_triton.py, test_mosaic_ragged.py
     on_gpus = {("dot", "mosaic"), ("dot", "triton"), ("ragged_dot", "mosaic")}
     rows = {("quantize_rows", "mosaic"), ("quantize_rows", "xla")}  # test_rows.py
     attention = {("log_attention", name) for name in ("xla", "lookup", "mosaic")}  # test_log_attention.py
-    compiled = {("dot", "native"), ("ragged_dot", "native")}  # test_native.py, test_native_formats.py
+    # test_native.py, test_native_formats.py, test_attention.py
+    compiled = {("dot", "native"), ("ragged_dot", "native"), ("attention", "native")}
     offsets = {("dot", "affine_dot")}  # test_integer_dot.py
     assert there - oracles - on_gpus - rows - attention - compiled - offsets == set(SUITES)

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention_problems.h"
 #include "formats.h"
 #include "problem.h"
 #include "support.h"
@@ -133,7 +134,11 @@ int main(int argc, char** argv) {
     callers.emplace_back([&, seed] {
       std::mt19937 random(seed);
       while (good && std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
-        if (!(random() % 2 ? one(random, threads) : formats::one(random, threads))) good = false;
+        const auto kind = random() % 3;
+        if (!(kind == 0   ? one(random, threads)
+              : kind == 1 ? formats::one(random, threads)
+                          : attention::one(random, threads)))
+          good = false;
         done++;
       }
     });

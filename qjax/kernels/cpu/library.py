@@ -33,7 +33,10 @@ TRITS = "qjax_trits"
 RAGGED = "qjax_ragged"
 """The product of rows with the matrix of their group."""
 
-TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED, TRITS, RAGGED)
+ATTENTION = "qjax_attention"
+"""Attention over a quantized cache."""
+
+TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED, TRITS, RAGGED, ATTENTION)
 """All handlers in the library."""
 
 ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "amx")
