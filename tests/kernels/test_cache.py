@@ -78,6 +78,28 @@ def test_decoding_is_over_rounded_keys_and_values(native, fmt):
     np.testing.assert_allclose(held, other["layers"].k[:, :, :, :12], atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_quantized_model_with_a_quantized_cache(native):
+    """Through `Model.bind`: the first layer keeps the same bits by both lowerings, later ones differ by ties."""
+    fn = LanguageModel(CONFIG)
+    params, prompt = fn.init(), jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32)
+    model = qjax.quantize(fn, params, prompt, recipe="W8A16")
+    prefill, step = model.bind(fn.prefill), model.bind(fn.decode_step)
+    found = []
+    for implementation in ("native", "reference"):
+        cache = quantize_cache(fn.init_cache(1, 12), Int(8, per="token"), KV4(), implementation=implementation)
+        _, cache = prefill(model.params, prompt, cache)
+        found.append(step(model.params, jnp.asarray([9], jnp.int32), cache))
+    (got, one), (want, other) = found
+    jax.tree.map(np.testing.assert_array_equal, one["layers"][0].k.codes, other["layers"][0].k.codes)
+    jax.tree.map(np.testing.assert_array_equal, one["layers"][0].v.codes, other["layers"][0].v.codes)
+    np.testing.assert_allclose(got, want, atol=0.01 * np.abs(want).max())
+    out = qjax.models.generate(
+        model.params, prompt, 4, prefill=prefill, decode_step=step, cache=quantize_cache(fn.init_cache(1, 12), KV4())
+    )
+    assert out.shape == (1, 9)
+
+
 def test_which_lowering_and_how_much_room():
     """`lowerings` says it for each layer; generating with a cache that is too small is an error."""
     fn = LanguageModel(CONFIG)
