@@ -61,7 +61,7 @@ def by_hand(q, keys, values, lengths, window, scale):
     (batch, tokens, heads, _), (room, group) = q.shape, (keys.shape[2], q.shape[2] // keys.shape[1])
     y = np.zeros((batch, tokens, heads, values.shape[-1]))
     for b, t, h in np.ndindex(batch, tokens, heads):
-        last = min(lengths[b], room) - tokens + t
+        last = min(int(lengths[b]), room) - tokens + t
         seen = [j for j in range(max(last - window + 1, 0), last + 1)]
         if seen:
             s = scale * (keys[b, h // group][seen] @ q[b, t, h].astype(np.float64))
