@@ -1,6 +1,6 @@
 """EQ-Net's supernet of ResNet-20 against networks trained for one form, and without its losses. A resumable table.
 
-    python -m benchmarks.supernet --work DIR [--data ../shared/data] [--epochs 2] [--float-epochs 2] [--rows ...]
+    python -m benchmarks.supernet --work DIR [--data ../shared/data] [--epochs 5] [--float-epochs 2] [--rows ...]
 
 All rows begin from one float network: the pretrained one, first fine-tuned in float on the same 20,000 images. Then
 
@@ -246,9 +246,9 @@ def main() -> None:
     parser = measure.parser(__doc__ or "")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("QJAX_DATA", ROOT.parent / "shared/data")))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--float-epochs", type=float, default=2)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of Adam, to 0 by a cosine")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     given = parser.parse_args()

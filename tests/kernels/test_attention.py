@@ -113,7 +113,7 @@ def test_by_the_equations(native, **problem):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(**PROBLEMS)
 def test_by_the_equations_at_length(native, **problem):
     check(native, **problem)
