@@ -23,7 +23,7 @@ import qjax
 from qjax import ops
 from qjax.errors import LayoutError, LoweringError, QjaxWarning
 from qjax.formats import Int, quantize_array
-from qjax.kernels.cpu import build, dot, instruction_sets, library
+from qjax.kernels.cpu import build, dot, instruction_sets, library, operands
 from qjax.kernels.cpu.dot import float_product, product
 from qjax.rewrite import Rewriter
 from qjax.testing import check_lowering
@@ -113,7 +113,7 @@ def test_scales_of_tokens_are_fitted_inside(native, monkeypatch):
         y = np.asarray(run(x, None))
         np.testing.assert_array_equal(y, np.asarray(run(x, ops.activation_aux(x, act))))
         assert np.array_equal(np.isnan(y).all(axis=1), np.arange(9) // 2 == 1)
-    monkeypatch.setattr(dot, "SMALLEST", 1)
+    monkeypatch.setattr(operands, "SMALLEST", 1)
     params = {"w": jnp.ones((64, 8))}
     recipe = qjax.Recipe([qjax.Rule("**", weights=Int(8), inputs=qjax.dynamic(TOKEN))])
     model = qjax.quantize(lambda params, x: x @ params["w"], params, x[:, :64], recipe=recipe)
@@ -185,10 +185,10 @@ def layers():
 @pytest.mark.parametrize("what", ["values", pytest.param("slopes of a batch", marks=pytest.mark.slow)])
 def test_a_scan_reads_layers_where_they_lie(native, layers, monkeypatch, what):
     """No layer is copied; values, derivatives and batches are those of layers that are."""
-    monkeypatch.setattr(dot, "SMALLEST", 1)
+    monkeypatch.setattr(operands, "SMALLEST", 1)
     model, x = layers
-    if dot.FAST not in instruction_sets():
-        pytest.skip(f"this processor has no {dot.FAST}")
+    if operands.FAST not in instruction_sets():
+        pytest.skip(f"this processor has no {operands.FAST}")
 
     def slope(params, x):
         return jax.vmap(jax.grad(lambda x: model(params, x)[0].sum()))(x[:, None])
@@ -254,11 +254,11 @@ def test_processes_forked_before_the_backend_starts(native):
 
 def test_the_default_for_large_weights_but_not_for_export(layer, monkeypatch):
     w, x, run, alone = layer
-    if dot.FAST not in instruction_sets():
-        pytest.skip(f"this processor has no {dot.FAST}")
+    if operands.FAST not in instruction_sets():
+        pytest.skip(f"this processor has no {operands.FAST}")
     choice = ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu")
     assert choice.name == "int_dot"
-    monkeypatch.setattr(dot, "SMALLEST", 1)
+    monkeypatch.setattr(operands, "SMALLEST", 1)
     assert ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu").name == "native"
     choosing = jax.jit(lambda x, w: run(x, w, None))
     exported = jax.export.export(choosing)(x, w)
@@ -271,8 +271,8 @@ def test_the_default_for_large_weights_but_not_for_export(layer, monkeypatch):
 
 def test_a_product_that_would_have_had_it_says_so_once(layer, monkeypatch):
     w, _, _, _ = layer
-    monkeypatch.setattr(dot, "SMALLEST", 1)
-    monkeypatch.setattr(dot, "library", lambda: "none is made")
+    monkeypatch.setattr(operands, "SMALLEST", 1)
+    monkeypatch.setattr(operands, "library", lambda: "none is made")
     monkeypatch.setattr(library, "library", lambda: "none is made")
     library.say_once.cache_clear()
     with pytest.warns(QjaxWarning, match="without its CPU kernels, on XLA alone: none is made"):

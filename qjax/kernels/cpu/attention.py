@@ -18,7 +18,8 @@ from qjax.kernels.cpu.library import ATTENTION, ISAS, instruction_sets, library,
 from qjax.kernels.registry import Problem, register_lowering
 
 SMALLEST = 1 << 17
-"""Keys of fewer elements are left to XLA unless the kernel is named."""
+"""Keys of fewer elements are left to XLA unless the kernel is named. This and the next two are guesses, to be measured
+on an idle machine (``benchmarks/cpu_attention.py``)."""
 
 MOST_ROWS = 64
 """Most rows of queries a head of keys (tokens times query heads) for which it is taken unless it is named."""

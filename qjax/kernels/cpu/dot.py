@@ -22,21 +22,23 @@ import numpy as np
 from jax import Array
 
 from qjax.formats import Int, QArray
-from qjax.formats.numerics import AnyArray
-from qjax.kernels.act.reference import unit_scale
-from qjax.kernels.cpu.library import DOT, FLOAT_DOT, ISAS, instruction_sets, library, say_once
+from qjax.kernels.cpu.library import DOT, FLOAT_DOT, ISAS
+from qjax.kernels.cpu.operands import (
+    activations,
+    matrices,
+    merged,
+    not_worth,
+    placed,
+    quantizing,
+    refuses_activations,
+    refuses_place,
+)
 from qjax.kernels.dot.integer import LARGEST_SUM
-from qjax.kernels.dot.reference import CODES, dot_reference
+from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.registry import Act, Problem, register_lowering
-
-SMALLEST = 1 << 20
-"""Weights of fewer elements are left to XLA unless the kernel is named; the benchmark begins here."""
 
 FLOAT_ROWS = 16
 """Most rows for which activations that stay floats are multiplied here unless it is named."""
-
-FAST = "avx512_vnni"
-"""The plainest instruction set that was measured ahead of XLA (``benchmarks/cpu_native.py``)."""
 
 
 def can_multiply(problem: Problem) -> bool | str:
@@ -45,8 +47,8 @@ def can_multiply(problem: Problem) -> bool | str:
     assert isinstance(weight, Int)
     if act is None and problem.x_dtype.itemsize > 4:
         return f"it multiplies in float32, and the activations are {problem.x_dtype}"
-    if act is not None and not (isinstance(act, Int) and act.symmetric and act.per != "group"):
-        return f"{act.name} activations have no kernel; Int(8, per='token') have, or 'tensor', fewer bits too"
+    if act is not None and (why := refuses_activations(problem)):
+        return why
     if weight.bits not in (2, 4, 8) or weight.zero == "float":
         return f"{weight.name} weights have no kernel; those of 2, 4 and 8 bits with integer zero points have"
     group = weight.group if weight.per == "group" else None
@@ -54,15 +56,7 @@ def can_multiply(problem: Problem) -> bool | str:
         return f"groups of {group} codes of {weight.bits} bits do not end with a byte"
     if act is not None and (group or problem.k) > LARGEST_SUM:
         return f"a sum of {group or problem.k} products may overflow int32"
-    if problem.rows is None:
-        return "the number of rows is not known"
-    if problem.devices > 1:
-        return "it is for one device; inside shard_map it runs on each"
-    if isinstance(lib := library(), str):
-        if problem.n * problem.k >= SMALLEST and not problem.exported and not _many(problem):
-            say_once()
-        return lib
-    return True
+    return refuses_place(problem, not _many(problem)) or True
 
 
 def _many(problem: Problem) -> bool:
@@ -72,13 +66,7 @@ def _many(problem: Problem) -> bool:
 def _worth(problem: Problem) -> bool | str:
     if _many(problem):
         return f"for more than {FLOAT_ROWS} rows of floats one product of the whole weight is faster"
-    if problem.exported:
-        return "a program that is exported has to run where these kernels are not, and jax.export refuses them"
-    if problem.n * problem.k < SMALLEST:
-        return f"the weight has fewer than {SMALLEST} elements, where XLA is quick enough"
-    if FAST not in instruction_sets():
-        return f"this processor has no {FAST}, without which XLA was faster"
-    return True
+    return not_worth(problem) or True
 
 
 @register_lowering(
@@ -97,33 +85,16 @@ def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array 
     if not x.size or not w.codes.size:
         return dot_reference(problem, x, w if layer is None else w.index_stack(0, layer), act)
     assert isinstance(w.fmt, Int)
-    stack, rows = problem.stack, x.shape[len(problem.stack) : -1]
-    count = math.prod(rows)
-
-    def merged(a: AnyArray, m: int, n: int, lead: tuple[int, ...] = stack) -> Array:
-        a = jnp.asarray(a).reshape(*a.shape[: len(lead)], m, n)
-        return jnp.broadcast_to(a, (*lead, m, n)).reshape(math.prod(lead), m, n)
-
-    def of_weight(a: AnyArray) -> Array:
-        return merged(a, *a.shape[-2:], lead=tuple(w.codes.shape[:-2]))
-
-    weight = [of_weight(w.codes), of_weight(w.fmt.scale_of(w.aux))]
-    weight.append(jnp.zeros((len(weight[0]), 0, 0), jnp.uint8) if w.fmt.symmetric else of_weight(w.aux["zero"]))
+    lead = tuple(w.codes.shape[:-2])  # of the weight: with a layer, one axis more than the product has
+    codes, scale = (matrices(a, *a.shape[-2:], lead=lead) for a in (w.codes, w.fmt.scale_of(w.aux)))
+    none = jnp.zeros((len(codes), 0, 0), jnp.uint8)
+    zero = none if w.fmt.symmetric else matrices(w.aux["zero"], *w.aux["zero"].shape[-2:], lead=lead)
     if act is None:
-        y = float_product(merged(x.astype(jnp.float32), count, problem.k), *weight, weight=w.fmt, layer=layer)
-        return y.astype(problem.out_dtype).reshape(*stack, *rows, problem.n)
-    fmt, aux = act
-    assert isinstance(fmt, Int)
-    given = jnp.broadcast_to(jnp.asarray(aux[CODES]), x.shape) if CODES in aux else x.astype(jnp.float32)
-    if problem.settings is not None and problem.settings.fitted:
-        x_scale = None  # that in aux is not read, and so XLA does not compute it
-    else:
-        scale = fmt.scale_of(aux)
-        if any(d > 1 for d in scale.shape[len(stack) : -1]):
-            scale = jnp.broadcast_to(scale, (*scale.shape[: len(stack)], *rows, 1))
-        x_scale = merged(scale, math.prod(scale.shape[len(stack) :]), 1)
-    y = product(merged(given, count, problem.k), x_scale, *weight, weight=w.fmt, act=fmt, layer=layer)
-    return y.astype(problem.out_dtype).reshape(*stack, *rows, problem.n)
+        given = merged(problem, x.astype(jnp.float32), math.prod(x.shape[len(problem.stack) : -1]), problem.k)
+        return placed(problem, float_product(given, codes, scale, zero, weight=w.fmt, layer=layer), x)
+    assert isinstance(act[0], Int)
+    given, x_scale = activations(problem, x, act)
+    return placed(problem, product(given, x_scale, codes, scale, zero, weight=w.fmt, act=act[0], layer=layer), x)
 
 
 def product(
@@ -154,11 +125,7 @@ def product(
     Returns:
         float32 [S, M, N].
     """
-    low, high = act.code_range
-    own: dict[str, Any] = {"low": np.int64(low), "high": np.int64(high), "unit": np.float32(0)}
-    if x_scale is None:
-        own["unit"] = np.float32(unit_scale(act))
-        x_scale = jnp.zeros((x.shape[0], 0, 0), jnp.float32)
+    x_scale, own = quantizing(x, x_scale, act)
     return _call(DOT, x, (x_scale, codes, scale, zero), weight, layer, instructions, own)
 
 

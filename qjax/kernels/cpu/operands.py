@@ -17,10 +17,10 @@ from qjax.kernels.dot.reference import CODES
 from qjax.kernels.registry import Act, Problem
 
 SMALLEST = 1 << 20
-"""Weights of fewer elements are left to XLA unless the kernel is named; the benchmark begins here."""
+"""Weights of fewer elements are left to XLA unless the kernel is named; ``benchmarks/cpu_native.py`` begins here."""
 
 FAST = "avx512_vnni"
-"""The plainest instruction set for which kernels are taken by themselves."""
+"""The plainest instruction set by which kernels are taken by themselves: that of `Int` was measured ahead of XLA."""
 
 
 def refuses_activations(problem: Problem) -> str | None:
@@ -51,17 +51,22 @@ def not_worth(problem: Problem) -> str | None:
     if problem.exported:
         return "a program that is exported has to run where these kernels are not, and jax.export refuses them"
     if problem.n * problem.k < SMALLEST:
-        return f"the weight has fewer than {SMALLEST} elements, where XLA is quick enough"
+        return f"the weight has fewer than {SMALLEST} elements; so few are left to XLA"
     if FAST not in instruction_sets():
-        return f"this processor has no {FAST}, without which XLA was faster"
+        return f"this processor has no {FAST}; by plainer instructions it has to be named"
     return None
 
 
 def merged(problem: Problem, a: AnyArray, m: int, n: int) -> Array:
-    """Return [S, m, n] from [*stack or 1.., anything of m * n elements]: S matrices."""
-    a, stack = jnp.asarray(a), problem.stack
-    a = a.reshape(*a.shape[: len(stack)], m, n)
-    return jnp.broadcast_to(a, (*stack, m, n)).reshape(problem.matrices, m, n)
+    """Return `matrices` of the stack of a problem."""
+    return matrices(a, m, n, problem.stack)
+
+
+def matrices(a: AnyArray, m: int, n: int, lead: tuple[int, ...]) -> Array:
+    """Return [S, m, n] from [*lead or 1.., anything of m * n elements]: S matrices."""
+    a = jnp.asarray(a)
+    a = a.reshape(*a.shape[: len(lead)], m, n)
+    return jnp.broadcast_to(a, (*lead, m, n)).reshape(math.prod(lead), m, n)
 
 
 def activations(problem: Problem, x: Array, act: Act) -> tuple[Array, Array | None]:
