@@ -23,7 +23,7 @@ import qjax
 from qjax import ops
 from qjax.errors import LayoutError, LoweringError, QjaxWarning
 from qjax.formats import Int, quantize_array
-from qjax.kernels.cpu import build, dot, instruction_sets, library, operands
+from qjax.kernels.cpu import build, instruction_sets, library, operands
 from qjax.kernels.cpu.dot import float_product, product
 from qjax.rewrite import Rewriter
 from qjax.testing import check_lowering
