@@ -33,7 +33,7 @@ TOKENS = (1, 4, 16, 64, 512)
 FORMATS: dict[str, Format] = {"W8A8": Int(8), "W4A8 g128": Int(4, group=128)}
 OTHERS: dict[str, tuple[Format, bool, tuple[str, ...]]] = {
     "DualGrained g128": (DualGrained(), True, ("int_dot",)),
-    "MixedBits": (MixedBits(outliers=0.005), False, ("dequantize_blocks",)),
+    "MixedBits": (MixedBits(outliers=0.005), False, ("dequantize",)),
     "TritPlanes g128": (TritPlanes(), True, ("dequantize_blocks",)),
 }
 """Formats of other kinds: whether activations are int8, and the lowerings of XLA that are fastest."""

@@ -10,13 +10,15 @@ All rows begin from one float network: the pretrained one, first fine-tuned in f
 
 Batch norms of every subnet are recalibrated on 2,000 training images, and it is tested on 2,000 test images, on each of
 which rows are compared pairwise. Every row, and every test of one, is kept in DIR as soon as it is there; a command
-with fewer rows or one that was killed goes on, and the table holds what DIR has.
+with fewer rows or one that was killed goes on, and the table holds what DIR has. With ``--beside`` the record (JSON) of
+another run stands below it: rows are compared within a run, since each run has a float network of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -183,8 +185,8 @@ def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(difference.size))
 
 
-def written(bench: Bench, of_float: np.ndarray) -> None:
-    """The table of what is there."""
+def gathered(bench: Bench, of_float: np.ndarray) -> dict[str, Any]:
+    """The record of what is there."""
     record: dict[str, Any] = {
         "epochs": bench.given.epochs,
         "float_epochs": bench.given.float_epochs,
@@ -194,51 +196,77 @@ def written(bench: Bench, of_float: np.ndarray) -> None:
         "kurtosis": {},
         "paired": {},
     }
-    text = [
-        f"ResNet-20, CIFAR-10, 2,000 test images; {bench.given.epochs:g} epochs of 20,000 images a row in batches of "
-        f"{bench.given.batch}, after {bench.given.float_epochs:g} in float: {100 * of_float[0].mean():.2f} % before, "
-        f"{100 * of_float[1].mean():.2f} % after. Per cent right; forms are granularity and symmetry of weights, and "
-        "symmetry of activations. Weights and activations have the same bits, the first and last layer 8.",
-        "",
-    ]
     for name, tested in SUPERNETS.items():
-        cells = {(f, b): bench.kept(name, f, b) for f in FORMS for b in tested}
-        if not any(c is not None for c in cells.values()):
-            continue
-        shown = {k: "" if c is None else f"{100 * c[0].mean():.2f}" for k, c in cells.items()}
-        text += [f"### {name}", "", measure.table(
-            ["form", *(f"{b} bits" for b in tested)], [[name_of(f), *(shown[f, b] for b in tested)] for f in FORMS]
-        ), ""]  # fmt: skip
-        record["top1"][name] = {bench.key(f, b): float(c[0].mean()) for (f, b), c in cells.items() if c is not None}
-        record["kurtosis"][name] = next(c[1]["kurtosis"] for c in cells.values() if c is not None)
-    lines = []
+        cells = {bench.key(f, b): bench.kept(name, f, b) for f in FORMS for b in tested}
+        there = {key: cell for key, cell in cells.items() if cell is not None}
+        if there:
+            record["top1"][name] = {key: float(right.mean()) for key, (right, _) in there.items()}
+            record["kurtosis"][name] = next(said["kurtosis"] for _, said in there.values())
     for (form, full), bits in itertools.product(SINGLE.items(), SINGLE_BITS):
         single, ours = bench.kept(f"lsq-{form}-{bits}", full, bits), bench.kept("supernet", full, bits)
-        if single is None:
-            continue
-        record["top1"][f"lsq-{form}-{bits}"] = float(single[0].mean())
-        line = [f"{name_of(full)} {bits} bits", f"{100 * single[0].mean():.2f}"]
-        if ours is not None:
-            gain, error = paired(ours[0], single[0])
-            record["paired"][f"supernet over lsq-{form}-{bits}"] = [gain, error]
-            line += [f"{100 * ours[0].mean():.2f}", f"{gain:+.2f} ± {error:.2f}"]
-        lines.append([*line, *[""] * (4 - len(line))])
-    if lines:
-        text += ["### Beside networks trained for one form", ""]
-        text += [measure.table(["form", "own network", "supernet", "difference ± standard error"], lines), ""]
-    lines = []
+        if single is not None:
+            record["top1"][f"lsq-{form}-{bits}"] = float(single[0].mean())
+            if ours is not None:
+                record["paired"][f"supernet over lsq-{form}-{bits}"] = list(paired(ours[0], single[0]))
     for name, bits in [(name, b) for name, tested in SUPERNETS.items() for b in tested if name != "supernet"]:
         pairs = [(bench.kept("supernet", f, bits), bench.kept(name, f, bits)) for f in FORMS]
         both = [(a[0], b[0]) for a, b in pairs if a is not None and b is not None]
         if len(both) == len(FORMS):
-            gain, error = paired(*(np.stack(side) for side in zip(*both, strict=True)))
-            record["paired"][f"supernet over {name}, {bits} bits"] = [gain, error]
-            lines.append([f"{name}, {bits} bits", f"{gain:+.2f} ± {error:.2f}"])
+            gains = paired(*(np.stack(side) for side in zip(*both, strict=True)))
+            record["paired"][f"supernet over {name}, {bits} bits"] = list(gains)
+    return record
+
+
+def shown(record: dict[str, Any], level: str = "###") -> list[str]:
+    """A record as lines of text."""
+    top1, float_ = record["top1"], record["float"]
+    percent = lambda share: "" if share is None else f"{100 * share:.2f}"  # noqa: E731
+    difference = lambda label: "{:+.2f} ± {:.2f}".format(*record["paired"][label])  # noqa: E731
+    text = [
+        f"{record['epochs']:g} epochs of 20,000 images a row in batches of {record['batch']}, after "
+        f"{record['float_epochs']:g} in float: {percent(float_['pretrained'])} % before, "
+        f"{percent(float_['fine-tuned'])} % after.",
+        "",
+    ]
+    for name in [name for name in SUPERNETS if name in top1]:
+        lines = [[name_of(f), *(percent(top1[name].get(Bench.key(f, b))) for b in SUPERNETS[name])] for f in FORMS]
+        header = ["form", *(f"{b} bits" for b in SUPERNETS[name])]
+        text += [f"{level} {name}", "", measure.table(header, lines), ""]
+    lines = []
+    for (form, full), bits in itertools.product(SINGLE.items(), SINGLE_BITS):
+        name = f"lsq-{form}-{bits}"
+        if name in top1:
+            label = f"supernet over {name}"
+            ours = top1["supernet"][Bench.key(full, bits)] if label in record["paired"] else None
+            gain = difference(label) if label in record["paired"] else ""
+            lines.append([f"{name_of(full)} {bits} bits", percent(top1[name]), percent(ours), gain])
     if lines:
-        text += ["### What each loss gives: the supernet less the one without it, over all forms", ""]
+        text += [f"{level} Beside networks trained for one form", ""]
+        text += [measure.table(["form", "own network", "supernet", "difference ± standard error"], lines), ""]
+    without = [(name, bits) for name, tested in SUPERNETS.items() for bits in tested]
+    labels = {f"{name}, {bits} bits": f"supernet over {name}, {bits} bits" for name, bits in without}
+    lines = [[what, difference(label)] for what, label in labels.items() if label in record["paired"]]
+    if lines:
+        text += [f"{level} What each loss gives: the supernet less the one without it, over all forms", ""]
         text += [measure.table(["without", "difference ± standard error"], lines), ""]
+    if record["kurtosis"]:
         found = ", ".join(f"{name} {value:.3f}" for name, value in record["kurtosis"].items())
-        text += [f"Mean |kurtosis - 1.8| of the weights: {found}."]
+        text += [f"Mean |kurtosis - 1.8| of the weights: {found}.", ""]
+    return text
+
+
+def written(bench: Bench, of_float: np.ndarray) -> None:
+    """The table of what is there, and of another run."""
+    record = gathered(bench, of_float)
+    text = [
+        "ResNet-20, CIFAR-10, 2,000 test images. Per cent right; forms are granularity and symmetry of weights, and "
+        "symmetry of activations. Weights and activations have the same bits, the first and last layer 8.",
+        "",
+        *shown(record),
+    ]
+    if bench.given.beside is not None:
+        record["beside"] = json.loads(bench.given.beside.read_text())
+        text += [f"### Another run, {record['beside']['environment']['date']}", "", *shown(record["beside"], "####")]
     measure.save("supernet", record, "\n".join(text).rstrip(), bench.given.out)
 
 
@@ -250,6 +278,7 @@ def main() -> None:
     parser.add_argument("--float-epochs", type=float, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of Adam, to 0 by a cosine")
+    parser.add_argument("--beside", type=Path, metavar="JSON", help="the record of another run, to show below")
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     given = parser.parse_args()
     job = {"epochs": given.epochs, "float": given.float_epochs, "batch": given.batch, "rate": given.rate}
