@@ -24,7 +24,7 @@ from jax import lax
 
 from benchmarks import measure
 from qjax import ops
-from qjax.formats import MXFP4, NF4, NVFP4, DualGrained, Float8, Format, Int, quantize_array
+from qjax.formats import MXFP4, NF4, NVFP4, Affine, DualGrained, Float8, Format, Int, quantize_array
 
 FIGURES = Path(__file__).parents[1] / "qjax" / "kernels" / "figures.json"
 
@@ -44,6 +44,7 @@ DOTS: tuple[tuple[Format, Format | None], ...] = (
     (Int(4), TOKEN),
     (Int(8, group=128), TOKEN),
     (Int(4, group=128), TOKEN),
+    (Affine(8), Affine(8, per="token")),
     (DualGrained(128), TOKEN),
     (Float8(), Float8(per="token")),
 )

@@ -43,6 +43,7 @@ from qjax.search import (
 )
 from qjax.search.choices import HEADS
 from qjax.search.genes import FORMS
+from qjax.search.windows import CHUNK, IDLE
 from qjax.supernet import Domain, Supernet, encode_choice, load_trained, recalibrate
 from qjax.supernet import sizes as job_sizes
 
@@ -102,7 +103,11 @@ def run(args: argparse.Namespace) -> None:
     genes = Genes(domain, form, group=group)
     genes = dataclasses.replace(genes, paired=not all(genes.additive(c.table) for c in costs))
     windows = budget_windows(genes, *sizes, budgets, costs={c.kind: c for c in costs})
-    draw_valid(args.seed, genes.allowed, windows, 1)  # not after an hour of measuring
+    if not len(draw_valid(args.seed, genes.allowed, windows, 1)):  # not after an hour of measuring
+        raise SearchError(
+            f"no subnet within all of {args.budget} was found among {IDLE * 10 * CHUNK:,} random ones; raise one of the "
+            "budgets: each can be reached by itself"
+        )
     out.mkdir(parents=True, exist_ok=True)
     measured = jax.jit(over_population(job.one))
     run_block = lambda choices: measured(jnp.asarray(choices), *job.shared)  # noqa: E731

@@ -75,18 +75,19 @@ def mac(weights: Format | None, act: Format | None) -> Mac:
 
     Integers times integers are summed as integers of a width that holds 4096 terms, in whole bytes; anything times FP16
     is summed in fp32. Floats below 16 bits multiply significands of their own width. Formats whose codes are no numbers
-    (NF4) are decoded to FP16 first.
+    (NF4) are decoded to FP16 first. `Affine` counts as integers: its offsets add terms for rows and columns, not for
+    products (`qjax.kernels.dot.affine`).
     """
     ops = operations()
     scaled = ops["fp32_multiply"]["pj"] + ops["fp32_add"]["pj"]
     wide, narrow = ops["fp16_multiply"], ops["fp32_add"]
     wb, ab = _significand(weights), _significand(act)
-    if weights is not None and act is not None and weights.is_integer and act.is_integer:
+    if weights is not None and act is not None and _on_codes(weights) and _on_codes(act):
         width = 8 * math.ceil((wb + ab + math.log2(GROUP_TERMS)) / 8)
         multiply, add = ops["int8_multiply"], ops["int32_add"]
         pj = multiply["pj"] * wb * ab / 64 + add["pj"] * width / 32
         return Mac(pj, multiply["um2"] * wb * ab / 64 + add["um2"] * width / 32, scaled)
-    decoded = weights is not None and not (weights.affine or _is_float(weights))
+    decoded = weights is not None and not (weights.affine or _is_float(weights) or _on_codes(weights))
     if decoded:
         wb = SIGNIFICAND
     share = 1.0 if wb == ab == SIGNIFICAND else wb * ab / SIGNIFICAND**2
@@ -97,6 +98,11 @@ def mac(weights: Format | None, act: Format | None) -> Mac:
     return dataclasses.replace(made, decoded_pj=before) if decoded else dataclasses.replace(made, scaled_pj=scaled)
 
 
+def _on_codes(fmt: Format) -> bool:
+    """Whether products are formed on integer codes, corrected afterwards where they have offsets."""
+    return fmt.is_integer or fmt.key == "affine"
+
+
 def _is_float(fmt: Format) -> bool:
     return fmt.code_dtype.kind not in "iu" or fmt.key in ("mxfp4", "nvfp4")
 
@@ -105,7 +111,7 @@ def _significand(fmt: Format | None) -> int:
     """Bits of the significand, the hidden one included; of integers all bits."""
     if fmt is None:
         return SIGNIFICAND
-    if fmt.is_integer:
+    if _on_codes(fmt):
         return fmt.code_bits
     if fmt.code_dtype.kind not in "iu":
         return jnp.finfo(fmt.code_dtype).nmant + 1
@@ -208,7 +214,7 @@ def _on_device(
     reached = efficiency or Efficiency(bandwidth=1.0, compute=1.0, step=0.0, link=0.0)
     kind = "bf16"
     if weights is not None and act is not None:
-        if weights.is_integer and act.is_integer and on.supports("int8") and "int8" in on.peaks:
+        if _on_codes(weights) and _on_codes(act) and on.supports("int8") and "int8" in on.peaks:
             kind = "int8"
         elif _kind(weights) == _kind(act) == "fp8" and on.supports("fp8") and "fp8" in on.peaks:
             kind = "fp8"

@@ -118,7 +118,8 @@ def search_choice(
         domain: of the supernet.
         weights, inputs: sizes of the sites (`qjax.supernet.sizes`).
         budget: average bits, as numbers or "4 bits": EQ-Net's window of ``width`` below it, for weights and for
-            activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds, which have no lower end; or a list.
+            activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds; or a list of budgets, all of them
+            upper ends alone.
         costs: from `site_costs`, or tables of your own.
         form: of all sites.
         group: of all sites, where the space has groups; None is its first.

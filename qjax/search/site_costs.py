@@ -168,14 +168,16 @@ def budget_windows(
     Args:
         genes: what is searched.
         weights, inputs, width: as for `Genes.windows`.
-        budgets: average bits (numbers, pairs of them, or budgets of bits) have EQ-Net's window below them, of weights
-            and of activations; others have no lower end.
+        budgets: average bits (numbers, pairs of them, or budgets of bits) of weights and of activations have EQ-Net's
+            window below them where they are the only budget; beside others they are upper ends, as those are, since
+            what the others allow may lie below the window.
         costs: by kind, for budgets of these kinds.
 
     Raises:
         SearchError: a budget without costs, or one below what can be reached; the message says what can.
     """
     parts = []
+    width = width if len(budgets) == 1 else float("inf")
     for budget in budgets:
         if not isinstance(budget, Budget):
             parts.append(genes.windows(weights, inputs, budget, width))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import DeviceError
-from qjax.formats import MXFP4, MXFP8, NF4, NVFP4, Float8, Int, quantize_array
+from qjax.formats import MXFP4, MXFP8, NF4, NVFP4, Affine, Float8, Int, quantize_array
 from qjax.hardware import Accelerator, Efficiency, cost, device, stored_bits
 from qjax.hardware.objective import mac, memories, operations
 
@@ -23,6 +23,7 @@ EVERY = [
     MXFP8(),
     NVFP4(),
     Float8(),
+    Affine(4),
 ]
 
 
@@ -44,6 +45,19 @@ def test_the_table_of_single_operations():
 def test_multiply_adds_of_the_paper_note(weights, act, pj, um2):
     made = mac(weights, act)
     assert made.pj == pytest.approx(pj, abs=1e-3) and made.um2 == pytest.approx(um2, abs=1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_offsets_are_integers_to_the_models(bits):
+    """Products of `Affine` are formed on codes: cycles of integers, and bytes with the offsets."""
+    act = Affine(bits, per="tensor")
+    assert mac(Affine(bits), act) == mac(Int(bits), Int(bits, per="tensor", symmetric=False))
+    compute_bound = dict(rows=1 << 16, on=Accelerator(bandwidth=1e15))
+    ours = cost((512, 512), weights=Affine(bits), act=act, **compute_bound)
+    assert (
+        ours["seconds"] == cost((512, 512), weights=Int(bits), act=Int(bits, per="tensor"), **compute_bound)["seconds"]
+    )
+    assert ours["bytes"] == stored_bits(Affine(bits), (512, 512)) * 512 * 512 / 8
 
 
 def test_group_dequantization_is_small():

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import qjax
 from qjax.cli import main
+from qjax.supernet import Space, load_trained
+from tests.helpers.saved_supernets import save_supernet
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -116,3 +118,25 @@ def test_mistakes(capsys, folder, tmp_path, args, says):
     code, _, err = ran(capsys, folder, *given, "--by", "output", "--out", tmp_path / "out")
     assert code == 2 and says in err and "Traceback" not in err
     assert not (tmp_path / "out").exists(), "said before anything is measured"
+
+
+@pytest.mark.slow
+def test_a_subnet_of_a_language_model_is_searched_and_packed(capsys, folder, tmp_path):
+    fn, params, _ = qjax.models.load(folder)
+    tokens = np.zeros((1, 8), np.int32)
+    space = Space((2, 4, 8), (0,), weight_symmetric=(True,), act_symmetric=(True,), groups=(16, 8), ends=None)
+    save_supernet(tmp_path / "job", fn, params, space, tokens)
+    out = tmp_path / "out"
+    args = [folder, "--supernet", tmp_path / "job", "--text", folder.parent / "text.txt", "--out", out, "--group", "8"]
+    args += ["--samples", "3", "--population", "8", "--generations", "1", "--budget", "4 bits"]
+    code, said, err = ran(capsys, *args, "--json")
+    assert code == 0, err
+    data = json.loads(said)
+    choice = np.array(data["choice"])
+    assert (choice[:, 5] == 1).all() and (choice[:, 1] == 0).all() and data["average_bits"][0] <= 4
+    t, trained = load_trained(tmp_path / "job", fn, params, tokens)
+    recipe = qjax.recipe(str(out / "recipe.toml"))
+    assert recipe.hash == t.recipe(trained.params, trained.state, choice, tokens).hash
+    packed = t.convert(trained.params, trained.state, choice, tokens)
+    ours = t.apply(trained.params, trained.state, choice, tokens)[0]
+    np.testing.assert_allclose(packed(packed.params, tokens), ours, atol=1e-5)

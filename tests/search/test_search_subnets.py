@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 import qjax
-from qjax.checkpoint.parts import open_job, save_part
 from qjax.cli import main
-from qjax.supernet import Schedule, Space, load_trained
-from qjax.supernet.training import _plain
+from qjax.search import site_costs
+from qjax.supernet import Space, load_trained
+from tests.helpers.saved_supernets import save_supernet
 
 TINY = {
     "architectures": ["CifarResNet"],
@@ -24,6 +23,17 @@ TINY = {
     "image_std": [0.2, 0.2, 0.2],
     "num_classes": 3,
 }
+DEVICE = """
+name = "chip"
+memory_gb = 1.0
+bandwidth_tb_s = 0.001
+capability = 9.0
+tdp_w = 10.0
+
+[tflops]
+bf16 = 0.01
+int8 = 0.02
+"""
 SPACE = Space((2, 4, 8), (4, 5, 8), (True,), (True,), (True,), ends=None)
 
 
@@ -37,13 +47,7 @@ def made(tmp_path_factory):
     fn, abstract, config = qjax.models.abstract(folder)
     params = fn.init(0)
     qjax.models.save_weights(folder / "model.safetensors", params, config, dtype=np.float32)
-    t = qjax.elastic(fn.train_step_stats, SPACE)
-    x = np.zeros((1, 8, 8, 3), np.float32)
-    state = jax.tree.map(lambda a: np.full(a.shape, 0.1, np.float32), jax.eval_shape(t.init, params, x))
-    said = {"space": SPACE.to_dict(), "sites": list(t.domain(params, x).sites), "schedule": _plain(Schedule(1))}
-    job = open_job(where / "job", said, "training of a supernet")
-    leaves = {str(n): np.asarray(a) for n, a in enumerate(jax.tree.leaves((params, state)))}
-    save_part(job / "training", leaves, {"step": 1, "metrics": {"loss": [1.0]}})
+    save_supernet(where / "job", fn.train_step_stats, params, SPACE, np.zeros((1, 8, 8, 3), np.float32))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
     np.savez(where / "set.npz", images=images, labels=rng.integers(0, 3, 40), classes=np.array(["a", "b", "c"]))
@@ -106,3 +110,24 @@ def test_a_predictor_is_fitted_and_what_it_finds_is_run(made, capsys, tmp_path):
     said = capsys.readouterr().out
     assert "predicted)" in said and "Predictor on held-out subnets: Pearson" in said
     assert "best of 16 random valid choices" in said and "everywhere" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("budget", "kind"), [("6.5 bits,7 us", "seconds"), ("60 uJ", "joules")])
+def test_budgets_of_time_and_energy_hold(made, capsys, tmp_path, budget, kind):
+    """Budgets between the least and the most that subnets cost: the winner is within, and costs what the model says."""
+    device = tmp_path / "chip.toml"
+    device.write_text(DEVICE)
+    args = ["search", made / "tiny", "--supernet", made / "job", "--images", made / "set.npz", "--out", tmp_path / "o"]
+    args += ["--samples", "16", "--recalibrate", "16", "--population", "8", "--generations", "1"]
+    args += ["--device", device, "--rows", "64", "--json"]
+    assert main([*map(str, args), "--budget", budget]) == 0
+    data = json.loads(capsys.readouterr().out)
+    fn, params, _ = qjax.models.load(made / "tiny")
+    x = np.zeros((1, 8, 8, 3), np.float32)
+    t, trained = load_trained(made / "job", fn, params, x)
+    costs = site_costs(t, trained.params, trained.state, x, kind=kind, on=str(device), rows=64)
+    most = next(b["amount"] for b in data["budget"] if b["kind"] == kind)
+    spent = float(costs.of(np.array(data["choice"])))
+    assert spent <= most and data["costs"][kind] == pytest.approx(spent)
+    assert float(costs.of(t.domain(params, x).uniform(8, 8))) > most, "the budget forbids something"
