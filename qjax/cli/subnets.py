@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> None:
     windows = budget_windows(genes, *sizes, budgets, costs={c.kind: c for c in costs})
     if not len(draw_valid(args.seed, genes.allowed, windows, 1)):  # not after an hour of measuring
         raise SearchError(
-            f"no subnet within all of {args.budget} was found among {IDLE * 10 * CHUNK:,} random ones; raise one of the "
-            "budgets: each can be reached by itself"
+            f"no subnet within all of {args.budget} was found among {IDLE * 10 * CHUNK:,} random ones; each can be "
+            "reached by itself, so raise one of them"
         )
     out.mkdir(parents=True, exist_ok=True)
     measured = jax.jit(over_population(job.one))
