@@ -2,11 +2,16 @@
 
     python -m benchmarks.adalog --resume DIR [--bits 3,4,6,8] [--seeds 0,1,2] [--methods adalog,log2]
     python -m benchmarks.adalog --resume DIR --rows 512 --images 4 --steps 4       # a search on a part of the tokens
+    python -m benchmarks.adalog --resume DIR --record benchmarks/results/adalog-cpu.json   # without rows that it has
+    python -m benchmarks.adalog --resume DIR --methods adalog-reconstructed --reconstruct 1000
     python -m benchmarks.adalog --resume DIR --model deit-tiny --image-set IMAGENET/val --calibration-set IMAGENET/train
 
 Of the 500 images of ``shared/data`` 32 are for calibration, drawn by the seed, and the other 468 for scoring. Each row
 is kept in DIR when it is done, and so is each layer of a search: a killed run goes on from there. Top-1 of 468 images
 has a standard error of 2 points: compare the paired differences, which stand beside it.
+
+``--record`` names a file that keeps rows for good, image by image: a row with the same model, images, search, method,
+bits and seed is taken from it, new rows are added, and the tables are of all rows in it, one for each search.
 
 ``--model`` and ``--image-set`` name another classifier and other labelled images (`qjax.evaluate.read_images`), so that
 published checkpoints can be measured on a folder of ImageNet: one folder of images for each of the model's classes.
@@ -33,9 +38,13 @@ from benchmarks.static import ROOT
 from qjax import evaluate, models
 from qjax.checkpoint.parts import remove_job
 from qjax.evaluate.paired import paired_test
+from qjax.passes.fpcs_losses import chosen_products
+
+RECONSTRUCTED = "adalog-reconstructed"
 
 METHODS: dict[str, dict[str, Any]] = {
     "adalog": {},
+    RECONSTRUCTED: {},
     "log2": dict(softmax="log2", gelu="log2"),
     "log_sqrt2": dict(softmax="log_sqrt2", gelu="log_sqrt2"),
     "twin": dict(softmax="twin", gelu="twin", reparameterize=False),
@@ -47,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 SAID = {
     "adalog": "AdaLog",
+    RECONSTRUCTED: "AdaLog, then {} steps of training a block",
     "log2": "base 2, all else as AdaLog",
     "log_sqrt2": "base sqrt 2, all else as AdaLog",
     "twin": "twin uniform (PTQ4ViT), no re-parameterization, all else as AdaLog",
@@ -61,6 +71,7 @@ class Set:
 
     def __init__(self, folder: Path, images: Path, calibration: Path | None = None):
         self.folder = folder
+        self.names = {"model": folder.name, "set": images.name, "calibration": calibration and calibration.name}
         self.fn, self.params, config = models.load(folder)
         self.prepare = models.image_processor(folder)
         self.data = read_set(images, config.num_labels)
@@ -104,9 +115,12 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def measured(data: Set, method: str, bits: int, seed: int, search: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measured(
+    data: Set, method: str, bits: int, seed: int, search: dict[str, Any], reconstruct: int, folder: Path
+) -> dict[str, Any]:
+    """One row, as it is kept: see `compact`."""
     preset = qjax.recipe(f"adalog-w{bits}a{bits}")
-    how = dataclasses.replace(preset.settle, **METHODS[method], **search, seed=seed)
+    how = dataclasses.replace(preset.settle, **METHODS[method], **search, seed=seed, reconstruct=reconstruct)
     recipe = qjax.Recipe(preset.rules, name=f"{method}-w{bits}a{bits}", settle=how)
     pixels, rest = data.drawn(seed)
     batches = [(pixels[at : at + 16],) for at in range(0, 32, 16)]
@@ -116,64 +130,127 @@ def measured(data: Set, method: str, bits: int, seed: int, search: dict[str, Any
     want, got = data.logits[rest], data.of(model, model.params, rest)
     p, q = log_softmax(want), log_softmax(got)
     row = {
+        **data.names,
+        "search": search,
         "method": method,
         "bits": bits,
         "seed": seed,
-        "search": search,
+        "reconstruct": reconstruct,
         "seconds": round(seconds, 1),
-        "images": [int(n) for n in rest],
-        "right": [bool(b) for b in got.argmax(1) == data.labels[rest]],
-        "float_right": [bool(b) for b in want.argmax(1) == data.labels[rest]],
-        "kl": [float(k) for k in (np.exp(p) * (p - q)).sum(1)],
-        "error": [float(e) for e in ((got - want) ** 2).sum(1) / (want**2).sum(1)],
+        "products": chosen_products(how.products),
+        "load": round(os.getloadavg()[0], 1),
+        "right": got.argmax(1) == data.labels[rest],
+        "float_right": want.argmax(1) == data.labels[rest],
+        "kl": (np.exp(p) * (p - q)).sum(1),
+        "error": ((got - want) ** 2).sum(1) / (want**2).sum(1),
     }
     remove_job(folder)
-    return row
+    return compact(row)
+
+
+def compact(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is kept: bits of right answers as hexadecimal digits, other numbers of images to four digits."""
+    out = dict(row, images=len(row["right"]))
+    for key in ("right", "float_right"):
+        out[key] = np.packbits(np.asarray(row[key], bool)).tobytes().hex()
+    for key in ("kl", "error"):
+        out[key] = [float(f"{x:.4g}") for x in row[key]]
+    return out
+
+
+def expanded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with arrays, one number an image."""
+    out = dict(row)
+    for key in ("right", "float_right"):
+        packed = np.frombuffer(bytes.fromhex(row[key]), np.uint8)
+        out[key] = np.unpackbits(packed, count=row["images"]).astype(bool)
+    for key in ("kl", "error"):
+        out[key] = np.asarray(row[key], np.float64)
+    return out
+
+
+KEY = ("model", "set", "calibration", "search", "method", "bits", "seed", "reconstruct")
+
+
+def key_of(row: dict[str, Any]) -> str:
+    """What tells one row from another."""
+    return json.dumps([row[k] for k in KEY], sort_keys=True)
+
+
+def kept_in(record: Path | None) -> dict[str, dict[str, Any]]:
+    """The rows of a record, by key."""
+    if record is None or not record.is_file():
+        return {}
+    return {key_of(row): row for row in json.loads(record.read_text())["rows"]}
+
+
+def written(record: Path, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    """Write a record, a row a line."""
+    head = json.dumps({"environment": measure.environment(), "measured": found}, indent=1)[:-2]
+    lines = ",\n".join("  " + json.dumps(row, separators=(",", ":")) for row in rows)
+    fresh = record.with_suffix(".tmp")
+    fresh.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+    os.replace(fresh, record)
 
 
 def rows_of(data: Set, given: Any) -> list[dict[str, Any]]:
+    """The rows that were asked for, from the folder or the record, or measured."""
     search = {
-        name: value for name in ("rows", "images", "steps", "rounds") if (value := getattr(given, name)) is not None
+        name: value
+        for name in ("rows", "images", "steps", "rounds", "products")
+        if (value := getattr(given, name)) is not None
     }
-    out = []
+    known, out = kept_in(given.record), []
     for seed in given.seeds:
         for bits in given.bits:
             for method in given.methods:
+                steps = given.reconstruct if method == RECONSTRUCTED else 0
+                row = dict(data.names, search=search, method=method, bits=bits, seed=seed, reconstruct=steps)
+                if key_of(row) in known:
+                    out.append(known[key_of(row)])
+                    continue
                 name = "-".join([method, f"w{bits}", f"s{seed}", *(f"{k}{v}" for k, v in search.items())])
+                name += f"-{steps}" * (steps > 0)
                 file = given.resume / f"{name}.json"
                 if not file.is_file():
-                    row = measured(data, method, bits, seed, search, given.resume / f"{name}.job")
+                    row = measured(data, method, bits, seed, search, steps, given.resume / f"{name}.job")
                     fresh = file.with_suffix(".tmp")
                     fresh.write_text(json.dumps(row))
                     os.replace(fresh, file)
+                    row = expanded(row)
                     top, kl, error = (float(np.mean(row[k])) for k in ("right", "kl", "error"))
                     print(f"{name}: top-1 {top:.1%}, KL {kl:.3f}, error {error:.4f}, {row['seconds']} s", flush=True)
                 out.append(json.loads(file.read_text()))
     return out
 
 
+def order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands in a table."""
+    return row["bits"], list(METHODS).index(row["method"]), row["reconstruct"], row["seed"]
+
+
 def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Mean and spread over seeds, and the difference to AdaLog image by image."""
+    """Mean and spread over seeds, and the difference to AdaLog image by image, of the rows of one search."""
     out = []
-    for bits, method in dict.fromkeys((r["bits"], r["method"]) for r in rows):
-        mine = [r for r in rows if (r["bits"], r["method"]) == (bits, method)]
+    rows = [expanded(row) for row in sorted(rows, key=order)]
+    for bits, method, steps in dict.fromkeys((r["bits"], r["method"], r["reconstruct"]) for r in rows):
+        mine = [r for r in rows if (r["bits"], r["method"], r["reconstruct"]) == (bits, method, steps)]
         each = {k: [float(np.mean(r[k])) for r in mine] for k in ("right", "float_right", "kl", "error", "seconds")}
-        entry: dict[str, Any] = {"bits": bits, "method": method, "seeds": len(mine)}
+        entry: dict[str, Any] = {"bits": bits, "method": method, "reconstruct": steps, "seeds": len(mine)}
         for key, values in each.items():
             entry[key], entry[f"{key}_spread"] = float(np.mean(values)), float(np.std(values))
         theirs = {r["seed"]: r for r in rows if (r["bits"], r["method"]) == (bits, "adalog")}
         pairs = [(r, theirs[r["seed"]]) for r in mine if r["seed"] in theirs and method != "adalog"]
         for key in ("right", "kl", "error"):
             if pairs:
-                kind = bool if key == "right" else float
-                a, b = (np.concatenate([np.asarray(p[i][key], kind) for p in pairs]) for i in (0, 1))
+                a, b = (np.concatenate([p[i][key] for p in pairs]) for i in (0, 1))
                 test = paired_test(a, b)
                 entry[f"{key}_more"], entry[f"{key}_p"] = test.difference, test.p
         out.append(entry)
-    head = ["bits", "method", "top-1", "to AdaLog", "KL", "to AdaLog", "output error", "to AdaLog", "seconds"]
+    head = ["bits", "method", "seeds", "top-1", "to AdaLog", "KL", "to AdaLog", "output error", "to AdaLog", "seconds"]
     table = []
     for e in out:
-        cells = [str(e["bits"]), SAID[e["method"]]]
+        cells = [str(e["bits"]), SAID[e["method"]].format(e["reconstruct"]), str(e["seeds"])]
         for key, shape in (("right", "{:.1%}"), ("kl", "{:.3f}"), ("error", "{:.4f}")):
             spread = f" ± {shape.format(e[f'{key}_spread'])}" if e["seeds"] > 1 else ""
             cells.append(shape.format(e[key]) + spread)
@@ -183,6 +260,29 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
             cells.append(more)
         table.append([*cells, f"{e['seconds']:.0f}"])
     return out, measure.table(head, table)
+
+
+def tables(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """A summary for each model, images and search among the rows, with what it says of them."""
+    found, parts = [], []
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(json.dumps([row[k] for k in KEY[:4]], sort_keys=True), []).append(row)
+    for mine in kinds.values():
+        first, (entries, text) = mine[0], summary(mine)
+        top = np.mean([entry["float_right"] for entry in entries])
+        said = ", ".join(f"{k} {v}" for k, v in first["search"].items()) if first["search"] else "the whole schedule"
+        source = f" of {first['calibration']}" if first["calibration"] else ""
+        parts.append(
+            f"{first['model']}, {first['set']}: 32 images{source} for calibration, {first['images']} for scoring; "
+            f"search: {said}. Float top-1 {top:.1%}.\n\n{text}"
+        )
+        found.append({**{k: first[k] for k in KEY[:4]}, "table": entries})
+    text = "\n\n".join(parts)
+    return found, (
+        f"{text}\n\nKL of logits in nats, output error: squared error of the logits over their squares. Differences to "
+        "AdaLog are over the same images, of the seeds that both have. Seconds are those of calibration."
+    )
 
 
 def main() -> None:
@@ -195,9 +295,14 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, required=True)
     parser.add_argument("--bits", type=numbers, default=[3, 4, 6, 8])
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), default=[m for m in METHODS if m != RECONSTRUCTED]
+    )
     for name in ("rows", "images", "steps", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("--products", choices=("float32", "bfloat16"), default=None)
+    parser.add_argument("--reconstruct", type=int, default=1000, help="steps a block of " + RECONSTRUCTED)
+    parser.add_argument("--record", type=Path, default=None, help="rows that are known, to which new ones are added")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     given.resume.mkdir(parents=True, exist_ok=True)
@@ -207,17 +312,17 @@ def main() -> None:
         given.calibration_set,
     )
     rows = rows_of(data, given)
-    found, text = summary(rows)
-    top = np.mean([np.mean(r["float_right"]) for r in rows])
-    searched = rows[0]["search"]
-    said = ", ".join(f"{k} {v}" for k, v in searched.items()) if searched else "the whole schedule"
-    text = (
-        f"{data.folder.name}: 32 images for calibration, {len(rows[0]['right'])} for scoring, seeds {given.seeds}; "
-        f"search: {said}. "
-        f"Float top-1 {top:.1%}. KL of logits in nats, output error: squared error of the logits over their squares. "
-        "Differences to AdaLog are over the same images.\n\n" + text
-    )
-    measure.save("adalog", {"measured": found}, text, given.out)
+    if given.record is None:
+        found, text = tables(rows)
+        measure.save("adalog", {"measured": found}, text, given.out)
+        return
+    rows = list((kept_in(given.record) | {key_of(row): row for row in rows}).values())
+    rows.sort(key=lambda row: (json.dumps([row[k] for k in KEY[:4]], sort_keys=True), order(row)))
+    found, text = tables(rows)
+    written(given.record, rows, found)
+    text = f"{text}\n\n{measure.described(measure.environment())} for the last rows.\n"
+    given.record.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Candidates tried in a second by AdaLog's search: ours beside a plain loop of the same algorithm in torch.
 
-    python -m benchmarks.adalog_speed [--tokens 6304]
+    python -m benchmarks.adalog_speed [--tokens 6304] [--products float32]
 
 The layers of ViT-Ti with the tokens of 32 images. A candidate is one scale with one zero point or base, for all rows of
 a weight; the loop quantizes, multiplies and compares for each, as the authors' code does in chunks. Both use all cores.
@@ -21,7 +21,7 @@ F = np.float32
 BITS = 4
 
 
-def cases(tokens: int, count: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+def cases(tokens: int, count: int, products: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """Name -> (ours, torch), each trying ``count`` candidates."""
     import torch
 
@@ -36,11 +36,12 @@ def cases(tokens: int, count: int) -> dict[str, tuple[Callable[[], Any], Callabl
         near_x, near_w = np.round(x * 2) / 2, np.round(w * 3) / 3
         scales, zeros = rng.uniform(0.2, 0.5, (1, count)).astype(F), np.full((1, count), 8, F)
         qs = rng.integers(10, 138, (1, count)).astype(F)
-        known = fpcs_losses.moments(x, near_x)
+        known, form = fpcs_losses.moments(x, near_x), fpcs_losses.form_of(x, w, near_w)
         wide = [np.broadcast_to(a, (n, count)) for a in (scales, zeros)]
         tx, tw, tnx, tnw = map(torch.from_numpy, (x, w, near_x, near_w))
         want = tx @ tw.T
         positive = x - x.min()
+        laid, log_form = fpcs_losses.logs_of(positive, F(0)), fpcs_losses.form_of(positive, w, near_w)
         tpos, twant = torch.from_numpy(positive), torch.from_numpy(positive) @ tw.T
 
         def inputs() -> Any:
@@ -59,12 +60,11 @@ def cases(tokens: int, count: int) -> dict[str, tuple[Callable[[], Any], Callabl
                 found.append(((near @ tnw.T - twant) ** 2).mean())
             return found
 
-        out[f"{name}: inputs"] = (lambda: fpcs_losses.input_uniform(x, w, near_w, scales, zeros, bits=BITS)), inputs
-        out[f"{name}: weights"] = (lambda: fpcs_losses.weight_uniform(w, known, *wide, bits=BITS)), weights
+        how: Any = dict(bits=BITS, products=products)
+        out[f"{name}: inputs"] = (lambda: fpcs_losses.input_uniform(x, form, scales, zeros, **how)), inputs
+        out[f"{name}: weights"] = (lambda: fpcs_losses.weight_uniform(w, known, *wide, **how)), weights
         if k > n:
-            ours = lambda: fpcs_losses.input_log(  # noqa: E731
-                positive, F(0), w, near_w, scales * 10, qs, bits=BITS, zero="mask"
-            )
+            ours = lambda: fpcs_losses.input_log(laid, log_form, scales * 10, qs, zero="mask", **how)  # noqa: E731
             out[f"{name}: inputs, base and scale"] = ours, logs
 
     add("qkv 192 to 576", 192, 576)
@@ -78,17 +78,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6304)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--products", choices=("float32", "bfloat16"), default=None)
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    rows = []
-    for name, (ours, theirs) in cases(given.tokens, given.candidates).items():
+    products, rows = fpcs_losses.chosen_products(given.products), []
+    for name, (ours, theirs) in cases(given.tokens, given.candidates, products).items():
         jax.block_until_ready(ours())  # compiled before it is timed
         times = measure.interleaved({"qjax": ours, "torch": theirs}, rounds=given.rounds)
         best = {k: given.candidates / t.least for k, t in times.items()}
         ratio = times["torch"].over(times["qjax"])
         rows.append({"layer": name, **best, "ratio": ratio})
         print(rows[-1], flush=True)
-    text = f"Candidates a second, {given.tokens} tokens, {BITS} bits; the ratio is the median over rounds.\n\n"
+    text = f"Candidates a second, {given.tokens} tokens, {BITS} bits, products: {products}; "
+    text += "the ratio is the median over rounds.\n\n"
     text += measure.table(
         ["layer", "qjax", "torch loop", "times"],
         [[r["layer"], f"{r['qjax']:.0f}", f"{r['torch']:.0f}", f"{r['ratio']:.1f}"] for r in rows],

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -54,6 +54,9 @@ POWER = ("adalog", "log2", "log_sqrt2", "twin", "uniform")
 
 UNIFORM = ("fpcs", "minmax", "percentile")
 """How ranges of uniform quantizers are found."""
+
+PRODUCTS = ("bfloat16", "float32")
+"""In what numbers errors are multiplied while candidates are compared."""
 
 FIXED_BASE = {"log2": 37.0, "log_sqrt2": 18.5}
 """The base of quantizers that do not search it, as q of 2**(q/37)."""
@@ -86,6 +89,9 @@ class AdaLog:
             Ranges, channels and weights are searched with all rows whatever this says.
         images: how many examples the search for operands of attentions looks at; None: all.
         seed: of the draws.
+        products: how rounding errors are multiplied while candidates are compared: "float32", "bfloat16" (errors and
+            the other operand are rounded to it, sums stay in float32), or None: bfloat16 where that is quick, which is
+            on GPU and TPU, and on CPUs with AMX where the compiled kernels are there (`qjax.passes.fpcs_losses`).
         reconstruct: steps of the training of each block that follows the search (`qjax.settling.reconstruct`); 0: none.
             The authors take 20,000, with 1,024 images.
         batch: examples in a step of it.
@@ -103,6 +109,7 @@ class AdaLog:
     rows: int | None = None
     images: int | None = None
     seed: int = 0
+    products: str | None = None
     reconstruct: int = 0
     batch: int = 32
 
@@ -119,6 +126,9 @@ class AdaLog:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise RecipeError(f"AdaLog: {name}={value!r}; a whole number, {least} or more")
+        if self.products not in (None, *PRODUCTS):
+            hint = near(str(self.products), PRODUCTS)
+            raise RecipeError(f"AdaLog: products={self.products!r}{hint}; one of {', '.join(PRODUCTS)}, or None")
         if self.zero not in ZERO_POLICIES:
             raise RecipeError(
                 f"AdaLog: zero={self.zero!r}{near(str(self.zero), ZERO_POLICIES)}; one of {', '.join(ZERO_POLICIES)}"
@@ -129,6 +139,10 @@ class AdaLog:
                 hint = near(str(value), known)
                 raise RecipeError(f"AdaLog: {name}={value!r}{hint}; one of {', '.join(known)}")
         _ = self.search
+
+    @property
+    def _products(self) -> fpcs_losses.Products:
+        return fpcs_losses.chosen_products(self.products)
 
     @property
     def search(self) -> Search:
@@ -163,10 +177,7 @@ class AdaLog:
             return self._by_ranges(unit, x, w, bits, inputs)
         grid = fpcs.uniform_grid(w, bits, False, self.search)
         if inputs is None:
-            known = fpcs_losses.moments(x, x)
-            found = fpcs.search_uniform(
-                lambda s, z: np.asarray(fpcs_losses.weight_uniform(w, known, s, z, bits=bits)), *grid, self.search
-            )
+            found = self._weights(w, x, x, bits, grid)
             return {"scale": found.scale, "zero": found.other}
         out: Found = {}
         if unit.kind == "norm" and self.reparameterize and inputs == bits:
@@ -174,7 +185,9 @@ class AdaLog:
             x, w = x / out["rho"] - out["beta"], w * out["rho"]
             grid = fpcs.uniform_grid(w, bits, False, self.search)
         own = fpcs.search_uniform(
-            lambda s, z: np.asarray(fpcs_losses.own_uniform(w, s, z, bits=bits)), *grid, self.search
+            lambda s, z: np.asarray(fpcs_losses.own_uniform(w, s, z, bits=bits, products=self._products)),
+            *grid,
+            self.search,
         )
         drawn = self._drawn(x, self.rows)
         power = unit.kind == "gelu" and self.gelu != "uniform"
@@ -228,27 +241,35 @@ class AdaLog:
     def _weights(
         self, w: np.ndarray, x: np.ndarray, rounded: np.ndarray, bits: int, grid: tuple[np.ndarray, np.ndarray]
     ) -> Pairs:
-        known = fpcs_losses.moments(x, rounded)
+        known, products = fpcs_losses.moments(x, rounded), self._products
         return fpcs.search_uniform(
-            lambda s, z: np.asarray(fpcs_losses.weight_uniform(w, known, s, z, bits=bits)), *grid, self.search
+            lambda s, z: np.asarray(fpcs_losses.weight_uniform(w, known, s, z, bits=bits, products=products)),
+            *grid,
+            self.search,
         )
 
     def _uniform_inputs(self, drawn: np.ndarray, x: np.ndarray, bits: int) -> tuple[Pairs, Any, Any]:
         """The first pair, by the error of the inputs; what it makes of all; and the search by the error of outputs."""
         grid = fpcs.uniform_grid(x.reshape(1, -1), bits, True, self.search)
-        flat = jnp.asarray(drawn.reshape(1, -1))
+        flat, products = jnp.asarray(drawn.reshape(1, -1)), self._products
 
         def search(evaluate: Any) -> Pairs:
             return fpcs.search_uniform(evaluate, *grid, self.search, fpcs.SMALLEST_INPUT_SCALE)
 
-        first = search(lambda s, z: np.asarray(fpcs_losses.own_uniform(flat, s, z, bits=bits)))
+        first = search(lambda s, z: np.asarray(fpcs_losses.own_uniform(flat, s, z, bits=bits, products=products)))
 
         def rounded(pair: Pairs) -> np.ndarray:
             return np.asarray(fpcs_losses.uniform(x, pair.scale, pair.other, bits))  # type: ignore[arg-type]
 
-        def searched(w: np.ndarray, near: np.ndarray) -> Pairs:
+        parts = parts_of(drawn)
+
+        def searched(w: np.ndarray, near_w: np.ndarray) -> Pairs:
+            forms = [fpcs_losses.form_of(part, w, near_w) for part in parts]
             return search(
-                lambda s, z: in_parts(drawn, lambda part: fpcs_losses.input_uniform(part, w, near, s, z, bits=bits))
+                lambda s, z: summed(
+                    fpcs_losses.input_uniform(part, form, s, z, bits=bits, products=products)
+                    for part, form in zip(parts, forms, strict=True)
+                )
             )
 
         return first, rounded, searched
@@ -264,11 +285,16 @@ class AdaLog:
             logs = _log2(x + added)
             return np.asarray(_logarithmic(logs, pair, bits, self.zero)) - added
 
+        products, parts = self._products, parts_of(drawn)
+        logs = [fpcs_losses.logs_of(part, added) for part in parts]
+
         def searched(w: np.ndarray, near_w: np.ndarray) -> Pairs:
+            forms = [fpcs_losses.form_of(part, w, near_w) for part in parts]
+
             def evaluate(s: np.ndarray, q: np.ndarray) -> np.ndarray:
-                return in_parts(
-                    drawn,
-                    lambda part: fpcs_losses.input_log(part, added, w, near_w, s, q, bits=bits, zero=self.zero),  # type: ignore
+                return summed(
+                    fpcs_losses.input_log(part, form, s, q, bits=bits, zero=self.zero, products=products)  # type: ignore
+                    for part, form in zip(logs, forms, strict=True)
                 )
 
             start = float(pairs[-1].scale[0])
@@ -285,7 +311,7 @@ class AdaLog:
             return moves(channels, ranged(channels, bits, self.uniform))
         grid = fpcs.uniform_grid(channels, bits, True, self.search)
         found = fpcs.search_uniform(
-            lambda s, z: np.asarray(fpcs_losses.own_uniform(channels, s, z, bits=bits)),
+            lambda s, z: np.asarray(fpcs_losses.own_uniform(channels, s, z, bits=bits, products=self._products)),
             *grid,
             self.search,
             fpcs.SMALLEST_INPUT_SCALE,
@@ -362,15 +388,16 @@ class _HeadOperand:
             return
         if self.log and self.how.softmax in FIXED_BASE or not self.log and self.how.uniform != "fpcs":
             return
+        x, form = jnp.asarray(self.x), fpcs_losses.form_of(self.x, other, near)  # type: ignore[arg-type]
+        how: Any = dict(bits=self.bits, products=fpcs_losses.chosen_products(self.how.products))
         if self.log:
+            logs = fpcs_losses.logs_of(x, np.float32(0))  # type: ignore[arg-type]
             self.pair = fpcs.search_base(
-                lambda s, q: np.asarray(
-                    fpcs_losses.heads_log(self.x, other, near, s, q, bits=self.bits, zero=self.fmt.zero)
-                )
+                lambda s, q: np.asarray(fpcs_losses.heads_log(logs, form, s, q, zero=self.fmt.zero, **how))  # type: ignore
             )
             return
         self.pair = fpcs.search_uniform(
-            lambda s, z: np.asarray(fpcs_losses.heads_uniform(self.x, other, near, s, z, bits=self.bits)),
+            lambda s, z: np.asarray(fpcs_losses.heads_uniform(x, form, s, z, **how)),  # type: ignore[arg-type]
             *self.grid,
             self.search,
         )
@@ -458,10 +485,12 @@ def dequantized(w: np.ndarray, pair: Pairs, bits: int) -> np.ndarray:
     return np.asarray(fpcs_losses.uniform(w, pair.scale[:, None], pair.other[:, None], bits))  # type: ignore[arg-type]
 
 
-def in_parts(x: np.ndarray, losses: Callable[[np.ndarray], Any]) -> np.ndarray:
-    """Return the sum of losses over parts of the rows of x [M, K], so many that memory is bounded."""
+def parts_of(x: np.ndarray) -> list[Any]:
+    """Return the rows of x [M, K] in parts, so many that memory is bounded."""
     rows = max(256, _ELEMENTS // x.shape[1])
-    total = 0.0
-    for at in range(0, len(x), rows):
-        total = total + np.asarray(losses(x[at : at + rows]), np.float64)
-    return np.asarray(total)
+    return [jnp.asarray(x[at : at + rows]) for at in range(0, len(x), rows)]
+
+
+def summed(losses: Iterable[Any]) -> np.ndarray:
+    """Return the sum of losses in float64."""
+    return np.sum([np.asarray(part, np.float64) for part in losses], axis=0)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention_problems.h"
+#include "candidate_problems.h"
 #include "formats.h"
 #include "problem.h"
 #include "support.h"
@@ -134,9 +135,10 @@ int main(int argc, char** argv) {
     callers.emplace_back([&, seed] {
       std::mt19937 random(seed);
       while (good && std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
-        const auto kind = random() % 3;
+        const auto kind = random() % 4;
         if (!(kind == 0   ? one(random, threads)
               : kind == 1 ? formats::one(random, threads)
+              : kind == 2 ? candidates::one(random, threads)
                           : attention::one(random, threads)))
           good = false;
         done++;

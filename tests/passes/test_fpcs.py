@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from qjax.errors import RecipeError
 from qjax.formats import Int, Log
+from qjax.kernels.cpu import candidates
 from qjax.passes import fpcs, fpcs_losses
 from qjax.passes.fpcs import Search
 
 F = np.float32
 RNG = np.random.default_rng(0)
+PRODUCTS = ("float32", "bfloat16") + (() if candidates.available() else ("kernel",))
 
 
 def rounded(x, scale, zero, bits):
@@ -53,27 +55,36 @@ def test_losses_are_the_squared_errors_of_the_products(bits, wide, seed):
     true = x.astype(np.float64) @ w.T.astype(np.float64)
 
     known = fpcs_losses.moments(x, near_x)
-    ours = fpcs_losses.weight_uniform(w, known, scales, zeros, bits=bits)
     each = [near_x.astype(np.float64) @ rounded(w, scales[:, [c]], zeros[:, [c]], bits).T for c in range(3)]
-    np.testing.assert_allclose(ours, np.stack([((e - true) ** 2).sum(0) for e in each], 1), rtol=2e-4, atol=2e-4)
+    want = np.stack([((e - true) ** 2).sum(0) for e in each], 1)
+    for products in PRODUCTS:
+        ours = fpcs_losses.weight_uniform(w, known, scales, zeros, bits=bits, products=products)
+        tolerance = 2e-4 if products == "float32" else 2e-2
+        np.testing.assert_allclose(ours, want, rtol=tolerance, atol=tolerance * want.mean())
 
-    ours = fpcs_losses.input_uniform(x, w, near_w, scales[:1], zeros[:1], bits=bits)
+    form = fpcs_losses.form_of(x, w, near_w)
     each = [rounded(x, scales[0, c], zeros[0, c], bits) @ near_w.T.astype(np.float64) for c in range(3)]
-    np.testing.assert_allclose(ours[0], [((e - true) ** 2).sum() for e in each], rtol=2e-4)
+    for products in PRODUCTS:
+        ours = fpcs_losses.input_uniform(x, form, scales[:1], zeros[:1], bits=bits, products=products)
+        rtol = 2e-4 if products == "float32" else 2e-2
+        np.testing.assert_allclose(ours[0], [((e - true) ** 2).sum() for e in each], rtol=rtol)
 
-    ours = fpcs_losses.own_uniform(w, scales, zeros, bits=bits)
     each = [((rounded(w, scales[:, [c]], zeros[:, [c]], bits) - w) ** 2).sum(1) for c in range(3)]
-    np.testing.assert_allclose(ours, np.stack(each, 1), rtol=2e-4, atol=1e-6)
+    for products in {PRODUCTS[0], PRODUCTS[-1]}:
+        ours = fpcs_losses.own_uniform(w, scales, zeros, bits=bits, products=products)
+        np.testing.assert_allclose(ours, np.stack(each, 1), rtol=2e-4, atol=1e-6)
 
     heads = [np.stack([np.stack([a, a[::-1]]), np.stack([2 * a, a])]) for a in (x, w, near_w)]  # [B, H, .., K]
-    ours = fpcs_losses.heads_uniform(*heads, scales[:2], zeros[:2], bits=bits)
-    for h in range(2):
-        for c in range(3):
-            near = rounded(heads[0][:, h], scales[h, c], zeros[h, c], bits)
-            off = np.einsum("bmk,bnk->bmn", near, heads[2][:, h]) - np.einsum(
-                "bmk,bnk->bmn", heads[0][:, h], heads[1][:, h]
-            )
-            assert ours[h, c] == pytest.approx((off**2).sum(), rel=3e-4)
+    form = fpcs_losses.form_of(*heads)
+    for products in PRODUCTS:
+        ours = fpcs_losses.heads_uniform(heads[0], form, scales[:2], zeros[:2], bits=bits, products=products)
+        for h in range(2):
+            for c in range(3):
+                near = rounded(heads[0][:, h], scales[h, c], zeros[h, c], bits)
+                off = np.einsum("bmk,bnk->bmn", near, heads[2][:, h]) - np.einsum(
+                    "bmk,bnk->bmn", heads[0][:, h], heads[1][:, h]
+                )
+                assert ours[h, c] == pytest.approx((off**2).sum(), rel=3e-4 if products == "float32" else 2e-2)
 
 
 @pytest.mark.parametrize("zero", ["mask", "reserve", "clamp"])
@@ -93,16 +104,25 @@ def test_logarithmic_candidates_are_the_format(zero):
     p, v = RNG.random((2, 1, 9, 6)).astype(F) ** 4, RNG.standard_normal((2, 1, 5, 6)).astype(F)
     near_v = (v + 0.1 * RNG.standard_normal(v.shape)).astype(F)
     qs = np.array([[12, 37, 60]], F)
-    ours = fpcs_losses.heads_log(p, v, near_v, np.ones_like(qs), qs, bits=4, zero=zero)
-    xs = fpcs_losses.input_log(p[0, 0] - 0.1, 0.1, v[0, 0], near_v[0, 0], np.full_like(qs, 1.2), qs, bits=4, zero=zero)
-    for c, q in enumerate(qs[0]):
-        fmt = Log(4, int(q), zero=zero)
-        near = np.asarray(fmt.quantize(p, scale=1.0).dequantize())
-        off = np.einsum("bhmk,bhnk->bhmn", near, near_v) - np.einsum("bhmk,bhnk->bhmn", p, v)
-        assert ours[0, c] == pytest.approx((off**2).sum(), rel=1e-3)
-        near = np.asarray(fmt.quantize(p[0, 0] - 0.1 + 0.1, scale=1.2).dequantize()) - F(0.1)
-        off = near @ near_v[0, 0].T - (p[0, 0] - F(0.1)) @ v[0, 0].T
-        assert xs[0, c] == pytest.approx((off**2).sum(), rel=1e-3)
+    x = p[0, 0] - F(0.1)
+    logs = fpcs_losses.logs_of(p, F(0)), fpcs_losses.logs_of(x, F(0.1))
+    forms = fpcs_losses.form_of(p, v, near_v), fpcs_losses.form_of(x, v[0, 0], near_v[0, 0])
+    for products in PRODUCTS:
+        rel = 1e-3 if products == "float32" else 2e-2
+        for bits in (
+            (4, 6) if products == "kernel" else (4,)
+        ):  # the kernel looks up few entries in registers, and many in memory
+            how = dict(bits=bits, zero=zero, products=products)
+            ours = fpcs_losses.heads_log(logs[0], forms[0], np.ones_like(qs), qs, **how)
+            xs = fpcs_losses.input_log(logs[1], forms[1], np.full_like(qs, 1.2), qs, **how)
+            for c, q in enumerate(qs[0]):
+                fmt = Log(bits, int(q), zero=zero)
+                near = np.asarray(fmt.quantize(p, scale=1.0).dequantize())
+                off = np.einsum("bhmk,bhnk->bhmn", near, near_v) - np.einsum("bhmk,bhnk->bhmn", p, v)
+                assert ours[0, c] == pytest.approx((off**2).sum(), rel=rel)
+                near = np.asarray(fmt.quantize(x + F(0.1), scale=1.2).dequantize()) - F(0.1)
+                off = near @ near_v[0, 0].T - x @ v[0, 0].T
+                assert xs[0, c] == pytest.approx((off**2).sum(), rel=rel)
 
 
 def test_fpcs_beats_its_grid_and_comes_near_brute_force():
@@ -147,11 +167,12 @@ def test_the_base_that_is_found_falls_with_more_bits_and_is_no_worse_than_base_t
     logits = RNG.standard_normal((2, 2, 24, 24)) * 3
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     p, v = p.astype(F), RNG.standard_normal((2, 2, 8, 24)).astype(F)
+    logs, form = fpcs_losses.logs_of(p, F(0)), fpcs_losses.form_of(p, v, v)
     found = []
     for bits in (3, 4, 6):
 
         def loss(scales, qs, bits=bits):
-            return np.asarray(fpcs_losses.heads_log(p, v, v, scales, qs, bits=bits, zero="mask"))
+            return np.asarray(fpcs_losses.heads_log(logs, form, scales, qs, bits=bits, zero="mask"))
 
         best = fpcs.search_base(loss)
         assert best.evaluations == 128
@@ -161,9 +182,10 @@ def test_the_base_that_is_found_falls_with_more_bits_and_is_no_worse_than_base_t
 
     x = np.maximum(RNG.standard_normal((300, 6)), -0.17).astype(F)
     w = RNG.standard_normal((4, 6)).astype(F)
+    logs, form = fpcs_losses.logs_of(x, F(0.17)), fpcs_losses.form_of(x, w, w)
 
     def loss(scales, qs):
-        return np.asarray(fpcs_losses.input_log(x, F(0.17), w, w, scales, qs, bits=4, zero="mask"))
+        return np.asarray(fpcs_losses.input_log(logs, form, scales, qs, bits=4, zero="mask"))
 
     ends = fpcs.positive_ends(x, 0.9)
     positive = np.sort(x[x > 0])
@@ -171,6 +193,37 @@ def test_the_base_that_is_found_falls_with_more_bits_and_is_no_worse_than_base_t
     found = fpcs.search_log(loss, ends, 0.17, fpcs.log_start(ends, 0.17, Search()), Search())
     assert found.evaluations == 128 * 7 and 10 <= found.other[0] <= 137
     assert found.loss[0] <= loss(np.float32([[ends[1] + 0.17]]), np.float32([[37]]))[0, 0]
+
+
+def test_searches_in_either_precision_reach_the_same_loss():
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((400, 48)) * rng.uniform(0.5, 2, 48) + rng.standard_normal(48)).astype(F)
+    for n in (16, 96):  # by the product, and by the quadratic form
+        w = rng.standard_normal((n, 48)).astype(F)
+        near_w = rounded(w, 0.3, 8, 4).astype(F)
+        form, reached = fpcs_losses.form_of(x, w, near_w), {}
+        for products in PRODUCTS:
+
+            def loss(scales, zeros, products=products, form=form):
+                return np.asarray(fpcs_losses.input_uniform(x, form, scales, zeros, bits=4, products=products))
+
+            grid = fpcs.uniform_grid(x.reshape(1, -1), 4, True, Search())
+            found = fpcs.search_uniform(loss, *grid, Search(), fpcs.SMALLEST_INPUT_SCALE)
+            near = rounded(x, found.scale[0], found.other[0], 4)
+            reached[products] = ((near @ near_w.T.astype(np.float64) - x @ w.T.astype(np.float64)) ** 2).sum()
+            assert found.loss[0] == pytest.approx(reached[products], rel=5e-3)
+        for products in PRODUCTS[1:]:
+            assert reached[products] == pytest.approx(reached["float32"], rel=2e-3)
+
+
+def test_which_precision_is_chosen(monkeypatch):
+    for missing, quick in (("", "kernel"), ("no AMX", "float32")):
+        monkeypatch.setattr(candidates, "available", lambda missing=missing: missing)
+        assert fpcs_losses.chosen_products(None) == quick
+        assert fpcs_losses.chosen_products("float32") == "float32"
+        assert fpcs_losses.chosen_products("bfloat16") == ("bfloat16" if missing else "kernel")
+    monkeypatch.setattr(fpcs_losses.jax, "default_backend", lambda: "gpu")
+    assert fpcs_losses.chosen_products(None) == "bfloat16"
 
 
 def test_settings_that_cannot_be():

@@ -36,7 +36,10 @@ RAGGED = "qjax_ragged"
 ATTENTION = "qjax_attention"
 """Attention over a quantized cache."""
 
-TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED, TRITS, RAGGED, ATTENTION)
+CANDIDATES = "qjax_candidates"
+"""Squared errors of products for candidate quantizers of an operand."""
+
+TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED, TRITS, RAGGED, ATTENTION, CANDIDATES)
 """All handlers in the library."""
 
 ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "amx")
