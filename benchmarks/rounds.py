@@ -7,7 +7,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 
@@ -44,6 +44,8 @@ def interleaved(
     least_rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
     wait: Callable[[Any], Any] = lambda result: result,
+    told: Collection[str] = (),
+    pause: float = 0.0,
 ) -> dict[str, Times]:
     """Time every case once per round until the budget (seconds of wall time) or the number of rounds is used up.
 
@@ -52,6 +54,8 @@ def interleaved(
         rounds: most rounds. budget: seconds of wall time. least_rounds: at least so many, whatever the budget.
         clock: which clock to read; `time.thread_time` for single-threaded Python work on a busy machine.
         wait: waits for the result of a case that returns before it is computed.
+        told: cases that return their seconds themselves, because another process runs them.
+        pause: seconds of sleep before each case, for threads of the last one that spin when they are done.
     """
     names, shuffle = list(cases), random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -62,7 +66,8 @@ def interleaved(
         shuffle.shuffle(names)  # what ran just before leaves its caches: no case may always follow the same one
         for name in names:
             gc.collect()
+            time.sleep(pause)
             start = clock()
-            wait(cases[name]())
-            taken[name].append(clock() - start)
+            result = wait(cases[name]())
+            taken[name].append(result if name in told else clock() - start)
     return {name: Times(tuple(taken[name])) for name in cases}
