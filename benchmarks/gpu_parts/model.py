@@ -78,14 +78,14 @@ OPTIONS: dict[str, dict[str, str]] = {
 """Options of XLA by name. Graphs are its default; in concurrent ones, kernels that need not wait may overlap."""
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _drawn(shape: tuple[int, ...], seed: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _drawn(shape: tuple[int, ...], seed: Any, dtype: Any) -> Any:
     wide = jax.random.normal(jax.random.key(seed), shape) / np.sqrt(shape[-2])
-    return wide.astype(jnp.bfloat16)
+    return wide.astype(dtype)
 
 
-def parameters(fn: LanguageModel, lazily: bool) -> Any:
-    """Random parameters in bfloat16 on the device; lazily: drawn when they are read, the same numbers.
+def parameters(fn: LanguageModel, lazily: bool, dtype: Any = jnp.bfloat16) -> Any:
+    """Random parameters on the device; lazily: drawn when they are read, the same numbers.
 
     Projections keep the variance of what they are given, so that logits mean something; norms are ones.
     """
@@ -99,13 +99,13 @@ def parameters(fn: LanguageModel, lazily: bool) -> Any:
         if name.endswith("/scale"):
             return jnp.ones(a.shape, a.dtype)
         if not stack:
-            whole, one = lambda: _drawn(a.shape, begin), None
+            whole, one = lambda: _drawn(a.shape, begin, a.dtype), None
         else:
-            one = lambda i: _drawn(a.shape[1:], begin + i)  # noqa: E731
+            one = lambda i: _drawn(a.shape[1:], begin + i, dtype)  # noqa: E731
             whole = lambda: jnp.stack([one(i) for i in range(stack)])  # noqa: E731
         return qjax.Lazy(a.shape, a.dtype, whole, one) if lazily else whole()
 
-    return jax.tree_util.tree_map_with_path(leaf, fn.abstract_params(jnp.bfloat16))
+    return jax.tree_util.tree_map_with_path(leaf, fn.abstract_params(dtype))
 
 
 def quantized(fn: LanguageModel, scheme: Scheme) -> qjax.Model:
@@ -186,7 +186,7 @@ def greedy(decode: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def _compiled(function: Callable[..., Any], params: Any, *args: Any, donate: Any = (), options: Any = None) -> Any:
+def compiled(function: Callable[..., Any], params: Any, *args: Any, donate: Any = (), options: Any = None) -> Any:
     """A program of the leaves of the parameters, which are told apart once and not at each call; and its seconds."""
     leaves, tree = jax.tree.flatten(params)
     flat = jax.jit(lambda leaves, *args: function(jax.tree.unflatten(tree, leaves), *args), donate_argnums=donate)
@@ -216,7 +216,7 @@ def decode_times(
     cache["length"] = jnp.int32(max(context - steps * (trials + 1), 0))
     tokens = jnp.zeros(batch, jnp.int32)
     # What is donated comes back at the same addresses, so that a CUDA graph stays as it was recorded.
-    run, seconds = _compiled(greedy(decode), params, tokens, cache, donate=(1, 2), options=options)
+    run, seconds = compiled(greedy(decode), params, tokens, cache, donate=(1, 2), options=options)
     times, handed = [], []
     for _ in range(trials + 1):  # the first warms up
         jax.block_until_ready((tokens, cache))
@@ -236,7 +236,7 @@ def prefill_times(
     """Milliseconds of reading a prompt into an empty cache, the median, with the logits of all its tokens."""
     tokens = jax.random.randint(jax.random.key(2), (1, length), 0, fn.config.vocab_size)
     cache = fn.init_cache(1, length, jnp.bfloat16)
-    run, seconds = _compiled(prefill, params, tokens, cache)
+    run, seconds = compiled(prefill, params, tokens, cache)
     times = []
     for _ in range(trials + 1):
         begun = time.perf_counter()

@@ -48,12 +48,12 @@ def copies(nbytes: int, given: dict[str, Any]) -> int:
 
 def _in_turn(run: Callable[[Any], Any], weights: list[Any]) -> Case:
     """Run with the next weight each time; results are torch tensors."""
-    turn, last = itertools.cycle(weights), [None]
+    turn, last = itertools.cycle(weights), list[Any]()
 
     def once() -> None:
-        last[0] = run(next(turn))
+        last[:] = [run(next(turn))]
 
-    return once, lambda: last[0].float().numpy()  # pyright: ignore[reportOptionalMemberAccess]
+    return once, lambda: last[0].float().numpy()
 
 
 def of_torch(w: np.ndarray, x: np.ndarray, given: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Case]]]:

@@ -10,6 +10,7 @@ only; what libraries print to standard output goes to standard error instead.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -37,41 +38,69 @@ class Peer:
     """
 
     def __init__(self, python: str, module: str, *given: str):
+        self.command = [python, "-m", module, *given]
+        self.name = " ".join(self.command[:3])
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the process, a new one where it has ended."""
+        if hasattr(self, "process"):
+            self.end()
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [python, "-m", module, *given],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )  # fmt: skip
-        self.name = f"{python} -m {module}"
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
 
     def ask(self, what: str, **more: Any) -> Any:
         """One request and its answer."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"ask": what, **more}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} has ended with {self.process.wait()} when asked to {what}")
         return json.loads(line)
 
+    def prepare(self, given: dict[str, Any], *instead: dict[str, Any]) -> dict[str, Any]:
+        """Prepare cases, where the process crashes in a new one with some of what is given replaced, and so on.
+
+        Returns:
+            ``errors`` and ``failed``; what was given in vain is named in ``failed``.
+        """
+        failed: dict[str, str] = {}
+        for more in ({}, *instead):
+            try:
+                found = self.ask("prepare", given={**given, **more})
+            except RuntimeError as e:
+                what = ", ".join(f"{k} {v}" for k, v in {**given, **more}.items() if instead and k in instead[0])
+                failed[what or self.name] = str(e).removeprefix(f"{self.name} ")
+                self.begin()
+                continue
+            return {"errors": found["errors"], "failed": failed | found["failed"]}
+        raise RuntimeError("; ".join(f"{what}: {why}" for what, why in failed.items()))
+
     def run(self, case: str) -> float:
         """Seconds of one call of a case."""
         return float(self.ask("run", case=case)["seconds"])
 
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+    def end(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self.end()
 
 
 def serve(
