@@ -85,7 +85,7 @@ def test_equals_integer_arithmetic_to_the_bit(native, bits, signed, group, m, n,
     real = (codes - np.repeat(zero, width, axis=1)[:, :k]) * np.repeat(np.float64(scale), width, axis=1)[:, :k]
     with np.errstate(all="ignore"):
         floats, terms = x @ real.T, np.abs(x) @ np.abs(real).T
-    for name in set(native.instruction_sets()) & {"portable", "avx512_vnni"}:  # there are no others for floats
+    for name in set(native.instruction_sets()) & {"portable", "avx512_vnni", "neon"}:  # there are no others for floats
         y = float_product(x[None], stored[None], scale[None], zeros, weight=fmt, instructions=name)
         with np.errstate(all="ignore"):
             off = np.abs(np.asarray(y)[0] - floats) / np.maximum(terms, 1e-30)

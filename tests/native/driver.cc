@@ -1,8 +1,10 @@
 // The CPU kernels without XLA and Python, for sanitizers: random problems, every instruction set against the plain one
 // bit for bit, from several threads at once, each array ending where a page begins that may not be touched.
 //
-//   c++ -std=c++17 -g -O1 -pthread -fsanitize=... -I qjax/kernels/cpu/src tests/native/driver.cc \
+//   c++ -std=c++17 -g -O1 -pthread -ffp-contract=off -fsanitize=... -I qjax/kernels/cpu/src tests/native/driver.cc \
 //       $(ls qjax/kernels/cpu/src/*.cc | grep -v /ffi) -o driver && ./driver SECONDS
+//
+// `./driver digest COUNT` runs as many problems of integer sums, always the same, and prints a digest of the results.
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -89,7 +91,10 @@ bool one(std::mt19937& random, Threads& threads) {
     qjax::quantize_rows(quantize, 0, d.m, isa);
     Aligned scratch(qjax::scratch_bytes(d) * pool.workers);
     qjax::run_dot(d, isa, pool, scratch.data);
-    if (isa == 0) expected.assign(d.y, d.y + d.m * d.n);
+    if (isa == 0) {
+      expected.assign(d.y, d.y + d.m * d.n);
+      digest.add(expected);
+    }
     if (std::memcmp(expected.data(), d.y, d.m * d.n * 4)) {
       std::printf("%s differs: bits %ld group %ld m %ld n %ld k %ld\n", qjax::isa_name(isa), long(d.bits), long(d.group),
                   long(d.m), long(d.n), long(d.k));
@@ -125,6 +130,16 @@ bool one(std::mt19937& random, Threads& threads) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 2 && std::strcmp(argv[1], "digest") == 0) {
+    Threads threads(3);
+    std::mt19937 random(0);
+    digest.wanted = true;
+    bool good = true;
+    for (long i = 0; i < std::atol(argv[2]) && good; i++)
+      good = i % 2 ? one(random, threads) : formats::exact(random, threads);
+    std::printf("digest %016llx%s\n", static_cast<unsigned long long>(digest.value), good ? "" : ", FAILED");
+    return good ? 0 : 1;
+  }
   const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
   Threads threads(3);
   std::atomic<long> done{0};

@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <mutex>
@@ -82,6 +84,20 @@ inline void run(void* context, int64_t workers, int64_t count, void (*task)(void
   auto* threads = static_cast<Threads*>(context);
   qjax::share([threads](auto work) { threads->schedule(work); }, workers, count, task, argument);
 }
+
+// A digest of results that are the same on every processor, NaN counting as one number. Not for several callers at once.
+struct Digest {
+  bool wanted = false;
+  uint64_t value = 14695981039346656037u;
+  void add(const std::vector<float>& numbers) {
+    for (const float number : numbers) {
+      uint32_t word = 0x7fc00000;
+      if (number == number) std::memcpy(&word, &number, 4);
+      if (wanted) value = (value ^ word) * 1099511628211u;
+    }
+  }
+};
+inline Digest digest;
 
 struct Aligned {
   explicit Aligned(int64_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64))) {}

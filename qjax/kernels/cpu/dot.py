@@ -78,7 +78,8 @@ def _worth(problem: Problem) -> bool | str:
     name="native",
     priority=6,
     picks=True,
-    about="compiled kernels: int8 activations by AVX-512 VNNI, AMX or AVX2, few rows of floats by AVX-512, or portable",
+    about="compiled kernels: int8 activations by AVX-512 VNNI, AMX, AVX2 or ARM's dot products, few rows of floats by "
+    "AVX-512 or NEON, or portable",
 )
 def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array | None = None) -> Array:
     """Return the product of x and a weight, read as it is stored, or of one layer of a stack, read where it lies."""

@@ -42,7 +42,7 @@ CANDIDATES = "qjax_candidates"
 TARGETS = (DOT, FLOAT_DOT, TWO_LEVEL, MIXED, TRITS, RAGGED, ATTENTION, CANDIDATES)
 """All handlers in the library."""
 
-ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "amx")
+ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "amx", "neon", "dotprod", "i8mm")
 """Instruction sets, as numbered in ``src/problem.h``."""
 
 MAKE = "python -m qjax.kernels.cpu.build makes it"

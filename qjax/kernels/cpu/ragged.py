@@ -41,7 +41,7 @@ def _worth(problem: Problem) -> bool | str:
     worth=_worth,
     name="native",
     priority=6,
-    about="compiled kernels: the rows of each group by its matrix, int8 activations, AVX-512 VNNI, AMX or AVX2",
+    about="compiled kernels: the rows of each group by its matrix, int8 activations, AVX-512 VNNI, AMX, AVX2, ARM",
 )
 def native(problem: Problem, x: Array, w: QArray, act: Act | None, group_sizes: Array) -> Array:
     """Return the ragged product of int8 activations, weights read as they are stored."""

@@ -61,7 +61,7 @@ def _worth(problem: Problem) -> bool | str:
     worth=_worth,
     name="native",
     priority=6,
-    about="compiled kernels: codes made int8 numbers as they are read, int8 activations, AVX-512 VNNI, AMX or AVX2",
+    about="compiled kernels: codes made int8 numbers as they are read, int8 activations, AVX-512 VNNI, AMX, AVX2, ARM",
 )
 def native(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
     """Return the product of int8 activations and a weight of two levels, read as it is stored."""

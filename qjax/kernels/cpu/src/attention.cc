@@ -21,7 +21,7 @@ float from_half(uint16_t h) {
   return f;
 }
 
-int64_t lanes_of(int isa) { return isa >= kAvx512Vnni ? 16 : isa == kAvx2 ? 8 : 0; }
+int64_t lanes_of(int isa) { return isa == kAvx512Vnni ? 16 : isa == kAvx2 ? 8 : isa == kNeon ? 4 : 0; }
 
 int64_t part_floats(const Attention& a) { return kRows * (2 + padded(a.v.dim)); }
 
@@ -67,6 +67,8 @@ void look(void* argument, int64_t number, int64_t) {
 #if defined(__x86_64__)
   if (w.isa >= kAvx512Vnni) return piece_avx512(p);
   if (w.isa == kAvx2) return piece_avx2(p);
+#elif defined(QJAX_HAS_NEON)
+  if (w.isa == kNeon) return piece_neon(p);
 #endif
   piece_portable(p);
 }
@@ -171,6 +173,8 @@ int attention_isa(int isa) {
 #if defined(__x86_64__)
   if (isa >= kAvx512Vnni) return kAvx512Vnni;  // nothing here is for tiles
   if (isa >= kAvx2 && __builtin_cpu_supports("fma")) return kAvx2;
+#elif defined(QJAX_HAS_NEON)
+  if (isa >= kNeon) return kNeon;
 #else
   (void)isa;
 #endif

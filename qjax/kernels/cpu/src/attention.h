@@ -90,6 +90,8 @@ void piece_portable(const Piece& piece);
 #if defined(__x86_64__)
 void piece_avx2(const Piece& piece);
 void piece_avx512(const Piece& piece);
+#elif defined(QJAX_HAS_NEON)
+void piece_neon(const Piece& piece);
 #endif
 
 // The instruction set by which attention runs where `isa` is the best or the wanted one.

@@ -3,9 +3,36 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(QJAX_HAS_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(QJAX_HAS_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qjax {
+
+#if defined(QJAX_HAS_NEON)
+namespace {
+
+// What the system says of the processor; nothing more than every one has where it is not known how to ask.
+#if defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+#elif defined(__APPLE__)
+bool says(const char* name) {
+  int there = 0;
+  size_t size = sizeof there;
+  return sysctlbyname(name, &there, &size, nullptr, 0) == 0 && there != 0;
+}
+bool has_dotprod() { return says("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return says("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
+}  // namespace
+#endif
 
 bool has_isa(int isa) {
   if (isa == kPortable) return true;
@@ -30,11 +57,23 @@ bool has_isa(int isa) {
 #endif
   }
 #endif
+#if defined(QJAX_HAS_NEON)
+  if (isa == kNeon) return true;
+#if defined(QJAX_HAS_DOTPROD)
+  static const bool dots = has_dotprod();
+  if (isa == kDotprod) return dots;
+#if defined(QJAX_HAS_I8MM)
+  static const bool matrices = has_i8mm();
+  if (isa == kI8mm) return dots && matrices;
+#endif
+#endif
+#endif
   return false;
 }
 
 const char* isa_name(int isa) {
-  static const char* const names[kIsaCount] = {"portable", "avx2", "avx_vnni", "avx512_vnni", "amx"};
+  static const char* const names[kIsaCount] = {"portable", "avx2", "avx_vnni", "avx512_vnni", "amx",
+                                                 "neon",     "dotprod", "i8mm"};
   return isa >= 0 && isa < kIsaCount ? names[isa] : "unknown";
 }
 
@@ -89,6 +128,11 @@ void task(void* argument, int64_t number, int64_t worker) {
     case kAmx:
       return panel_amx(d, n0, n1, scratch);
 #endif
+#elif defined(QJAX_HAS_NEON)
+    case kNeon:
+    case kDotprod:
+    case kI8mm:
+      return panel_arm(d, n0, n1, work.isa);
 #endif
     default:
       return panel_portable(d, n0, n1);
@@ -96,6 +140,19 @@ void task(void* argument, int64_t number, int64_t worker) {
 }
 
 }  // namespace
+
+#if defined(QJAX_HAS_NEON)
+void panel_arm(const Dot& d, int64_t n0, int64_t n1, int isa) {
+#if defined(QJAX_HAS_I8MM)
+  if (isa == kI8mm) return panel_i8mm(d, n0, n1);
+#endif
+#if defined(QJAX_HAS_DOTPROD)
+  if (isa == kDotprod) return panel_dotprod(d, n0, n1);
+#endif
+  (void)isa;
+  panel_neon(d, n0, n1);
+}
+#endif
 
 void run_dot(const Dot& d, int isa, const Pool& pool, char* scratch) {
   if (d.m == 0 || d.n == 0) return;

@@ -54,6 +54,8 @@ void task(void* argument, int64_t number, int64_t) {
   const int64_t n0 = number * work.step, n = work.dot->dot.n, n1 = n0 + work.step < n ? n0 + work.step : n;
 #if defined(__x86_64__)
   if (work.isa >= kAvx512Vnni) return float_rows_avx512(*work.dot, n0, n1);
+#elif defined(QJAX_HAS_NEON)
+  if (work.isa >= kNeon) return float_rows_neon(*work.dot, n0, n1);
 #endif
   float_rows_portable(*work.dot, n0, n1);
 }

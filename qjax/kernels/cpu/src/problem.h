@@ -19,14 +19,44 @@
 #define QJAX_HAS_AVX_VNNI 1
 #endif
 
+// Every processor of 64-bit ARM has vectors. Functions are compiled for more by naming it, as compilers have it since GCC 10
+// and Clang 16 (Apple's 15); others have it where they are told to for whole files.
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#define QJAX_HAS_NEON 1
+#if (defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10) || \
+    (defined(__clang__) && (defined(__apple_build_version__) ? __clang_major__ >= 15 : __clang_major__ >= 16))
+#define QJAX_HAS_DOTPROD 1
+#define QJAX_HAS_I8MM 1
+#define QJAX_TARGET_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#define QJAX_TARGET_I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define QJAX_HAS_DOTPROD 1
+#define QJAX_TARGET_DOTPROD
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define QJAX_HAS_I8MM 1
+#define QJAX_TARGET_I8MM
+#endif
+#endif
+#endif
+
 namespace qjax {
 
 constexpr int64_t kChunk = 64;   // bytes of a weight row that are read together
 constexpr int64_t kBlock = 16;   // rows of the weight, which lie in the lanes of a 512-bit vector
 constexpr int64_t kPanel = 64;   // rows of the weight that a task lays out anew for many rows of activations
 
-// Instruction sets, from the plainest.
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4, kIsaCount = 5 };
+// Instruction sets, from the plainest: those of x86, then those of 64-bit ARM.
+enum Isa : int {
+  kPortable = 0,
+  kAvx2 = 1,
+  kAvxVnni = 2,
+  kAvx512Vnni = 3,
+  kAmx = 4,
+  kNeon = 5,
+  kDotprod = 6,
+  kI8mm = 7,
+  kIsaCount = 8
+};
 
 struct Dot {
   int64_t m, n, k;      // rows of activations, rows of the weight, what is summed over
@@ -113,6 +143,8 @@ void run_float_dot(const FloatDot& dot, int isa, const Pool& pool);
 void float_rows_portable(const FloatDot& dot, int64_t n0, int64_t n1);
 #if defined(__x86_64__)
 void float_rows_avx512(const FloatDot& dot, int64_t n0, int64_t n1);
+#elif defined(QJAX_HAS_NEON)
+void float_rows_neon(const FloatDot& dot, int64_t n0, int64_t n1);
 #endif
 
 // Everything: y from q. `scratch` has scratch_bytes for each worker, aligned to 64 bytes.
@@ -130,6 +162,15 @@ void panel_avx512(const Dot& dot, int64_t n0, int64_t n1, char* scratch);
 void panel_amx(const Dot& dot, int64_t n0, int64_t n1, char* scratch);
 bool amx_allowed();
 #endif
+#elif defined(QJAX_HAS_NEON)
+void panel_neon(const Dot& dot, int64_t n0, int64_t n1);
+#if defined(QJAX_HAS_DOTPROD)
+void panel_dotprod(const Dot& dot, int64_t n0, int64_t n1);
+#endif
+#if defined(QJAX_HAS_I8MM)
+void panel_i8mm(const Dot& dot, int64_t n0, int64_t n1);
+#endif
+void panel_arm(const Dot& dot, int64_t n0, int64_t n1, int isa);  // by whichever of these
 #endif
 
 }  // namespace qjax

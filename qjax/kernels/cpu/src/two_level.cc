@@ -53,6 +53,8 @@ void task(void* argument, int64_t number, int64_t worker) {
 #if defined(__x86_64__)
   if (work.isa == kAvx2 || work.isa == kAvxVnni) return two_level_avx2(t, n0, n1, scratch);
   if (work.isa >= kAvx512Vnni) return two_level_avx512(t, n0, n1, scratch, work.isa == kAmx);
+#elif defined(QJAX_HAS_NEON)
+  if (work.isa >= kNeon) return two_level_neon(t, n0, n1, scratch, work.isa);
 #endif
   two_level_portable(t, n0, n1, scratch);
 }

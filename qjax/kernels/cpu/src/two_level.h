@@ -58,6 +58,8 @@ void two_level_portable(const TwoLevel& t, int64_t n0, int64_t n1, char* scratch
 #if defined(__x86_64__)
 void two_level_avx2(const TwoLevel& t, int64_t n0, int64_t n1, char* scratch);
 void two_level_avx512(const TwoLevel& t, int64_t n0, int64_t n1, char* scratch, bool amx);
+#elif defined(QJAX_HAS_NEON)
+void two_level_neon(const TwoLevel& t, int64_t n0, int64_t n1, char* scratch, int isa);
 #endif
 
 }  // namespace qjax
