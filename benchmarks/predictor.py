@@ -4,8 +4,9 @@
 
 FOLDER is what `qjax.supernet.train` kept of the network's ``train_step_stats``; without it the supernet is as `init`
 makes it, with bits 2, 3, 4, 6 and 8, and not trained. Each subnet has its batch norms recalibrated on 1,000 training
-images and is scored, top-1, on 1,000 others; a fifth of the subnets is held out. With --resume nothing is measured
-twice.
+images and is scored on 1,000 others, by top-1 and by cross-entropy; a fifth of the subnets is held out. With --resume
+nothing is measured twice. The predictor and the searches are of --score: cross-entropy, whose differences between
+subnets are not drowned by the few images that change sides, or top-1.
 
 Then, for each budget of average bits, a search by the predictor, whose best 8 are run, beside the best 8 by the
 predictor of as many random valid choices as it scored, 16 random valid choices, and the same bits everywhere. All are
@@ -127,10 +128,16 @@ class Measured:
             "batch": given.batch,
         }
 
-    def remembered(self, folder: Path | None, block: int) -> Remembered:
+    def remembered(self, folder: Path | None, block: int, score: str) -> Remembered:
         """Scores of choices [any, N, 5], a file for all."""
-        file = None if folder is None else open_job(folder / "measured", self.job, "measuring") / "choices.jsonl"
-        return Remembered(lambda flat: self.evaluate(flat.reshape(-1, *self.domain.shape))["score"], file, block)
+        name = "measured" if score == "top-1" else f"measured-{score}"
+        file = None if folder is None else open_job(folder / name, self.job, "measuring") / "choices.jsonl"
+
+        def of(flat: np.ndarray) -> Any:
+            found = self.evaluate(flat.reshape(-1, *self.domain.shape))
+            return found["score"] if score == "top-1" else -found["loss"]
+
+        return Remembered(of, file, block)
 
 
 def splits(subnets: Subnets, scores: np.ndarray) -> list[Agreement]:
@@ -190,6 +197,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[3.0, 3.5, 4.0, 5.0])
     parser.add_argument("--generations", type=int, default=500)
     parser.add_argument("--random", type=int, default=16, help="random choices that are measured for each budget")
+    parser.add_argument("--score", choices=["cross-entropy", "top-1"], default="cross-entropy", help="of searches")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="where measurements are kept")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -205,9 +213,11 @@ def main() -> None:
         what.evaluate, what.domain, *both, given.subnets, block=given.block, resume=kept, job=what.job, progress=told
     )
     collected = time.perf_counter() - begun
-    fitted = fit_predictor(subnets.encoded, subnets.scores, SETTINGS)
-    held, by_loss, noise = splits(subnets, subnets.scores), splits(subnets, -subnets.also["loss"]), halves(subnets)
-    known = what.remembered(given.resume, given.block)
+    values = {"cross-entropy": -subnets.also["loss"], "top-1": subnets.scores}
+    fitted = fit_predictor(subnets.encoded, values[given.score], SETTINGS)
+    held, noise = {name: splits(subnets, of) for name, of in values.items()}, halves(subnets)
+    both_scores = agreement(values["cross-entropy"], values["top-1"])
+    known = what.remembered(given.resume, given.block, given.score)
     rows = [searched(what, fitted.params, budget, given, known) for budget in given.budgets]
     supernet = f"trained for {what.steps:,} steps" if what.steps else "not trained"
     record = {
@@ -218,36 +228,36 @@ def main() -> None:
             "collecting": collected,
             "a subnet": min(what.seconds, default=None),
         },
-        "held": {k: float(v) for k, v in vars(held[0]).items()},
+        "score": given.score,
+        "held": numbers(fitted.held),
         "bounds": BOUNDS,
-        "splits": [{k: float(v) for k, v in vars(a).items()} for a in held],
-        "splits of the loss": [{k: float(v) for k, v in vars(a).items()} for a in by_loss],
-        "halves": {k: float(v) for k, v in vars(noise).items()},
+        "splits": {name: [numbers(one) for one in each] for name, each in held.items()},
+        "halves": numbers(noise),
+        "top-1 and cross-entropy as measured": numbers(both_scores),
         "scores": {"least": float(subnets.scores.min()), "most": float(subnets.scores.max())},
         "searched": rows,
     }
-    lines = [
-        _line(f"top-1, another fifth held out each time ({SPLITS})", held),
-        _line("cross-entropy, likewise", by_loss),
-    ]
-    ours = [f"{held[0].pearson:.3f}", f"{held[0].spearman:.3f}", f"{held[0].kendall:.3f}", f"{held[0].rmse:.4f}"]
-    ours = ["top-1, predicted and measured, held out", *ours]
-    half = ["top-1 on one half of the images and on the other, all subnets"]
-    half += [f"{noise.pearson:.3f}", f"{noise.spearman:.3f}", f"{noise.kendall:.3f}", f"{noise.rmse:.4f}"]
+    lines = [_line(f"{name}, predicted and measured, held out ({SPLITS} fifths)", each) for name, each in held.items()]
+    lines.append(_line("top-1 and cross-entropy of a subnet, both measured", [both_scores]))
+    lines.append(_line("top-1 on one half of the images and on the other", [noise]))
     text = (
         f"ResNet20, supernet {supernet}; {given.subnets:,} subnets, each recalibrated on {given.calibration:,} "
         f"training images of CIFAR-10 and scored on {given.images:,} others, top-1 from {subnets.scores.min():.3f} to "
-        f"{subnets.scores.max():.3f}; {held[0].count} of them held out. Bounds: Pearson {BOUNDS['pearson']}, Kendall "
-        f"{BOUNDS['kendall']}.\n\n"
+        f"{subnets.scores.max():.3f}; {fitted.held.count} of them held out. Bounds: Pearson {BOUNDS['pearson']}, "
+        f"Kendall {BOUNDS['kendall']}.\n\n"
     )
-    text += measure.table(["agreement", "Pearson", "Spearman", "Kendall", "RMSE"], [ours, *lines, half])
+    text += measure.table(["agreement", "Pearson", "Spearman", "Kendall", "RMSE"], lines)
+    text += f"\n\nSearches by {given.score}" + (
+        ", in nats, lower is better:" if given.score == "cross-entropy" else ":"
+    )
+    sign = -1 if given.score == "cross-entropy" else 1
     shown = []
     for row in rows:
         measured, uniform = row["measured"], row["uniform_bits"]
-        same = "" if uniform is None else f"{measured['uniform']:.3f} ({uniform[0]}/{uniform[1]})"
+        same = "" if uniform is None else f"{sign * measured['uniform']:.3f} ({uniform[0]}/{uniform[1]})"
         bits = " / ".join(f"{v:.2f}" for v in row["average"])
-        found = f"{measured['found']:.3f} ({row['predicted']['found']:.3f})"
-        random = [f"{measured[k]:.3f}" for k in ("random by predictor", "random")]
+        found = f"{sign * measured['found']:.3f} ({sign * row['predicted']['found']:.3f})"
+        random = [f"{sign * measured[k]:.3f}" for k in ("random by predictor", "random")]
         shown.append([f"{row['budget']:g}", bits, found, *random, same])
     text += "\n\n" + measure.table(
         ["budget, average bits", "found has", "found: measured (predicted)",
@@ -257,12 +267,17 @@ def main() -> None:
     measure.save("predictor" if what.steps else "predictor-untrained", record, text, given.out)
 
 
+def numbers(found: Agreement) -> dict[str, float]:
+    """For the record."""
+    return {k: float(v) for k, v in vars(found).items()}
+
+
 def _line(name: str, found: list[Agreement]) -> list[str]:
-    """Least and most of a correlation."""
+    """Least and most of each correlation."""
     out = [name]
     for field in ("pearson", "spearman", "kendall", "rmse"):
         values = [getattr(a, field) for a in found]
-        out.append(f"{min(values):.3f} to {max(values):.3f}")
+        out.append(f"{min(values):.3f}" + (f" to {max(values):.3f}" if len(values) > 1 else ""))
     return out
 
 
