@@ -148,7 +148,9 @@ def llama(name: str, given: Any, peer: Peer | None) -> dict[str, Any]:
     if peer is not None and name in SIZES:
         config = {f: getattr(fn.config, f) for f in CONFIG}
         asked = {"name": name, "config": config, "kinds": KINDS, "context": given.context, "prompt": given.prompt}
-        found = peer.prepare({**asked, "steps": STEPS, "extra": not given.no_extra}, {"extra": False})
+        found = peer.prepare(
+            {**asked, "steps": STEPS, "extra": not given.no_extra}, {"llama.cpp's own memory": {"extra": False}}
+        )
         told, failed = list(found["errors"]), found["failed"]
         cases |= {case: functools.partial(peer.run, case) for case in told}
     rows = []
@@ -181,7 +183,7 @@ def vit(given: Any) -> dict[str, Any]:
         cases: dict[str, Callable[[], Any]] = {"float32": functools.partial(jax.jit(fn), params, images)}
         half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params)
         cases["bfloat16"] = functools.partial(jax.jit(fn), half, images.astype(jnp.bfloat16))
-        for name in ("W8A8", "W8A16", "W4A8"):
+        for name in ("W8A8", "W8A16"):
             model = qjax.quantize(fn, params, images, recipe=name)
             cases[name] = functools.partial(jax.jit(model), model.params, images)
         for run in cases.values():

@@ -112,7 +112,7 @@ def measured(shape: tuple[int, int], tokens: int, cache: int, peer: Peer | None,
     failed: dict[str, str] = {}
     if peer is not None:
         # ggml's kernels for AMX crash as some compilers make them; it is measured without them then.
-        found = peer.prepare({**given, "ggml": BUFFERS}, {"ggml": BUFFERS[1:]})
+        found = peer.prepare({**given, "ggml": BUFFERS}, {"ggml in AMX memory": {"ggml": BUFFERS[1:]}})
         theirs, failed = found["errors"], found["failed"]
         errors, told = errors | theirs, list(theirs)
         cases |= {name: functools.partial(peer.run, name) for name in theirs}
@@ -161,13 +161,13 @@ def written(rows: list[dict[str, Any]]) -> str:
     shares = ", ".join(f"{r['of reading']:.0%} at {r['shape'][0]} x {r['shape'][1]}" for r in rows if "of reading" in r)
     if shares:
         text += ["", f"W4A8 g128 by one token, of the speed at which NumPy reads as many bytes of codes: {shares}."]
-    failed = {
-        f"{name} at {row['tokens']} tokens of {row['shape'][1]}": why
-        for row in rows
-        for name, why in row["failed"].items()
-    }
+    failed: dict[str, list[str]] = {}
+    for row in rows:
+        for name, why in row["failed"].items():
+            n, k = row["shape"]
+            failed.setdefault(f"{name}, which {why}:", []).append(f"{row['tokens']} tokens of {n} x {k}")
     if failed:
-        text += ["", "Not measured: " + "; ".join(f"{name} ({why})" for name, why in failed.items()) + "."]
+        text += ["", "Not measured: " + "; ".join(f"{name} {', '.join(which)}" for name, which in failed.items()) + "."]
     return "\n".join(text)
 
 

@@ -35,10 +35,10 @@ def test_a_process_tells_its_own_seconds(peer):
 
 
 def test_a_crash_is_told_and_another_way_is_tried(peer):
-    found = peer.prepare({"seconds": 0, "crash": True}, {"crash": False})
+    found = peer.prepare({"seconds": 0, "crash": True}, {"what crashes": {"crash": False}})
     assert found["errors"] == {"quick": 0.0, "slow": 0.5}
-    assert "has ended with 3 when asked to prepare" in found["failed"]["crash True"]
-    with pytest.raises(RuntimeError, match="has ended with 3"):
+    assert found["failed"]["what crashes"] == "has ended with 3 when asked to prepare"
+    with pytest.raises(RuntimeError, match="everything: has ended with 3"):
         peer.prepare({"crash": True})
 
 
@@ -53,6 +53,7 @@ def test_a_wrong_product_is_not_timed():
 def test_tables_say_what_was_not_measured():
     times = {"qjax float32": 2.0, "qjax W4A8 g128": 0.5, "ggml Q4_0": 1.0}
     row = {"shape": [8, 16], "tokens": 4, "ms": times, "over float32": {n: 2.0 / t for n, t in times.items()}}
-    text = cpu_peers.written([{**row, "failed": {"torch int4pack_mm": "no such kernel"}}])
+    lost = {"torch int4pack_mm": "has no such kernel"}
+    text = cpu_peers.written([{**row, "failed": lost}, {**row, "tokens": 64, "failed": lost}])
     assert "| 8 x 16 | 4 | 2 | 4.00 | 2.00 |" in text
-    assert "torch int4pack_mm at 4 tokens of 16 (no such kernel)" in text
+    assert "torch int4pack_mm, which has no such kernel: 4 tokens of 8 x 16, 64 tokens of 8 x 16." in text

@@ -62,23 +62,32 @@ class Peer:
             raise RuntimeError(f"{self.name} has ended with {self.process.wait()} when asked to {what}")
         return json.loads(line)
 
-    def prepare(self, given: dict[str, Any], *instead: dict[str, Any]) -> dict[str, Any]:
-        """Prepare cases, where the process crashes in a new one with some of what is given replaced, and so on.
+    def prepare(self, given: dict[str, Any], instead: Mapping[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Prepare cases; where the process crashes, in a new one with some of what is given replaced.
+
+        Args:
+            given: what the other side is given.
+            instead: what is lost -> what is replaced then, tried in this order.
 
         Returns:
-            ``errors`` and ``failed``; what was given in vain is named in ``failed``.
+            ``errors`` and ``failed``, which names what was lost too.
+
+        Raises:
+            RuntimeError: it crashes however it is asked.
         """
         failed: dict[str, str] = {}
-        for more in ({}, *instead):
+        ways = [*(instead or {}).items(), ("everything", {})]
+        asked = given
+        for lost, replaced in ways:
             try:
-                found = self.ask("prepare", given={**given, **more})
+                found = self.ask("prepare", given=asked)
             except RuntimeError as e:
-                what = ", ".join(f"{k} {v}" for k, v in {**given, **more}.items() if instead and k in instead[0])
-                failed[what or self.name] = str(e).removeprefix(f"{self.name} ")
+                failed[lost] = str(e).removeprefix(f"{self.name} ")
                 self.begin()
+                asked = {**given, **replaced}
                 continue
             return {"errors": found["errors"], "failed": failed | found["failed"]}
-        raise RuntimeError("; ".join(f"{what}: {why}" for what, why in failed.items()))
+        raise RuntimeError("; ".join(f"{self.name}, {lost}: {why}" for lost, why in failed.items()))
 
     def run(self, case: str) -> float:
         """Seconds of one call of a case."""

@@ -16,8 +16,8 @@ from qjax.kernels.cpu.library import instruction_sets, library, say_once
 from qjax.kernels.dot.reference import CODES
 from qjax.kernels.registry import Act, Problem
 
-SMALLEST = 1 << 20
-"""Weights of fewer elements are left to XLA unless the kernel is named; ``benchmarks/cpu_native.py`` begins here."""
+SMALLEST = 1 << 14
+"""Weights of fewer elements are left to XLA unless the kernel is named; ``benchmarks/cpu_models.py`` has such ones."""
 
 FAST = "avx512_vnni"
 """The plainest instruction set by which kernels are taken by themselves: that of `Int` was measured ahead of XLA. Those
