@@ -124,9 +124,9 @@ def measured(
     recipe = qjax.Recipe(preset.rules, name=f"{method}-w{bits}a{bits}", settle=how)
     pixels, rest = data.drawn(seed)
     batches = [(pixels[at : at + 16],) for at in range(0, 32, 16)]
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     model = qjax.quantize(data.fn, data.params, recipe=recipe, batches=batches, resume=folder)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     want, got = data.logits[rest], data.of(model, model.params, rest)
     p, q = log_softmax(want), log_softmax(got)
     row = {
@@ -137,6 +137,7 @@ def measured(
         "seed": seed,
         "reconstruct": reconstruct,
         "seconds": round(seconds, 1),
+        "processor": round(busy, 1),
         "products": chosen_products(how.products),
         "load": round(os.getloadavg()[0], 1),
         "right": got.argmax(1) == data.labels[rest],
@@ -237,6 +238,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         mine = [r for r in rows if (r["bits"], r["method"], r["reconstruct"]) == (bits, method, steps)]
         each = {k: [float(np.mean(r[k])) for r in mine] for k in ("right", "float_right", "kl", "error", "seconds")}
         entry: dict[str, Any] = {"bits": bits, "method": method, "reconstruct": steps, "seeds": len(mine)}
+        each["processor"] = [r.get("processor", np.nan) for r in mine]
         for key, values in each.items():
             entry[key], entry[f"{key}_spread"] = float(np.mean(values)), float(np.std(values))
         theirs = {r["seed"]: r for r in rows if (r["bits"], r["method"]) == (bits, "adalog")}
@@ -247,7 +249,8 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
                 test = paired_test(a, b)
                 entry[f"{key}_more"], entry[f"{key}_p"] = test.difference, test.p
         out.append(entry)
-    head = ["bits", "method", "seeds", "top-1", "to AdaLog", "KL", "to AdaLog", "output error", "to AdaLog", "seconds"]
+    head = ["bits", "method", "seeds", "top-1", "to AdaLog", "KL", "to AdaLog", "output error", "to AdaLog"]
+    head += ["seconds", "of processors"]
     table = []
     for e in out:
         cells = [str(e["bits"]), SAID[e["method"]].format(e["reconstruct"]), str(e["seeds"])]
@@ -258,7 +261,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
             if f"{key}_more" in e:
                 more = f"{shape.replace('{:', '{:+').format(e[f'{key}_more'])} (p {e[f'{key}_p']:.1g})"
             cells.append(more)
-        table.append([*cells, f"{e['seconds']:.0f}"])
+        table.append([*cells, f"{e['seconds']:.0f}", f"{e['processor']:.0f}".replace("nan", "")])
     return out, measure.table(head, table)
 
 
@@ -281,7 +284,8 @@ def tables(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     text = "\n\n".join(parts)
     return found, (
         f"{text}\n\nKL of logits in nats, output error: squared error of the logits over their squares. Differences to "
-        "AdaLog are over the same images, of the seeds that both have. Seconds are those of calibration."
+        "AdaLog are over the same images, of the seeds that both have. Seconds are those of calibration, by the clock "
+        "and of all processors together; only the latter mean something on a machine that others use."
     )
 
 
