@@ -124,6 +124,7 @@ def measured(
     recipe = qjax.Recipe(preset.rules, name=f"{method}-w{bits}a{bits}", settle=how)
     pixels, rest = data.drawn(seed)
     batches = [(pixels[at : at + 16],) for at in range(0, 32, 16)]
+    whole = not folder.exists()  # else the time is that of what a killed run had left
     start, busy = time.perf_counter(), time.process_time()
     model = qjax.quantize(data.fn, data.params, recipe=recipe, batches=batches, resume=folder)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
@@ -136,8 +137,8 @@ def measured(
         "bits": bits,
         "seed": seed,
         "reconstruct": reconstruct,
-        "seconds": round(seconds, 1),
-        "processor": round(busy, 1),
+        "seconds": round(seconds, 1) if whole else None,
+        "processor": round(busy, 1) if whole else None,
         "products": chosen_products(how.products),
         "load": round(os.getloadavg()[0], 1),
         "right": got.argmax(1) == data.labels[rest],
@@ -236,11 +237,13 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     rows = [expanded(row) for row in sorted(rows, key=order)]
     for bits, method, steps in dict.fromkeys((r["bits"], r["method"], r["reconstruct"]) for r in rows):
         mine = [r for r in rows if (r["bits"], r["method"], r["reconstruct"]) == (bits, method, steps)]
-        each = {k: [float(np.mean(r[k])) for r in mine] for k in ("right", "float_right", "kl", "error", "seconds")}
+        each = {k: [float(np.mean(r[k])) for r in mine] for k in ("right", "float_right", "kl", "error")}
         entry: dict[str, Any] = {"bits": bits, "method": method, "reconstruct": steps, "seeds": len(mine)}
-        each["processor"] = [r.get("processor", np.nan) for r in mine]
         for key, values in each.items():
             entry[key], entry[f"{key}_spread"] = float(np.mean(values)), float(np.std(values))
+        for key in ("seconds", "processor"):
+            timed = [value for r in mine if (value := r.get(key)) is not None]
+            entry[key] = float(np.mean(timed)) if timed else None
         theirs = {r["seed"]: r for r in rows if (r["bits"], r["method"]) == (bits, "adalog")}
         pairs = [(r, theirs[r["seed"]]) for r in mine if r["seed"] in theirs and method != "adalog"]
         for key in ("right", "kl", "error"):
@@ -259,10 +262,15 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
             cells.append(shape.format(e[key]) + spread)
             more = ""
             if f"{key}_more" in e:
-                more = f"{shape.replace('{:', '{:+').format(e[f'{key}_more'])} (p {e[f'{key}_p']:.1g})"
+                more = f"{shape.replace('{:', '{:+').format(e[f'{key}_more'])} ({chance(e[f'{key}_p'])})"
             cells.append(more)
-        table.append([*cells, f"{e['seconds']:.0f}", f"{e['processor']:.0f}".replace("nan", "")])
+        table.append([*cells, *("" if e[k] is None else f"{e[k]:.0f}" for k in ("seconds", "processor"))])
     return out, measure.table(head, table)
+
+
+def chance(p: float) -> str:
+    """A probability, as far as the test can tell it from 0."""
+    return "p < 1e-15" if p < 1e-15 else f"p {p:.1g}"
 
 
 def tables(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

@@ -25,7 +25,7 @@ def row(method, seed, shift, search=None, steps=0):
             "bits": 4,
             "seed": seed,
             "reconstruct": steps,
-            "seconds": 10.0,
+            "seconds": 10.0 if method == "adalog" else None,
             "right": right,
             "float_right": np.ones(60, bool),
             "kl": rng.random(60) + shift,
