@@ -10,7 +10,8 @@ All models of a size are in memory and take turns, a round of each. Ratios are m
 
 "1b" has TinyLlama's shape and random weights, "books-6m" is the model that comes with the repository, "vit" ViT-Ti of
 ``shared/data``. Heads and llama.cpp's embeddings have 8 bits in all quantized models. llama.cpp's weights are in the
-memory that it chooses by itself (``--no-extra``: in the order of the file).
+memory that it chooses by itself (``--no-extra``: in the order of the file). Here q, k and v are one matrix, gate and up
+another (`qjax.models.fuse`), in floats too: fewer calls for a step; ``--apart`` leaves them as they are loaded.
 """
 
 from __future__ import annotations
@@ -127,9 +128,11 @@ def llama(name: str, given: Any, peer: Peer | None) -> dict[str, Any]:
     """Measure one language model."""
     params: Any = None
     if name in SIZES:
-        fn = LanguageModel(SIZES[name])
+        fn = LanguageModel(SIZES[name], fused=not given.apart)
     else:
         fn, params, _ = qjax.models.load(ROOT / "examples" / "assets" / name)
+        if not given.apart:
+            fn, params = dataclasses.replace(fn, fused=True), qjax.models.fuse(params)
     cases: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
     agree: dict[str, float] = {}
@@ -203,7 +206,8 @@ def vit(given: Any) -> dict[str, Any]:
 
 def written(record: dict[str, Any]) -> str:
     """The tables as text."""
-    text = [f"Medians; ratios within rounds, above 1: faster. {cpu.status()}."]
+    form = "q, k and v in one matrix, gate and up too" if record["fused"] else "projections apart"
+    text = [f"Medians; ratios within rounds, above 1: faster. {cpu.status()}. Here: {form}."]
     for what, title in (("decode", "Decoding, one sequence"), ("prompt", f"Reading {record['prompt']} tokens")):
         rows = [r for r in record["rows"] if r["what"] == what]
         if rows:
@@ -241,6 +245,7 @@ def main() -> None:
     options.add_argument("--context", type=int, default=320, help="positions of the cache")
     options.add_argument("--prompt", type=int, default=256)
     options.add_argument("--budget", type=float, default=60, help="seconds for each table of a model")
+    options.add_argument("--apart", action="store_true", help="q, k and v, and gate and up, as matrices of their own")
     options.add_argument("--no-extra", action="store_true", help="llama.cpp: weights in the order of the file")
     options.add_argument("--quick", action="store_true", help="a small model, for trying the command")
     given = options.parse_args()
@@ -248,7 +253,8 @@ def main() -> None:
     if given.quick:
         given.models, given.budget = ["small"], 2.0
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    record: dict[str, Any] = {"prompt": given.prompt, "context": given.context, "rows": [], "failed": {}}
+    record: dict[str, Any] = {"prompt": given.prompt, "context": given.context, "fused": not given.apart}
+    record |= {"rows": [], "failed": {}}
     with tempfile.TemporaryDirectory() as folder:
         peer = None
         if given.peers is not None:
