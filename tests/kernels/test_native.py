@@ -256,8 +256,8 @@ def test_the_default_for_large_weights_but_not_for_export(layer, monkeypatch):
     w, x, run, alone = layer
     if operands.FAST not in instruction_sets():
         pytest.skip(f"this processor has no {operands.FAST}")
-    choice = ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu")
-    assert choice.name == "int_dot"
+    monkeypatch.setattr(operands, "SMALLEST", w.shape[0] * w.shape[1] + 1)
+    assert ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu").name == "int_dot"
     monkeypatch.setattr(operands, "SMALLEST", 1)
     assert ops.choose("dot", w.fmt, TOKEN, (16, *w.shape), "cpu").name == "native"
     choosing = jax.jit(lambda x, w: run(x, w, None))

@@ -233,7 +233,7 @@ def test_when_formats_have_a_kernel(native, monkeypatch):
         pytest.skip(f"this processor has no {operands.FAST}")
     choose = lambda fmt, act, **how: ops.choose("dot", fmt, act, (4, 1024, 1024), "cpu", **how).name  # noqa: E731
     assert choose(DualGrained(), TOKEN) == "native"
-    assert ops.choose("dot", DualGrained(), TOKEN, (4, 512, 1024), "cpu").name == "int_dot"
+    assert ops.choose("dot", DualGrained(), TOKEN, (4, 8, 1024), "cpu").name == "int_dot"
     refused = [
         (DualGrained(), None, "the activations are not quantized"),
         (DualGrained(), Int(8, per="token", symmetric=False), "uint8 per token activations have no kernel"),
