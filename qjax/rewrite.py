@@ -32,7 +32,7 @@ from qjax import ops
 from qjax._compat import bind, consts_of, constvars_and_invars, open_jaxpr, sub_jaxprs
 from qjax.analysis.reads import Path
 from qjax.errors import LayoutError, LoweringError
-from qjax.formats import QArray, is_quantized
+from qjax.formats import Format, QArray, is_quantized
 from qjax.kernels import Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.program import Program
@@ -210,17 +210,23 @@ class Rewriter(Kept):
     def reads_in_place(self, weight: Any) -> bool:
         """Whether products would read one of a stack of weights where it lies, so that a loop should not slice it.
 
-        In a plain replay, for a weight whose leading axis is that of the stack; what a single row would take decides.
+        In a plain replay, for a weight whose leading axis is that of the stack. What a single row would take decides,
+        of floats or quantized as at any site of the program: a product that takes another lowering cuts its layer out.
         """
         if type(self) is not Rewriter or not isinstance(weight, QArray) or weight.view.order[:1] != (("s", 0),):
             return False
-        stacks, platform = weight.stack_ndim, platform_here()
+        stacks, capability = weight.stack_ndim, cuda_capability()
         n = math.prod(weight.codes.shape[stacks : stacks + weight.view.count("o")])
-        problem = Problem("dot", platform, weight.fmt, None, 1, n, weight.length, capability=cuda_capability())
-        try:
-            return select(problem, self.implementation).picks
-        except LoweringError:  # which the product itself will tell
-            return False
+        acts = dict.fromkeys([None, *(act.fmt for act in self.inputs.values() if act is not None)])
+
+        def picks(op: str, act: Format | None) -> bool:
+            problem = Problem(op, platform_here(), weight.fmt, act, 1, n, weight.length, capability=capability)
+            try:
+                return select(problem, self.implementation).picks
+            except LoweringError:  # which the product itself will tell
+                return False
+
+        return any(picks(op, act) for op in ("dot", *(("ragged_dot",) if stacks > 1 else ())) for act in acts)
 
     @property
     def takes_in(self) -> bool:
@@ -281,7 +287,7 @@ class Rewriter(Kept):
     ) -> list[Any]:
         """Emit a quantized product, selecting at run time where weights or decisions differ between loop steps."""
         where = self.where(number)
-        if eqn.primitive.name != "dot_general" or len({act for _, act in acts}) > 1:
+        if eqn.primitive.name not in IN_PLACE or len({act for _, act in acts}) > 1:
             values = [cut(v) for v in values]
         chosen = [v for v in values if isinstance(v, Selected) and not isinstance(v, Layer)]
         distinct = list(dict.fromkeys(act for _, act in acts)) or [None]
@@ -397,6 +403,9 @@ WAITING = (
     "stop_gradient",
 )
 """Views that can wait until a layer is cut out of its stack, or the whole stack is read."""
+
+IN_PLACE = ("dot_general", "ragged_dot_general")
+"""Products of which a lowering may read one of a stack of weights where it lies."""
 
 PRODUCTS: dict[str, Callable[..., Any]] = {
     "dot_general": emit_dot,

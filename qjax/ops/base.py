@@ -140,7 +140,10 @@ class Operands:
 
     def one_layer(self) -> Operands:
         """Return the operands with the layer that is meant cut out of w."""
-        return dataclasses.replace(self, w=self.w.index_stack(0, *self.layer), layer=()) if self.layer else self
+        if not self.layer:
+            return self
+        number = jnp.clip(self.layer[0], 0, self.w.codes.shape[0] - 1)  # a slice would count negative ones from the end
+        return dataclasses.replace(self, w=self.w.index_stack(0, number), layer=())
 
     def shapes(self) -> Operands:
         """Return the same without computing it: in place of w the shapes of the layer."""

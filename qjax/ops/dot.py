@@ -195,8 +195,8 @@ def q_dot(
         implementation: name of a lowering (`qjax.ops.lowering_table`), or None to choose.
         out_sharding: as in `jax.lax.dot_general`, on explicit meshes.
         streamed: whether w is what a running loop slices from a stack of weights at its step.
-        layer: int32 scalar: w is [layers, *stack, N, K], and the product is with ``w[layer]`` (clamped, as by
-            `lax.dynamic_slice`), which the kernels for CPUs read where it lies. A slice would be copied.
+        layer: int32 scalar: w is [layers, *stack, N, K], and the product is with ``w[layer]`` (clamped: the first for
+            negative numbers), which the kernels for CPUs read where it lies. A slice would be copied.
         site: name for messages.
 
     Returns:
@@ -211,9 +211,7 @@ def q_dot(
         x, act = _with_codes(x, act, f"{site}: " if site else "")
     check_prepared(w, f"{site}: " if site else "")
     w = w if _is_canonical(w) else w.canonical()
-    layers = () if layer is None else (jnp.asarray(layer, jnp.int32),)
-    if layers and (layers[0].ndim or w.codes.ndim < 3):
-        raise LayoutError(f"{site or 'q_dot'}: layer has to be a scalar, and w {w.shape} to have an axis of layers")
+    layers = layer_of(w, layer, 3, site or "q_dot")
     stacks = w.codes.ndim - 2 - len(layers)
     stack = w.codes.shape[len(layers) : len(layers) + stacks]
     at = f"{site}: " if site else ""
@@ -246,6 +244,18 @@ def q_dot(
         _check_choice(q_dot_op.definition.problem(spec, operands.shapes(), platform_here(), 1), implementation, at)
     y = q_dot_op.bind(spec, operands)
     return lax.squeeze(y, (stacks,)) if vector else y
+
+
+def layer_of(w: QArray, layer: Any, least: int, at: str) -> tuple[Any, ...]:
+    """Return `Operands.layer` for the argument ``layer`` of an op, with which a weight has ``least`` axes or more.
+
+    Raises:
+        LayoutError: if the number is no scalar, or w has fewer.
+    """
+    layers = () if layer is None else (jnp.asarray(layer, jnp.int32),)
+    if layers and (layers[0].ndim or w.codes.ndim < least):
+        raise LayoutError(f"{at}: layer has to be a scalar, and w {w.shape} to have an axis of layers")
+    return layers
 
 
 def _terms(bias: Any, residual: Any, stack: tuple[int, ...], shape: tuple[int, ...], at: str) -> dict[str, Array]:

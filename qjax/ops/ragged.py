@@ -19,7 +19,7 @@ from qjax.kernels import Act, Lowering, Problem, select
 from qjax.kernels.devices import cuda_capability, platform_here
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
 from qjax.ops.base import LinearOp, Operands, QuantizedOp, Spec, quantized_linear
-from qjax.ops.dot import warn_of_dequantized
+from qjax.ops.dot import layer_of, warn_of_dequantized
 from qjax.ops.partition import Roles, arrays_of, largest, units_of
 
 
@@ -118,6 +118,7 @@ def q_ragged_dot(
     out_dtype: DTypeLike | None = None,
     precision: Any = None,
     implementation: str | None = None,
+    layer: Any = None,
     site: str = "",
 ) -> Array:
     """Multiply rows by the quantized matrix of their group: `jax.lax.ragged_dot` with a packed right-hand side.
@@ -130,6 +131,7 @@ def q_ragged_dot(
         out_dtype: dtype of the result, by default that of x.
         precision: of float products.
         implementation: name of a lowering, or None to choose.
+        layer: int32 scalar: w has an axis of layers in front, of which ``w[layer]`` is meant, as in `qjax.ops.q_dot`.
         site: name for messages.
 
     Returns:
@@ -141,10 +143,12 @@ def q_ragged_dot(
     """
     check_prepared(w, f"{site}: " if site else "")
     w = w.canonical()
-    if x.ndim != 2 or w.codes.ndim != 3 or x.shape[1] != w.length or group_sizes.shape != w.codes.shape[:1]:
+    layers = layer_of(w, layer, 4, site or "q_ragged_dot")
+    groups = w.codes.shape[len(layers) : -2]
+    if x.ndim != 2 or len(groups) != 1 or x.shape[1] != w.length or group_sizes.shape != groups:
         raise LayoutError(
             f"{site}{': ' if site else ''}q_ragged_dot of activations {tuple(x.shape)} with a weight of stack "
-            f"{tuple(w.codes.shape[:-2])}, {w.codes.shape[-2]} outputs and {w.length} inputs, and group sizes "
+            f"{tuple(groups)}, {w.codes.shape[-2]} outputs and {w.length} inputs, and group sizes "
             f"{tuple(group_sizes.shape)}; they have to be [rows, inputs], one stack axis [G], and [G]"
         )
     spec = Spec(
@@ -153,7 +157,7 @@ def q_ragged_dot(
         precision=precision,
         implementation=implementation,
     )
-    operands = Operands(x, dict(act[1]) if act else {}, w, (group_sizes,))
+    operands = Operands(x, dict(act[1]) if act else {}, w, (group_sizes,), layer=layers)
     if implementation is not None:
-        select(q_ragged_dot_op.definition.problem(spec, operands, platform_here(), 1), implementation)
+        select(q_ragged_dot_op.definition.problem(spec, operands.shapes(), platform_here(), 1), implementation)
     return q_ragged_dot_op.bind(spec, operands)

@@ -271,6 +271,8 @@ def _rotated_image(x: Any, signs: Any, axis: int, act: Act | None) -> Any:
 
 def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, where: str) -> Any:
     """A ragged_dot whose stacked weights may be a QArray."""
+    layer = next((v for v in values if isinstance(v, Layer)), None)
+    values = [cut(v) for v in values]
     x, weight, sizes = values
     if not isinstance(weight, QArray):
         return _fake_quantized(rewriter, eqn, values, act, where)
@@ -293,10 +295,12 @@ def emit_ragged(rewriter: Any, eqn: Any, values: list[Any], act: Act | None, whe
     if rewriter.choices is not None:
         sizes_of = (weight.shape[0], x.shape[0], weight.shape[2], weight.shape[1])
         rewriter.choose("ragged_dot", weight.fmt, act, sizes_of, x.dtype, where)
+    whole = layer.whole(lambda q: _without_inputs(q)[0].canonical()) if layer is not None else None
     return ops.q_ragged_dot(
         x,
-        weight,
+        weight if whole is None else whole,
         sizes,
+        layer=None if whole is None or layer is None else layer.index,
         act=_act(act, x, constants, where),
         out_dtype=eqn.outvars[0].aval.dtype,
         precision=eqn.params["precision"],

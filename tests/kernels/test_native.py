@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import ops
 from qjax.errors import LayoutError, LoweringError, QjaxWarning
-from qjax.formats import Int, quantize_array
+from qjax.formats import DualGrained, Int, MixedBits, Progressive, TritPlanes, quantize_array
 from qjax.kernels.cpu import build, instruction_sets, library, operands
 from qjax.kernels.cpu.dot import float_product, product
 from qjax.rewrite import Rewriter
@@ -162,42 +162,94 @@ def test_over_a_mesh_each_device_runs_it_on_what_it_holds(layer):
     np.testing.assert_array_equal(np.asarray(jax.jit(inside)(x, w)), alone)
 
 
-@pytest.fixture
-def layers():
-    """A model that scans over five layers, the last two of another format, its parameters and input."""
+def layers(fmt):
+    """A model that scans over five layers, the last two partly of another format, its parameters and input.
+
+    Behind them the same layers unrolled.
+    """
     rng = np.random.default_rng(0)
     shapes = {"up": (5, 64, 32), "down": (5, 32, 64), "heads": (5, 64, 4, 16)}
     params = {name: jnp.asarray(rng.standard_normal(s) / 8, jnp.float32) for name, s in shapes.items()}
 
-    def model(params, x):
-        def body(x, p):
-            x = x + jnp.einsum("bd,dhk->bhk", x, p["heads"]).reshape(x.shape)  # a view of the weight, inside a jit
-            return x + jnp.tanh(x @ p["up"]) @ p["down"], x[:, 0]
+    def step(x, p):
+        x = x + jnp.einsum("bd,dhk->bhk", x, p["heads"]).reshape(x.shape)  # a view of the weight, inside a jit
+        return x + jnp.tanh(x @ p["up"]) @ p["down"], x[:, 0]
 
-        return jax.lax.scan(body, x, params, reverse=True)
+    def model(params, x):
+        return jax.lax.scan(step, x, params, reverse=True)
+
+    def unrolled(params, x):
+        firsts = []
+        for i in reversed(range(5)):
+            x, first = step(x, {name: a[i] for name, a in params.items()})
+            firsts.append(first)
+        return x, jnp.stack(firsts[::-1])
 
     x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
     int8 = [qjax.Rule(f"{i}/up", weights=Int(8), inputs=qjax.dynamic(TOKEN)) for i in (3, 4)]
-    rest = qjax.Rule("**", weights=Int(4, group=32), inputs=qjax.dynamic(TOKEN))
-    return qjax.quantize(model, params, x, recipe=qjax.Recipe([*int8, rest])), x
+    rest = qjax.Rule("**", weights=fmt, inputs=qjax.dynamic(TOKEN))
+    quantized = qjax.quantize(model, params, x, recipe=qjax.Recipe([*int8, rest]))
+    return quantized, x, quantized.bind(unrolled)
 
 
-@pytest.mark.parametrize("what", ["values", pytest.param("slopes of a batch", marks=pytest.mark.slow)])
-def test_a_scan_reads_layers_where_they_lie(native, layers, monkeypatch, what):
-    """No layer is copied; values, derivatives and batches are those of layers that are."""
+def experts(fmt):
+    """The same for a mixture of experts, five layers of three."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((5, 3, 32, 32)) / 6, jnp.float32)}
+    x, sizes = jnp.asarray(rng.standard_normal((7, 32)), jnp.float32), jnp.asarray([2, 0, 5])
+
+    def step(x, p):
+        return jnp.tanh(jax.lax.ragged_dot(x, p["w"], sizes)), x[:, 0]
+
+    def unrolled(params, x):
+        firsts = []
+        for i in range(5):
+            x, first = step(x, {"w": params["w"][i]})
+            firsts.append(first)
+        return x, jnp.stack(firsts)
+
+    recipe = qjax.Recipe([qjax.Rule("**", weights=fmt, inputs=qjax.dynamic(TOKEN))])
+    model = qjax.quantize(lambda params, x: jax.lax.scan(step, x, params), params, x, recipe=recipe)
+    return model, x, model.bind(unrolled)
+
+
+IN_PLACE = {
+    "integers": (layers, Int(4, group=32), 6),  # two scans of three products
+    "dual-grained": (layers, DualGrained(32), 6),
+    "progressive": (layers, Progressive(32, zeros="post"), 6),
+    "trits": (layers, TritPlanes(group=32), 6),
+    "strips": (layers, MixedBits(outliers=0.01), 6),
+    "experts": (experts, Int(4, group=32, symmetric=False), 1),
+}
+"""Models, formats, and how many products are compiled."""
+
+
+IN_SHORT = [(kind, "values") for kind in ("integers", "dual-grained", "experts")]
+AT_LENGTH = [*((kind, "values") for kind in ("progressive", "trits", "strips"))]
+AT_LENGTH += [(kind, "slopes of a batch") for kind in ("integers", "trits", "experts")]
+
+
+@pytest.mark.parametrize("kind, what", [*IN_SHORT, *(pytest.param(*c, marks=pytest.mark.slow) for c in AT_LENGTH)])
+def test_a_scan_reads_layers_where_they_lie(native, monkeypatch, kind, what):
+    """No layer is copied; values are those of unrolled layers, and of layers that are; so are slopes of a batch."""
     monkeypatch.setattr(operands, "SMALLEST", 1)
-    model, x = layers
     if operands.FAST not in instruction_sets():
         pytest.skip(f"this processor has no {operands.FAST}")
+    made, fmt, products = IN_PLACE[kind]
+    model, x, unrolled = made(fmt)
 
     def slope(params, x):
-        return jax.vmap(jax.grad(lambda x: model(params, x)[0].sum()))(x[:, None])
+        return jax.vmap(jax.grad(lambda x: model(params, x)[0].sum()))(x[:, None] if made is layers else x[None])
 
-    copies = re.compile(r"= [us]8\[\S* (?:copy|fusion|dynamic-slice)\(")
+    copies = re.compile(r"= [us](?:8|16)\[\S* (?:copy|fusion|dynamic-slice)\(")
     run = jax.jit(model if what == "values" else slope).lower(model.params, x).compile()
     if what == "values":
-        assert run.as_text().count('custom_call_target="qjax_dot"') == 6  # two scans of three products
+        calls = re.findall(r'custom_call_target="qjax_(\w+)"', run.as_text())
+        assert len(calls) == products and len(set(calls)) == 1 + (made is layers and not isinstance(fmt, Int))
         assert not copies.search(run.as_text())
+        jax.tree.map(np.testing.assert_array_equal, run(model.params, x), jax.jit(unrolled)(model.params, x))
+        if kind != "integers":
+            return
     monkeypatch.setattr(Rewriter, "reads_in_place", lambda self, weight: False)
     jax.clear_caches()
     cut = jax.jit(model if what == "values" else slope).lower(model.params, x).compile()
@@ -221,7 +273,8 @@ def test_a_product_with_one_of_a_stack(layer):
         np.testing.assert_array_equal(np.asarray(one(x, i)), y)
     several = np.asarray(jax.vmap(one, (0, None))(jnp.stack([x, x]), 1))
     np.testing.assert_array_equal(several, np.stack([alone, alone]))
-    np.testing.assert_allclose(np.asarray(one(x, 1, "reference")), alone, rtol=1e-4, atol=1e-4)
+    for i, y in ((1, alone), (-1, alone[:, ::-1]), (3, alone)):
+        np.testing.assert_allclose(np.asarray(one(x, i, "reference")), y, rtol=1e-4, atol=1e-4)
     with pytest.raises(LayoutError, match="layer has to be a scalar"):
         one(x, numbers)
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from qjax import ops
-from qjax.errors import LoweringError
+from qjax.errors import LayoutError, LoweringError
 from qjax.formats import DualGrained, Int, MixedBits, Progressive, TritPlanes, quantize_array
 from qjax.kernels.cpu import library, mixed, operands, trits, two_level
 from qjax.testing import check_lowering
@@ -198,6 +198,30 @@ def test_experts_are_a_lowering(native):
     check_lowering("ragged_dot", "native", weights=[Int(4, symmetric=False)], acts=[TOKEN], examples=1)
 
 
+@pytest.mark.parametrize(
+    "fmt", [TWO_LEVELS[0], pytest.param(STRIPS[0], marks=pytest.mark.slow), PLANES[0], Int(4, group=32)]
+)
+def test_one_layer_of_a_stack_of_stacks(native, fmt):
+    """By a number, clamped, as the layer alone gives; so do experts, whose stack is that of groups."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((3, 2, 40, 96)), jnp.float32)
+    w = quantize_array(w, fmt, in_axes=3, stack_axes=(0, 1)).canonical()
+    x = jnp.asarray(rng.standard_normal((2, 5, 96)), jnp.float32)
+    dot = jax.jit(lambda x, w, i=None: ops.q_dot(x, w, act=TOKEN, implementation="native", layer=i))
+    act, sizes = (TOKEN, ops.activation_aux(x[0], TOKEN)), jnp.asarray([3, 2])
+    ragged = jax.jit(lambda x, w, i=None: ops.q_ragged_dot(x, w, sizes, act=act, implementation="native", layer=i))
+    for number, taken in ((-1, 0), (1, 1), (3, 2)):
+        np.testing.assert_array_equal(dot(x, w, jnp.asarray(number)), dot(x, w[taken]))
+        if isinstance(fmt, Int):
+            y = ragged(x[0], w, jnp.asarray(number))
+            np.testing.assert_array_equal(y, ragged(x[0], w[taken]))
+            other = ops.q_ragged_dot(x[0], w, sizes, act=act, implementation="experts", layer=number)
+            np.testing.assert_allclose(y, other, rtol=1e-4, atol=1e-3)
+    if isinstance(fmt, Int):
+        with pytest.raises(LayoutError, match="layer has to be a scalar"):
+            ops.q_ragged_dot(x[0], w[0], sizes, layer=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", [TWO_LEVELS[0], STRIPS[0], PLANES[0]])
 def test_inside_shard_map_each_device_runs_it_on_what_it_holds(native, fmt):
@@ -253,9 +277,11 @@ def test_wrong_operands_of_formats_are_errors(native):
     step, zero = jnp.ones((1, 8, 2), jnp.int8), jnp.zeros((1, 8, 2), jnp.uint8)
     settings = {"bits": 4, "group": 32, "after": 0, "low": -128, "high": 127, "isa": -1}
 
-    def call(*own, out=((1, 3, 8), jnp.float32), **changed):
+    no = jnp.zeros((0,), jnp.int32)
+
+    def call(*own, out=((1, 3, 8), jnp.float32), at=no, **changed):
         attributes = {k: np.int64(v) for k, v in {**settings, **changed}.items()} | {"unit": np.float32(0)}
-        return jax.ffi.ffi_call(library.TWO_LEVEL, jax.ShapeDtypeStruct(*out))(*own, **attributes)
+        return jax.ffi.ffi_call(library.TWO_LEVEL, jax.ShapeDtypeStruct(*out))(*own, at, **attributes)
 
     assert call(x, sx, w, s, step, zero).shape == (1, 3, 8)
     wrong = [
@@ -268,6 +294,9 @@ def test_wrong_operands_of_formats_are_errors(native):
         (lambda: call(x, sx, w, s, step, zero, bits=8), "of 8 bits"),
         (lambda: call(x, sx, w, s, step, zero, group=31), "begin with a byte"),
         (lambda: call(x, sx, w, s, step, zero, isa=17), "no unknown"),
+        (lambda: call(x, sx, w, s, step, zero, at=jnp.zeros((2,), jnp.int32)), "layer has to be int32"),
+        (lambda: call(x, sx, w[:0], s, step, zero, at=jnp.zeros((1,), jnp.int32)), "weight has to be bytes"),
+        (lambda: call(x, sx, jnp.concatenate([w, w]), s, step, zero, at=jnp.ones((1,), jnp.int32)), "steps have to"),
         (lambda: call(x, sx, w, s, step, zero, out=((1, 3, 9), jnp.float32)), "result"),
     ]
     for run, says in wrong:

@@ -25,9 +25,11 @@ from qjax.formats import Int, QArray
 from qjax.kernels.cpu.library import DOT, FLOAT_DOT, ISAS
 from qjax.kernels.cpu.operands import (
     activations,
-    matrices,
+    integers,
     merged,
     not_worth,
+    numbered,
+    one_of,
     placed,
     quantizing,
     refuses_activations,
@@ -84,18 +86,15 @@ def _worth(problem: Problem) -> bool | str:
 def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array | None = None) -> Array:
     """Return the product of x and a weight, read as it is stored, or of one layer of a stack, read where it lies."""
     if not x.size or not w.codes.size:
-        return dot_reference(problem, x, w if layer is None else w.index_stack(0, layer), act)
+        return dot_reference(problem, x, one_of(w, layer), act)
     assert isinstance(w.fmt, Int)
-    lead = tuple(w.codes.shape[:-2])  # of the weight: with a layer, one axis more than the product has
-    codes, scale = (matrices(a, *a.shape[-2:], lead=lead) for a in (w.codes, w.fmt.scale_of(w.aux)))
-    none = jnp.zeros((len(codes), 0, 0), jnp.uint8)
-    zero = none if w.fmt.symmetric else matrices(w.aux["zero"], *w.aux["zero"].shape[-2:], lead=lead)
+    own = integers(w)  # with a layer, of all layers
     if act is None:
         given = merged(problem, x.astype(jnp.float32), math.prod(x.shape[len(problem.stack) : -1]), problem.k)
-        return placed(problem, float_product(given, codes, scale, zero, weight=w.fmt, layer=layer), x)
+        return placed(problem, float_product(given, *own, weight=w.fmt, layer=layer), x)
     assert isinstance(act[0], Int)
     given, x_scale = activations(problem, x, act)
-    return placed(problem, product(given, x_scale, codes, scale, zero, weight=w.fmt, act=act[0], layer=layer), x)
+    return placed(problem, product(given, x_scale, *own, weight=w.fmt, act=act[0], layer=layer), x)
 
 
 def product(
@@ -157,7 +156,7 @@ def _call(
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((s, m, more[-3].shape[1]), jnp.float32))(
         x,
         *more,
-        jnp.zeros((0,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1),
+        numbered(layer),
         bits=np.int64(weight.bits),
         group=np.int64(weight.group or 0),
         is_signed=np.int64(weight.symmetric),

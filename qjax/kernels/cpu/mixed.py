@@ -21,7 +21,7 @@ from jax import Array
 from qjax.formats import MixedBits, QArray
 from qjax.kernels.cpu.dot import FLOAT_ROWS
 from qjax.kernels.cpu.library import ISAS, MIXED
-from qjax.kernels.cpu.operands import merged, not_worth, placed, refuses_place
+from qjax.kernels.cpu.operands import matrices, merged, not_worth, numbered, one_of, placed, refuses_place
 from qjax.kernels.dot.reference import dot_reference, round_trip
 from qjax.kernels.registry import Act, Problem, register_lowering
 
@@ -66,33 +66,41 @@ def _worth(problem: Problem) -> bool | str:
     worth=_worth,
     name="native",
     priority=6,
+    picks=True,
     about="compiled kernels: strips of 2 and 4 bits and their scales unpacked in registers, few rows, AVX-512",
 )
-def native(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
-    """Return the product of floats and a weight of 2-bit and 4-bit strips, read as it is stored."""
+def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array | None = None) -> Array:
+    """Return the product of floats and a weight of 2-bit and 4-bit strips, read as it is stored and lies."""
     if not x.size or not w.codes.size:
-        return dot_reference(problem, x, w, act)
+        return dot_reference(problem, x, one_of(w, layer), act)
     assert isinstance(w.fmt, MixedBits)
     if act is not None:
         x = round_trip(x, act)
     rows = math.prod(x.shape[len(problem.stack) : -1])
-    own = []
-    for name, dtype in ARRAYS.items():
-        there = name in w.aux
-        a = jnp.asarray(w.aux[name]) if there else jnp.zeros((1,) * len(problem.stack) + (1, 0), dtype)
-        own.append(merged(problem, a, *a.shape[-2:]))
+    lead = tuple(w.codes.shape[:-2])  # of the weight: with a layer, one axis more than the product has
+    none = {name: jnp.zeros((1,) * len(lead) + (1, 0), dtype) for name, dtype in ARRAYS.items()}
+    arrays = (w.codes, *(jnp.asarray(w.aux.get(name, none[name])) for name in ARRAYS))
     given = merged(problem, x.astype(jnp.float32), rows, problem.k)
-    return placed(problem, product(given, merged(problem, w.codes, *w.codes.shape[-2:]), *own, weight=w.fmt), x)
+    own = (matrices(a, *a.shape[-2:], lead=lead) for a in arrays)
+    return placed(problem, product(given, *own, weight=w.fmt, layer=layer), x)
 
 
-def product(x: Array, codes: Array, *own: Array, weight: MixedBits, instructions: str | None = None) -> Array:
+def product(
+    x: Array,
+    codes: Array,
+    *own: Array,
+    weight: MixedBits,
+    layer: Array | None = None,
+    instructions: str | None = None,
+) -> Array:
     """Call the kernel.
 
     Args:
         x: float32 [S, M, K].
-        codes: packed, [S, N, bytes].
+        codes: packed, [S, N, bytes], or [L * S, N, bytes] with a layer, and so are the others.
         own: `ARRAYS`, [S, N or 1, columns] each.
         weight: format of the weight.
+        layer: int32 scalar: which S matrices of the weight are read, clamped to those that there are.
         instructions: one of `ISAS`, or None for the best that the processor has; there is one for AVX-512, and a plain
             one.
 
@@ -111,5 +119,5 @@ def product(x: Array, codes: Array, *own: Array, weight: MixedBits, instructions
         "isa": -1 if instructions is None else ISAS.index(instructions),
     }
     return jax.ffi.ffi_call(MIXED, jax.ShapeDtypeStruct((*x.shape[:2], codes.shape[1]), jnp.float32))(
-        x, codes, *own, **{name: np.int64(value) for name, value in settings.items()}
+        *(x, codes, *own, numbered(layer)), **{name: np.int64(value) for name, value in settings.items()}
     )

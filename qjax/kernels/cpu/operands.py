@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qjax.formats import Int
+from qjax.formats import Int, QArray
 from qjax.formats.numerics import AnyArray
 from qjax.kernels.act.reference import unit_scale
 from qjax.kernels.cpu.library import instruction_sets, library, say_once
@@ -68,6 +68,29 @@ def matrices(a: AnyArray, m: int, n: int, lead: tuple[int, ...]) -> Array:
     a = jnp.asarray(a)
     a = a.reshape(*a.shape[: len(lead)], m, n)
     return jnp.broadcast_to(a, (*lead, m, n)).reshape(math.prod(lead), m, n)
+
+
+def integers(w: QArray) -> tuple[Array, Array, Array]:
+    """Return codes, float32 scales and zero points of an `Int` weight [*lead, N, K], as `matrices`.
+
+    A symmetric one has zero points [S, 0, 0].
+    """
+    lead = tuple(w.codes.shape[:-2])
+    codes, scale = (matrices(a, *a.shape[-2:], lead=lead) for a in (w.codes, w.fmt.scale_of(w.aux)))
+    zero = jnp.zeros((len(codes), 0, 0), jnp.uint8)
+    if "zero" in w.aux:
+        zero = matrices(w.aux["zero"], *w.aux["zero"].shape[-2:], lead=lead)
+    return codes, scale, zero
+
+
+def one_of(w: QArray, layer: Array | None) -> QArray:
+    """Return the layer of a stack of weights that handlers would read, of clamped number; without one the weight."""
+    return w if layer is None else w.index_stack(0, jnp.clip(layer, 0, w.codes.shape[0] - 1))
+
+
+def numbered(layer: Array | None) -> Array:
+    """Return the number of a layer, int32 [1], or [0] without one, as handlers take it."""
+    return jnp.zeros((0,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
 
 
 def activations(problem: Problem, x: Array, act: Act) -> tuple[Array, Array | None]:

@@ -19,7 +19,15 @@ from jax import Array
 from qjax.formats import Int, QArray
 from qjax.kernels.cpu.dot import can_multiply
 from qjax.kernels.cpu.library import ISAS, RAGGED
-from qjax.kernels.cpu.operands import activations, merged, not_worth, quantizing, refuses_activations
+from qjax.kernels.cpu.operands import (
+    activations,
+    integers,
+    not_worth,
+    numbered,
+    one_of,
+    quantizing,
+    refuses_activations,
+)
 from qjax.kernels.dot.xla import both_quantized
 from qjax.kernels.ragged_dot.reference import ragged_dot_reference
 from qjax.kernels.registry import Act, Problem, register_lowering
@@ -41,19 +49,19 @@ def _worth(problem: Problem) -> bool | str:
     worth=_worth,
     name="native",
     priority=6,
+    picks=True,
     about="compiled kernels: the rows of each group by its matrix, int8 activations, AVX-512 VNNI, AMX, AVX2, ARM",
 )
-def native(problem: Problem, x: Array, w: QArray, act: Act | None, group_sizes: Array) -> Array:
-    """Return the ragged product of int8 activations, weights read as they are stored."""
+def native(
+    problem: Problem, x: Array, w: QArray, act: Act | None, group_sizes: Array, layer: Array | None = None
+) -> Array:
+    """Return the ragged product of int8 activations, weights read as they are stored and lie."""
     if not x.size or not w.codes.size:
-        return ragged_dot_reference(problem, x, w, act, group_sizes)
+        return ragged_dot_reference(problem, x, one_of(w, layer), act, group_sizes)
     act = both_quantized(act)
     assert isinstance(w.fmt, Int) and isinstance(act[0], Int)
-    codes, scale = (merged(problem, a, *a.shape[-2:]) for a in (w.codes, w.fmt.scale_of(w.aux)))
-    zero = jnp.asarray(w.aux.get("zero", jnp.zeros((problem.matrices, 0, 0), jnp.uint8)))
-    zero = merged(problem, zero, *zero.shape[-2:])
     rows, x_scale = activations(dataclasses.replace(problem, stack=()), x, act)
-    y = product(rows, x_scale, codes, scale, zero, group_sizes, weight=w.fmt, act=act[0])
+    y = product(rows, x_scale, *integers(w), group_sizes, weight=w.fmt, act=act[0], layer=layer)
     return y[0].astype(problem.out_dtype)
 
 
@@ -67,6 +75,7 @@ def product(
     *,
     weight: Int,
     act: Int,
+    layer: Array | None = None,
     instructions: str | None = None,
 ) -> Array:
     """Call the kernel.
@@ -74,12 +83,13 @@ def product(
     Args:
         x: float32, or int8 codes, [1, M, K], rows sorted by group.
         x_scale: float32 [1, M or 1, 1], or None: fitted to each row of x, as ``act`` does.
-        codes: packed, [G, N, bytes].
+        codes: packed, [G, N, bytes], or [L * G, N, bytes] with a layer, and so are scales and zero points.
         scale: float32 [G, N or 1, groups or 1].
         zero: uint8 likewise, or [G, 0, 0] where ``weight`` is symmetric.
         group_sizes: integers [G].
         weight: format of the weight.
         act: format of the activations.
+        layer: int32 scalar: which G matrices of the weight are read, clamped to those that there are.
         instructions: one of `ISAS`, or None for the best that the processor has.
 
     Returns:
@@ -87,7 +97,7 @@ def product(
     """
     x_scale, own = quantizing(x, x_scale, act)
     return jax.ffi.ffi_call(RAGGED, jax.ShapeDtypeStruct((*x.shape[:2], codes.shape[1]), jnp.float32))(
-        *(x, x_scale, codes, scale, zero, group_sizes.astype(jnp.int32)),
+        *(x, x_scale, codes, scale, zero, group_sizes.astype(jnp.int32), numbered(layer)),
         bits=np.int64(weight.bits),
         group=np.int64(weight.group or 0),
         is_signed=np.int64(weight.symmetric),

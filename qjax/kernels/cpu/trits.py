@@ -19,8 +19,11 @@ from qjax.formats import Int, QArray, TritPlanes
 from qjax.kernels.cpu.library import ISAS, TRITS
 from qjax.kernels.cpu.operands import (
     activations,
+    matrices,
     merged,
     not_worth,
+    numbered,
+    one_of,
     placed,
     quantizing,
     refuses_activations,
@@ -64,18 +67,23 @@ def _worth(problem: Problem) -> bool | str:
     worth=_worth,
     name="native",
     priority=6,
+    picks=True,
     about="compiled kernels: trits taken apart in registers, int8 activations, a few rows, AVX-512 VNNI or portable",
 )
-def native(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
-    """Return the product of int8 activations and trit-planes, read as they are stored."""
+def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array | None = None) -> Array:
+    """Return the product of int8 activations and trit-planes, or those of one layer of a stack.
+
+    Trits are read as they are stored, where they lie; only the scales of the layer are made float32 in front.
+    """
+    one = one_of(w, layer)
     if not x.size or not w.codes.size:
-        return dot_reference(problem, x, w, act)
+        return dot_reference(problem, x, one, act)
     act = both_quantized(act)
     assert isinstance(w.fmt, TritPlanes) and isinstance(act[0], Int)
-    scales = jnp.moveaxis(w.fmt.scales(w.aux), 0, -3)  # [*stack, planes, N, groups]
-    own = [merged(problem, w.codes, *w.codes.shape[-2:])]
-    own.append(merged(problem, scales, w.fmt.planes * scales.shape[-2], scales.shape[-1]))
-    return placed(problem, product(*activations(problem, x, act), *own, weight=w.fmt, act=act[0]), x)
+    codes = matrices(w.codes, *w.codes.shape[-2:], lead=w.codes.shape[:-2])
+    scales = jnp.moveaxis(w.fmt.scales(one.aux), 0, -3)  # [*stack, planes, N, groups]
+    own = (codes, merged(problem, scales, w.fmt.planes * scales.shape[-2], scales.shape[-1]))
+    return placed(problem, product(*activations(problem, x, act), *own, weight=w.fmt, act=act[0], layer=layer), x)
 
 
 def product(
@@ -86,6 +94,7 @@ def product(
     *,
     weight: TritPlanes,
     act: Int,
+    layer: Array | None = None,
     instructions: str | None = None,
 ) -> Array:
     """Call the kernel.
@@ -93,10 +102,11 @@ def product(
     Args:
         x: float32, or int8 codes, [S, M, K].
         x_scale: float32 [S, M or 1, 1], or None: fitted to each row of x, as ``act`` does.
-        codes: packed, [S, N, bytes].
+        codes: packed, [S, N, bytes], or [L * S, N, bytes] with a layer.
         scale: float32 [S, planes * N, groups].
         weight: format of the weight.
         act: format of the activations.
+        layer: int32 scalar: which S matrices of the codes are read, clamped to those that there are.
         instructions: one of `ISAS`, or None for the best that the processor has.
 
     Returns:
@@ -104,7 +114,7 @@ def product(
     """
     x_scale, own = quantizing(x, x_scale, act)
     return jax.ffi.ffi_call(TRITS, jax.ShapeDtypeStruct((*x.shape[:2], codes.shape[1]), jnp.float32))(
-        *(x, x_scale, codes, scale),
+        *(x, x_scale, codes, scale, numbered(layer)),
         planes=np.int64(weight.planes),
         store=np.int64(STORES.index(weight.store)),
         group=np.int64(weight.group),

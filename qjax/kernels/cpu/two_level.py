@@ -22,8 +22,11 @@ from qjax.formats.two_level import TwoLevel
 from qjax.kernels.cpu.library import ISAS, TWO_LEVEL
 from qjax.kernels.cpu.operands import (
     activations,
+    matrices,
     merged,
     not_worth,
+    numbered,
+    one_of,
     placed,
     quantizing,
     refuses_activations,
@@ -61,19 +64,24 @@ def _worth(problem: Problem) -> bool | str:
     worth=_worth,
     name="native",
     priority=6,
+    picks=True,
     about="compiled kernels: codes made int8 numbers as they are read, int8 activations, AVX-512 VNNI, AMX, AVX2, ARM",
 )
-def native(problem: Problem, x: Array, w: QArray, act: Act | None) -> Array:
-    """Return the product of int8 activations and a weight of two levels, read as it is stored."""
+def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array | None = None) -> Array:
+    """Return the product of int8 activations and a weight of two levels, or of one layer of a stack of them.
+
+    It is read as it is stored, where it lies; only the scales of the layer's rows are made float32 in front.
+    """
+    one = one_of(w, layer)
     if not x.size or not w.codes.size:
-        return dot_reference(problem, x, w, act)
+        return dot_reference(problem, x, one, act)
     act = both_quantized(act)
     assert isinstance(w.fmt, TwoLevel) and isinstance(act[0], Int)
-    own = [
-        merged(problem, a, *a.shape[-2:])
-        for a in (w.codes, jnp.asarray(w.aux["scale"], jnp.float32), w.aux["step"], w.aux["zero"])
-    ]
-    return placed(problem, product(*activations(problem, x, act), *own, weight=w.fmt, act=act[0]), x)
+    lead = tuple(w.codes.shape[:-2])
+    codes, step, zero = (matrices(a, *a.shape[-2:], lead=lead) for a in (w.codes, w.aux["step"], w.aux["zero"]))
+    scale = jnp.asarray(one.aux["scale"], jnp.float32)
+    own = (codes, merged(problem, scale, *scale.shape[-2:]), step, zero)
+    return placed(problem, product(*activations(problem, x, act), *own, weight=w.fmt, act=act[0], layer=layer), x)
 
 
 def product(
@@ -86,6 +94,7 @@ def product(
     *,
     weight: TwoLevel,
     act: Int,
+    layer: Array | None = None,
     instructions: str | None = None,
 ) -> Array:
     """Call the kernel.
@@ -93,12 +102,13 @@ def product(
     Args:
         x: float32, or int8 codes, [S, M, K].
         x_scale: float32 [S, M or 1, 1], or None: fitted to each row of x, as ``act`` does.
-        codes: packed, [S, N, bytes].
+        codes: packed, [S, N, bytes], or [L * S, N, bytes] with a layer, and so are steps and zero points.
         scale: float32 [S, N or 1, 1].
         step: int8 [S, N or 1, groups or 1].
         zero: uint8, likewise.
         weight: format of the weight.
         act: format of the activations.
+        layer: int32 scalar: which S matrices of the weight are read, clamped to those that there are.
         instructions: one of `ISAS`, or None for the best that the processor has.
 
     Returns:
@@ -106,7 +116,7 @@ def product(
     """
     x_scale, own = quantizing(x, x_scale, act)
     return jax.ffi.ffi_call(TWO_LEVEL, jax.ShapeDtypeStruct((*x.shape[:2], codes.shape[1]), jnp.float32))(
-        *(x, x_scale, codes, scale, step, zero),
+        *(x, x_scale, codes, scale, step, zero, numbered(layer)),
         bits=np.int64(weight.code_bits),
         group=np.int64(weight.group),
         after=np.int64(isinstance(weight, Progressive) and weight.zeros == "post"),

@@ -23,37 +23,26 @@ void quantize_task(void* argument, int64_t number, int64_t) {
   qjax::quantize_rows(*rows.what, first, last < rows.what->m ? last : rows.what->m, rows.isa);
 }
 
-// Fills in what a problem says of the weight and of sizes, and the first matrix of the weight that is read; x [s, m, k],
-// w u8 or s8 [t, n, bytes], scale f32 [t, n or 1, groups or 1], zeros u8, likewise, or [t, 0, 0], layer s32 [0] or [1],
-// y f32 [s, m, n]. Without a layer t = s; else w has whole layers of s matrices, of which one is read, the last if the
-// number is too large and the first if it is negative.
-ffi::Error describe(Dot& d, int64_t* begin, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
-                    const ffi::AnyBuffer& scale, const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& layer,
-                    const ffi::AnyBuffer& y, int64_t bits, int64_t group, int64_t is_signed) {
+// Fills in what a problem says of the weight and of sizes, and which matrices of the weight are read; x [s, m, k],
+// w u8 or s8 [t, n, bytes], scale f32 [t, n or 1, groups or 1], zeros u8, likewise, or [t, 0, 0], layer s32 [0] or [1] as
+// `find_layer` has it, y f32 [s, m, n].
+ffi::Error describe(Dot& d, Layers& of, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
+                    const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& layer, const ffi::AnyBuffer& y, int64_t bits,
+                    int64_t group, int64_t is_signed) {
   const int64_t stack = x.dimensions()[0];
-  if (!is(layer, ffi::S32, 1) || layer.dimensions()[0] > 1)
-    return invalid("the layer has to be int32 [0 or 1], it is of shape " + shape(layer));
-  const bool layered = layer.dimensions()[0] == 1;
-  int64_t all = stack;
-  if (layered && stack > 0 && w.dimensions().size() == 3) all = w.dimensions()[0];
-  if (layered && stack > 0 && (all == 0 || all % stack))
-    return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  if (ffi::Error wrong = find_layer(of, stack, w, layer); wrong.failure()) return wrong;
   d.m = x.dimensions()[1];
   d.k = x.dimensions()[2];
-  if (ffi::Error wrong = describe_weight(d, all, w, scale, zeros, bits, group, is_signed); wrong.failure()) return wrong;
+  if (ffi::Error wrong = describe_weight(d, of.all, w, scale, zeros, bits, group, is_signed); wrong.failure()) return wrong;
   if (!stacked(y, ffi::F32, stack) || y.dimensions()[1] != d.m || y.dimensions()[2] != d.n)
     return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(y));
-  if (layered && stack > 0) {
-    const int64_t last = all / stack - 1, asked = *data<int32_t>(layer);
-    *begin = (asked < 0 ? 0 : asked > last ? last : asked) * stack;
-  }
   return ffi::Error::Success();
 }
 
-// Matrix s of a stack, which is matrix `begin` + s of the weight.
-void take(Dot& d, int64_t begin, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
+// Matrix s of a stack, which is matrix `first` + s of the weight.
+void take(Dot& d, int64_t first, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
           const ffi::AnyBuffer& zeros, const ffi::AnyBuffer& y) {
-  take_weight(d, begin + s, w, scale, zeros);
+  take_weight(d, first + s, w, scale, zeros);
   d.y = static_cast<float*>(y.untyped_data()) + s * d.m * d.n;
 }
 
@@ -66,8 +55,8 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   if (!(codes || x.element_type() == ffi::F32) || x.dimensions().size() != 3)
     return invalid("activations have to be float32 or int8 [s, m, k], they are of shape " + shape(x));
   Dot d{};
-  int64_t begin = 0;
-  ffi::Error wrong = describe(d, &begin, x, w, scale, zeros, layer, *y, bits, group, is_signed);
+  Layers of;
+  ffi::Error wrong = describe(d, of, x, w, scale, zeros, layer, *y, bits, group, is_signed);
   if (wrong.failure()) return wrong;
   const int64_t stack = x.dimensions()[0], columns = d.groups() > 0 ? d.groups() : 1;
   if (low < -128 || high > 127 || low > high) return invalid("codes of activations are int8");
@@ -109,7 +98,7 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
         quantize.codes = static_cast<const int8_t*>(x.untyped_data()) + s * d.m * d.k;
       else
         quantize.x = static_cast<const float*>(x.untyped_data()) + s * d.m * d.k;
-      take(d, begin, s, w, scale, zeros, *y);
+      take(d, of.first, s, w, scale, zeros, *y);
       Rows rows{&quantize, chosen, (int64_t{1} << 16) / (d.k + 1) + 1};
       pool.run(pool.context, pool.workers, (d.m + rows.step - 1) / rows.step, quantize_task, &rows);
       qjax::run_dot(d, chosen, pool, scratch.get());
@@ -128,8 +117,8 @@ ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w
     return invalid("activations have to be float32 [s, m, k], they are of shape " + shape(x));
   qjax::FloatDot f{};
   Dot& d = f.dot;
-  int64_t begin = 0;
-  ffi::Error wrong = describe(d, &begin, x, w, scale, zeros, layer, *y, bits, group, is_signed);
+  Layers of;
+  ffi::Error wrong = describe(d, of, x, w, scale, zeros, layer, *y, bits, group, is_signed);
   if (wrong.failure()) return wrong;
   const int64_t stack = x.dimensions()[0];
   if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
@@ -143,7 +132,7 @@ ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w
     for (int64_t s = 0; s < stack; s++) {
       qjax::arrange_floats(static_cast<const float*>(x.untyped_data()) + s * d.m * d.k, d.m, d.k, bits,
                            reinterpret_cast<float*>(laid.get()));
-      take(d, begin, s, w, scale, zeros, *y);
+      take(d, of.first, s, w, scale, zeros, *y);
       qjax::run_float_dot(f, chosen, pool);
     }
   } catch (const std::bad_alloc&) {

@@ -31,12 +31,13 @@ bool columns_of(const Mixed& f, const uint8_t* map, int32_t* column) {
   return true;
 }
 
-// x f32 [s, m, k]; y f32 [s, m, n]; the others as `Mixed` says, [s, rows, columns], those that are not there without columns.
+// x f32 [s, m, k]; y f32 [s, m, n]; the others as `Mixed` says, [t, rows, columns] of the layers that `find_layer` chooses
+// among, those that are not there without columns.
 ffi::Error mixed(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer words,
                  ffi::AnyBuffer tile_scale, ffi::AnyBuffer tile_zero, ffi::AnyBuffer wide_scale, ffi::AnyBuffer wide_zero,
                  ffi::AnyBuffer exponent, ffi::AnyBuffer map, ffi::AnyBuffer value, ffi::AnyBuffer at, ffi::AnyBuffer row,
-                 ffi::Result<ffi::AnyBuffer> y, int64_t strip, int64_t narrow, int64_t wide, int64_t aligned,
-                 int64_t tile, int64_t wide_group, int64_t scale_bits, int64_t isa) {
+                 ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> y, int64_t strip, int64_t narrow, int64_t wide,
+                 int64_t aligned, int64_t tile, int64_t wide_group, int64_t scale_bits, int64_t isa) {
   if (!is(x, ffi::F32, 3)) return invalid("activations have to be float32 [s, m, k], they are of shape " + shape(x));
   if (strip != 8 && strip != 16 && strip != 32 && strip != 64) return invalid("strips of 8, 16, 32 or 64 columns");
   if (narrow < 0 || wide < 0 || tile < 1 || wide_group < strip || wide_group % strip)
@@ -57,29 +58,31 @@ ffi::Error mixed(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ff
   }
   if (f.x_stride() < f.k || f.x_stride() >= int64_t{1} << 31 || (f.aligned && narrow != 3 * wide))
     return invalid(std::to_string(f.strips()) + " strips do not hold " + std::to_string(f.k) + " columns");
-  if (!stacked(w, ffi::U8, stack)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  Layers of;
+  if (ffi::Error wrong = find_layer(of, stack, w, layer); wrong.failure()) return wrong;
+  if (!stacked(w, ffi::U8, of.all)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
   f.n = w.dimensions()[1];
   f.row_bytes = w.dimensions()[2];
   if (f.row_bytes != (f.strips() + wide) * f.word())
     return invalid("rows of " + std::to_string(f.row_bytes) + " bytes do not hold " + std::to_string(f.strips()) + " strips");
   const int64_t tiles = (f.n + tile - 1) / tile, triples = f.triples(), groups = f.groups();
   const int64_t mapped = narrow > 0 && wide > 0 ? (f.aligned ? (f.strips() / 4 + 3) / 4 : (f.strips() + 7) / 8) : 0;
-  if (!sized(words, ffi::U16, stack, f.n, triples)) return not_sized("words", "uint16", f.n, triples, words);
-  if (!sized(tile_scale, ffi::F16, stack, 1, tiles * triples * 3))
+  if (!sized(words, ffi::U16, of.all, f.n, triples)) return not_sized("words", "uint16", f.n, triples, words);
+  if (!sized(tile_scale, ffi::F16, of.all, 1, tiles * triples * 3))
     return not_sized("scales of tiles", "float16", 1, tiles * triples * 3, tile_scale);
-  if (!sized(tile_zero, ffi::U16, stack, 1, tiles * triples))
+  if (!sized(tile_zero, ffi::U16, of.all, 1, tiles * triples))
     return not_sized("zeros of tiles", "uint16", 1, tiles * triples, tile_zero);
-  if (!sized(wide_scale, ffi::F16, stack, f.n, groups)) return not_sized("scales", "float16", f.n, groups, wide_scale);
-  if (!sized(wide_zero, ffi::U8, stack, f.n, (groups + 1) / 2))
+  if (!sized(wide_scale, ffi::F16, of.all, f.n, groups)) return not_sized("scales", "float16", f.n, groups, wide_scale);
+  if (!sized(wide_zero, ffi::U8, of.all, f.n, (groups + 1) / 2))
     return not_sized("zeros", "uint8", f.n, (groups + 1) / 2, wide_zero);
-  if (!sized(exponent, ffi::S8, stack, 1, 1)) return not_sized("exponents", "int8", 1, 1, exponent);
-  if (!sized(map, ffi::U8, stack, 1, mapped)) return not_sized("maps of strips", "uint8", 1, mapped, map);
+  if (!sized(exponent, ffi::S8, of.all, 1, 1)) return not_sized("exponents", "int8", 1, 1, exponent);
+  if (!sized(map, ffi::U8, of.all, 1, mapped)) return not_sized("maps of strips", "uint8", 1, mapped, map);
   f.sparse = is(value, ffi::F16, 3) ? value.dimensions()[2] : 0;
   f.at_is_long = at.element_type() == ffi::U32;
-  if (!sized(value, ffi::F16, stack, 1, f.sparse)) return not_sized("sparse numbers", "float16", 1, f.sparse, value);
-  if (!sized(at, f.at_is_long ? ffi::U32 : ffi::U16, stack, 1, f.sparse))
+  if (!sized(value, ffi::F16, of.all, 1, f.sparse)) return not_sized("sparse numbers", "float16", 1, f.sparse, value);
+  if (!sized(at, f.at_is_long ? ffi::U32 : ffi::U16, of.all, 1, f.sparse))
     return not_sized("their columns", "uint16 or uint32", 1, f.sparse, at);
-  if (!sized(row, ffi::U32, stack, 1, f.sparse ? f.n + 1 : 0))
+  if (!sized(row, ffi::U32, of.all, 1, f.sparse ? f.n + 1 : 0))
     return not_sized("their rows", "uint32", 1, f.sparse ? f.n + 1 : 0, row);
   if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != f.m || y->dimensions()[2] != f.n)
     return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
@@ -96,23 +99,24 @@ ffi::Error mixed(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ff
   f.column = reinterpret_cast<const int32_t*>(columns.get());
   try {
     for (int64_t s = 0; s < stack; s++) {
+      const int64_t i = of.first + s;  // of the weight
       for (int64_t m = 0; m < f.m; m++) {
         const float* given = data<float>(x, (s * f.m + m) * f.k);
         for (int64_t k = 0; k < f.x_stride(); k++) own[m * f.x_stride() + k] = k < f.k ? given[k] : 0.0f;
       }
-      if (!columns_of(f, mapped ? data<uint8_t>(map, s * mapped) : nullptr, reinterpret_cast<int32_t*>(columns.get())))
+      if (!columns_of(f, mapped ? data<uint8_t>(map, i * mapped) : nullptr, reinterpret_cast<int32_t*>(columns.get())))
         return invalid("the map of strips has not as many of 4 bits as it should");
-      f.w = data<uint8_t>(w, s * matrix_size(w));
-      f.words = data<uint16_t>(words, s * matrix_size(words));
-      f.tile_scale = data<uint16_t>(tile_scale, s * matrix_size(tile_scale));
-      f.tile_zero = data<uint16_t>(tile_zero, s * matrix_size(tile_zero));
-      f.wide_scale = data<uint16_t>(wide_scale, s * matrix_size(wide_scale));
-      f.wide_zero = data<uint8_t>(wide_zero, s * matrix_size(wide_zero));
-      f.unit = power_of_two(*data<int8_t>(exponent, s));
+      f.w = data<uint8_t>(w, i * matrix_size(w));
+      f.words = data<uint16_t>(words, i * matrix_size(words));
+      f.tile_scale = data<uint16_t>(tile_scale, i * matrix_size(tile_scale));
+      f.tile_zero = data<uint16_t>(tile_zero, i * matrix_size(tile_zero));
+      f.wide_scale = data<uint16_t>(wide_scale, i * matrix_size(wide_scale));
+      f.wide_zero = data<uint8_t>(wide_zero, i * matrix_size(wide_zero));
+      f.unit = power_of_two(*data<int8_t>(exponent, i));
       if (f.sparse > 0) {
-        f.value = data<uint16_t>(value, s * f.sparse);
-        f.at = data<char>(at, s * f.sparse * (f.at_is_long ? 4 : 2));
-        f.row = data<uint32_t>(row, s * (f.n + 1));
+        f.value = data<uint16_t>(value, i * f.sparse);
+        f.at = data<char>(at, i * f.sparse * (f.at_is_long ? 4 : 2));
+        f.row = data<uint32_t>(row, i * (f.n + 1));
       }
       f.y = static_cast<float*>(y->untyped_data()) + s * f.m * f.n;
       run_mixed(f, chosen, pool, scratch.get());
@@ -128,6 +132,7 @@ ffi::Error mixed(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ff
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_mixed, mixed,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -6,12 +6,12 @@ namespace {
 
 using namespace qjax;
 
-// x and sx as in `Activations`, one matrix [1, m, k]; w, scale, zeros as in `describe_weight`, a matrix for each group; sizes
-// s32 [groups]; y f32 [1, m, n]. Rows are sorted by group; those behind the last group give 0. Sizes that are negative count
-// as 0, and what is beyond m is cut off.
+// x and sx as in `Activations`, one matrix [1, m, k]; w, scale, zeros as in `describe_weight`, a matrix for each group, or of
+// the layers that `find_layer` chooses among; sizes s32 [groups]; y f32 [1, m, n]. Rows are sorted by group; those behind the
+// last group give 0. Sizes that are negative count as 0, and what is beyond m is cut off.
 ffi::Error ragged(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                  ffi::AnyBuffer zeros, ffi::AnyBuffer sizes, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
-                  int64_t group, int64_t is_signed, int64_t low, int64_t high, float unit, int64_t isa) {
+                  ffi::AnyBuffer zeros, ffi::AnyBuffer sizes, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> y,
+                  int64_t bits, int64_t group, int64_t is_signed, int64_t low, int64_t high, float unit, int64_t isa) {
   Activations activations;
   if (ffi::Error wrong = activations.describe(x, sx, low, high, unit); wrong.failure()) return wrong;
   if (x.dimensions()[0] != 1) return invalid("activations have to be one matrix, they are of shape " + shape(x));
@@ -20,8 +20,9 @@ ffi::Error ragged(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, 
   Dot d{};
   d.m = x.dimensions()[1];
   d.k = x.dimensions()[2];
-  ffi::Error wrong = describe_weight(d, matrices, w, scale, zeros, bits, group, is_signed);
-  if (wrong.failure()) return wrong;
+  Layers of;
+  if (ffi::Error wrong = find_layer(of, matrices, w, layer); wrong.failure()) return wrong;
+  if (ffi::Error wrong = describe_weight(d, of.all, w, scale, zeros, bits, group, is_signed); wrong.failure()) return wrong;
   if (!stacked(*y, ffi::F32, 1) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
     return invalid("the result has to be float32 [1, m, n], it is of shape " + shape(*y));
   if (d.m == 0 || d.n == 0) return ffi::Error::Success();
@@ -45,7 +46,7 @@ ffi::Error ragged(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, 
       own.qsum = d.qsum + start * d.groups();
       own.sx = d.sx + start;
       own.y = out + start * d.n;
-      take_weight(own, g, w, scale, zeros);
+      take_weight(own, of.first + g, w, scale, zeros);
       run_dot(own, isa < 0 ? best_isa(own) : chosen, pool, scratch.get());
       start += rows;
     }
@@ -61,6 +62,7 @@ ffi::Error ragged(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_ragged, ragged,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -6,16 +6,19 @@ namespace {
 
 using namespace qjax;
 
-// x, sx as in `Activations`; w u8 [s, n, bytes], scale f32 [s, planes * n, groups], y f32 [s, m, n].
+// x, sx as in `Activations`; w u8 [t, n, bytes] of the layers that `find_layer` chooses among, scale f32 [s, planes * n,
+// groups] of the one that is read, y f32 [s, m, n].
 ffi::Error trits(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                 ffi::Result<ffi::AnyBuffer> y, int64_t planes, int64_t store, int64_t group, int64_t low, int64_t high,
-                 float unit, int64_t isa) {
+                 ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> y, int64_t planes, int64_t store, int64_t group,
+                 int64_t low, int64_t high, float unit, int64_t isa) {
   Activations activations;
   if (ffi::Error wrong = activations.describe(x, sx, low, high, unit); wrong.failure()) return wrong;
   if (planes < 1 || planes > 3 || store < kBase3 || store > kNibble || (store == kNibble && planes != 2))
     return invalid("trit-planes are one to three, of base 3 or two bits, or two in half bytes");
   const int64_t stack = x.dimensions()[0];
-  if (!stacked(w, ffi::U8, stack)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  Layers of;
+  if (ffi::Error wrong = find_layer(of, stack, w, layer); wrong.failure()) return wrong;
+  if (!stacked(w, ffi::U8, of.all)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
   Trits t{};
   Dot& d = t.dot;
   d.m = x.dimensions()[1];
@@ -47,7 +50,7 @@ ffi::Error trits(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, f
     for (int64_t s = 0; s < stack; s++) {
       activations.quantize(s, chosen, pool);
       if (wide) arrange_trits(t, reinterpret_cast<int8_t*>(laid.get()));
-      t.w = data<uint8_t>(w, s * matrix_size(w));
+      t.w = data<uint8_t>(w, (of.first + s) * matrix_size(w));
       t.scale = data<float>(scale, s * matrix_size(scale));
       d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
       run_trits(t, chosen, pool, scratch.get());
@@ -63,6 +66,7 @@ ffi::Error trits(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, f
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_trits, trits,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

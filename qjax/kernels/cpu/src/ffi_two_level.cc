@@ -6,16 +6,18 @@ namespace {
 
 using namespace qjax;
 
-// x, sx as in `Activations`; w u8 [s, n, bytes], scale f32 [s, n or 1, 1], step s8 and zeros u8 [s, n or 1, groups or 1],
-// y f32 [s, m, n].
+// x, sx as in `Activations`; w u8 [t, n, bytes], step s8 and zeros u8 [t, n or 1, groups or 1] of the layers that
+// `find_layer` chooses among, scale f32 [s, n or 1, 1] of the one that is read, y f32 [s, m, n].
 ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                     ffi::AnyBuffer step, ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
-                     int64_t group, int64_t after, int64_t low, int64_t high, float unit, int64_t isa) {
+                     ffi::AnyBuffer step, ffi::AnyBuffer zeros, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> y,
+                     int64_t bits, int64_t group, int64_t after, int64_t low, int64_t high, float unit, int64_t isa) {
   Activations activations;
   if (ffi::Error wrong = activations.describe(x, sx, low, high, unit); wrong.failure()) return wrong;
   if (bits != 4 && bits != 2) return invalid("codes of two levels of " + std::to_string(bits) + " bits; 4 or 2");
   const int64_t stack = x.dimensions()[0];
-  if (!stacked(w, ffi::U8, stack)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  Layers of;
+  if (ffi::Error wrong = find_layer(of, stack, w, layer); wrong.failure()) return wrong;
+  if (!stacked(w, ffi::U8, of.all)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
   TwoLevel t{};
   Dot& d = t.dot;
   d.m = x.dimensions()[1];
@@ -33,9 +35,9 @@ ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer s
   if (groups > 1 && t.group % d.phases()) return invalid("groups have to begin with a byte");
   if (!stacked(scale, ffi::F32, stack) || !broadcasts(scale, d.n, 1, &d.scale_n, &d.scale_g))
     return invalid("scales have to be float32 [s, n or 1, 1], they are of shape " + shape(scale));
-  if (!stacked(step, ffi::S8, stack) || !broadcasts(step, d.n, columns, &t.step_n, &t.step_g))
+  if (!stacked(step, ffi::S8, of.all) || !broadcasts(step, d.n, columns, &t.step_n, &t.step_g))
     return invalid("steps have to be int8 [s, n or 1, groups or 1], they are of shape " + shape(step));
-  if (!stacked(zeros, ffi::U8, stack) || !broadcasts(zeros, d.n, columns, &t.zeros_n, &t.zeros_g))
+  if (!stacked(zeros, ffi::U8, of.all) || !broadcasts(zeros, d.n, columns, &t.zeros_n, &t.zeros_g))
     return invalid("zero points have to be uint8 [s, n or 1, groups or 1], they are of shape " + shape(zeros));
   if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
     return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
@@ -49,10 +51,10 @@ ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer s
   try {
     for (int64_t s = 0; s < stack; s++) {
       activations.quantize(s, chosen, pool);
-      d.w = data<uint8_t>(w, s * matrix_size(w));
+      d.w = data<uint8_t>(w, (of.first + s) * matrix_size(w));
       d.scale = data<float>(scale, s * matrix_size(scale));
-      t.step = data<int8_t>(step, s * matrix_size(step));
-      t.zeros = data<uint8_t>(zeros, s * matrix_size(zeros));
+      t.step = data<int8_t>(step, (of.first + s) * matrix_size(step));
+      t.zeros = data<uint8_t>(zeros, (of.first + s) * matrix_size(zeros));
       d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
       run_two_level(t, chosen, pool, scratch.get());
     }
@@ -67,6 +69,7 @@ ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer s
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_two_level, two_level,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

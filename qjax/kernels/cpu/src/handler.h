@@ -76,4 +76,24 @@ const T* data(const ffi::AnyBuffer& a, int64_t from = 0) {
 // Numbers of one matrix of a stack.
 inline int64_t matrix_size(const ffi::AnyBuffer& a) { return a.dimensions()[1] * a.dimensions()[2]; }
 
+// Which matrices of a weight are read: some, from `first` on, of `all` that it has.
+struct Layers {
+  int64_t all = 0, first = 0;
+};
+
+// Fills in those that `stack` matrices of activations meet. Without a layer, s32 [0], the weight has as many. With one, s32
+// [1], it has whole layers of them, of which one is read: the last if the number is too large, the first if it is negative.
+inline ffi::Error find_layer(Layers& of, int64_t stack, const ffi::AnyBuffer& w, const ffi::AnyBuffer& layer) {
+  if (!is(layer, ffi::S32, 1) || layer.dimensions()[0] > 1)
+    return invalid("the layer has to be int32 [0 or 1], it is of shape " + shape(layer));
+  of.all = stack;
+  if (layer.dimensions()[0] == 0 || stack == 0) return ffi::Error::Success();
+  if (w.dimensions().size() == 3) of.all = w.dimensions()[0];
+  if (of.all == 0 || of.all % stack)
+    return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  const int64_t last = of.all / stack - 1, asked = *data<int32_t>(layer);
+  of.first = (asked < 0 ? 0 : asked > last ? last : asked) * stack;
+  return ffi::Error::Success();
+}
+
 }  // namespace qjax
