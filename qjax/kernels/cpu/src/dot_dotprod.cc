@@ -2,23 +2,10 @@
 #include "problem.h"
 
 #if defined(QJAX_HAS_DOTPROD)
-#include <arm_neon.h>
-
 #define QJAX_128 QJAX_TARGET_DOTPROD
 #define QJAX_INLINE128 QJAX_TARGET_DOTPROD static inline __attribute__((always_inline))
 
-namespace qjax {
-namespace {
-
-template <int kBits>
-QJAX_INLINE128 int32x4_t accumulate(int32x4_t sums, int8x16_t u, int8x16_t x) {
-  return vdotq_s32(sums, u, x);
-}
-
-}  // namespace
-}  // namespace qjax
-
-#include "rows128.h"
+#include "rows128_dotprod.h"
 
 namespace qjax {
 

@@ -3,23 +3,10 @@
 #include "problem.h"
 
 #if defined(QJAX_HAS_I8MM)
-#include <arm_neon.h>
-
 #define QJAX_128 QJAX_TARGET_I8MM
 #define QJAX_INLINE128 QJAX_TARGET_I8MM static inline __attribute__((always_inline))
 
-namespace qjax {
-namespace {
-
-template <int kBits>
-QJAX_INLINE128 int32x4_t accumulate(int32x4_t sums, int8x16_t u, int8x16_t x) {
-  return vdotq_s32(sums, u, x);
-}
-
-}  // namespace
-}  // namespace qjax
-
-#include "rows128.h"
+#include "rows128_dotprod.h"
 
 namespace qjax {
 namespace {

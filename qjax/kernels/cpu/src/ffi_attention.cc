@@ -128,23 +128,7 @@ ffi::Error attention(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer l
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_attention, attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("k_bits")
-                                  .Attr<int64_t>("k_signed")
-                                  .Attr<int64_t>("v_bits")
-                                  .Attr<int64_t>("v_signed")
-                                  .Attr<float>("scale")
-                                  .Attr<int64_t>("isa"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    qjax_attention, attention,
+    qjax::integers(qjax::floats(qjax::integers(qjax::arrays<10>(), "k_bits", "k_signed", "v_bits", "v_signed"), "scale"),
+                   "isa"));

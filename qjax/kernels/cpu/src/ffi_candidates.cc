@@ -1,6 +1,4 @@
 // The handler of losses of candidates: checks every dtype and shape, allocates memory, shares the work among XLA's threads.
-#include <new>
-
 #include "candidates.h"
 #include "handler.h"
 
@@ -61,30 +59,13 @@ ffi::Error candidates(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
   Memory packed = aligned(c.packed_elements() * 2), partial = aligned(c.by_row ? 0 : c.tasks() * c.count * 8);
   Memory scratch = aligned((c.scratch_bytes() + 63) / 64 * 64 * pool.workers);
   if (!packed || !partial || !scratch) return no_memory("candidates");
-  try {
+  return each(1, [&](int64_t) {
     run_candidates(c, pool, reinterpret_cast<uint16_t*>(packed.get()), reinterpret_cast<double*>(partial.get()), scratch.get());
-  } catch (const std::bad_alloc&) {
-    return no_memory("tasks");
-  }
-  return ffi::Error::Success();
+  });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_candidates, candidates,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("form")
-                                  .Attr<int64_t>("by_row")
-                                  .Attr<float>("top")
-                                  .Attr<float>("least"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_candidates, candidates, floats(integers(arrays<7>(), "form", "by_row"), "top", "least"));
 
 extern "C" int qjax_has_bf16_tiles() { return qjax::has_bf16_tiles(); }

@@ -1,6 +1,4 @@
 // The handler of products with weights of 2-bit and 4-bit strips: checks, memory, threads.
-#include <new>
-
 #include "handler.h"
 #include "mixed.h"
 
@@ -60,11 +58,11 @@ ffi::Error mixed(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ff
     return invalid(std::to_string(f.strips()) + " strips do not hold " + std::to_string(f.k) + " columns");
   Layers of;
   if (ffi::Error wrong = find_layer(of, stack, w, layer); wrong.failure()) return wrong;
-  if (!stacked(w, ffi::U8, of.all)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  if (!stacked(w, ffi::U8, of.all)) return not_bytes(w);
   f.n = w.dimensions()[1];
   f.row_bytes = w.dimensions()[2];
   if (f.row_bytes != (f.strips() + wide) * f.word())
-    return invalid("rows of " + std::to_string(f.row_bytes) + " bytes do not hold " + std::to_string(f.strips()) + " strips");
+    return does_not_hold(f.row_bytes, f.strips(), "strips");
   const int64_t tiles = (f.n + tile - 1) / tile, triples = f.triples(), groups = f.groups();
   const int64_t mapped = narrow > 0 && wide > 0 ? (f.aligned ? (f.strips() / 4 + 3) / 4 : (f.strips() + 7) / 8) : 0;
   if (!sized(words, ffi::U16, of.all, f.n, triples)) return not_sized("words", "uint16", f.n, triples, words);
@@ -84,73 +82,47 @@ ffi::Error mixed(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ff
     return not_sized("their columns", "uint16 or uint32", 1, f.sparse, at);
   if (!sized(row, ffi::U32, of.all, 1, f.sparse ? f.n + 1 : 0))
     return not_sized("their rows", "uint32", 1, f.sparse ? f.n + 1 : 0, row);
-  if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != f.m || y->dimensions()[2] != f.n)
-    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
+  if (ffi::Error wrong = check_result(*y, stack, f.m, f.n); wrong.failure()) return wrong;
   if (stack == 0 || f.m == 0 || f.n == 0) return ffi::Error::Success();
-  const int chosen = isa < 0 ? best_isa(f) : static_cast<int>(isa);
-  if (!has_isa(chosen)) return no_isa(chosen);
+  int chosen;
+  if (ffi::Error wrong = choose_isa(f, isa, &chosen); wrong.failure()) return wrong;
 
   const Pool pool = pool_of(threads);
   Memory laid = qjax::aligned(f.m * f.x_stride() * 4), columns = qjax::aligned(f.strips() * 4);
   Memory scratch = qjax::aligned(scratch_bytes(f) * pool.workers);
   if (!laid || !columns || !scratch) return no_memory("activations and scratch");
   float* own = reinterpret_cast<float*>(laid.get());
+  int32_t* column = reinterpret_cast<int32_t*>(columns.get());
   f.x = own;
-  f.column = reinterpret_cast<const int32_t*>(columns.get());
-  try {
-    for (int64_t s = 0; s < stack; s++) {
-      const int64_t i = of.first + s;  // of the weight
-      for (int64_t m = 0; m < f.m; m++) {
-        const float* given = data<float>(x, (s * f.m + m) * f.k);
-        for (int64_t k = 0; k < f.x_stride(); k++) own[m * f.x_stride() + k] = k < f.k ? given[k] : 0.0f;
-      }
-      if (!columns_of(f, mapped ? data<uint8_t>(map, i * mapped) : nullptr, reinterpret_cast<int32_t*>(columns.get())))
-        return invalid("the map of strips has not as many of 4 bits as it should");
-      f.w = data<uint8_t>(w, i * matrix_size(w));
-      f.words = data<uint16_t>(words, i * matrix_size(words));
-      f.tile_scale = data<uint16_t>(tile_scale, i * matrix_size(tile_scale));
-      f.tile_zero = data<uint16_t>(tile_zero, i * matrix_size(tile_zero));
-      f.wide_scale = data<uint16_t>(wide_scale, i * matrix_size(wide_scale));
-      f.wide_zero = data<uint8_t>(wide_zero, i * matrix_size(wide_zero));
-      f.unit = power_of_two(*data<int8_t>(exponent, i));
-      if (f.sparse > 0) {
-        f.value = data<uint16_t>(value, i * f.sparse);
-        f.at = data<char>(at, i * f.sparse * (f.at_is_long ? 4 : 2));
-        f.row = data<uint32_t>(row, i * (f.n + 1));
-      }
-      f.y = static_cast<float*>(y->untyped_data()) + s * f.m * f.n;
-      run_mixed(f, chosen, pool, scratch.get());
+  f.column = column;
+  return each(stack, [&](int64_t s) {
+    const int64_t i = of.first + s;  // of the weight
+    for (int64_t m = 0; m < f.m; m++) {
+      const float* given = data<float>(x, (s * f.m + m) * f.k);
+      for (int64_t k = 0; k < f.x_stride(); k++) own[m * f.x_stride() + k] = k < f.k ? given[k] : 0.0f;
     }
-  } catch (const std::bad_alloc&) {
-    return no_memory("tasks");
-  }
-  return ffi::Error::Success();
+    if (!columns_of(f, mapped ? matrix<uint8_t>(map, i) : nullptr, column))
+      return invalid("the map of strips has not as many of 4 bits as it should");
+    f.w = matrix<uint8_t>(w, i);
+    f.words = matrix<uint16_t>(words, i);
+    f.tile_scale = matrix<uint16_t>(tile_scale, i);
+    f.tile_zero = matrix<uint16_t>(tile_zero, i);
+    f.wide_scale = matrix<uint16_t>(wide_scale, i);
+    f.wide_zero = matrix<uint8_t>(wide_zero, i);
+    f.unit = power_of_two(*matrix<int8_t>(exponent, i));
+    if (f.sparse > 0) {
+      f.value = matrix<uint16_t>(value, i);
+      f.at = data<char>(at, i * f.sparse * (f.at_is_long ? 4 : 2));
+      f.row = matrix<uint32_t>(row, i);
+    }
+    f.y = matrix(y, s);
+    run_mixed(f, chosen, pool, scratch.get());
+    return ffi::Error::Success();
+  });
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_mixed, mixed,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("strip")
-                                  .Attr<int64_t>("narrow")
-                                  .Attr<int64_t>("wide")
-                                  .Attr<int64_t>("aligned")
-                                  .Attr<int64_t>("tile")
-                                  .Attr<int64_t>("wide_group")
-                                  .Attr<int64_t>("scale_bits")
-                                  .Attr<int64_t>("isa"));
+                              integers(arrays<13>(), "strip", "narrow", "wide", "aligned", "tile", "wide_group",
+                                       "scale_bits", "isa"));

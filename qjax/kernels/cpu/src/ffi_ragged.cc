@@ -23,57 +23,36 @@ ffi::Error ragged(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, 
   Layers of;
   if (ffi::Error wrong = find_layer(of, matrices, w, layer); wrong.failure()) return wrong;
   if (ffi::Error wrong = describe_weight(d, of.all, w, scale, zeros, bits, group, is_signed); wrong.failure()) return wrong;
-  if (!stacked(*y, ffi::F32, 1) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
-    return invalid("the result has to be float32 [1, m, n], it is of shape " + shape(*y));
+  if (ffi::Error wrong = check_result(*y, 1, d.m, d.n, "1"); wrong.failure()) return wrong;
   if (d.m == 0 || d.n == 0) return ffi::Error::Success();
-  const int chosen = isa < 0 ? best_isa(d) : static_cast<int>(isa);
-  if (!has_isa(chosen)) return no_isa(chosen);
+  int chosen;
+  if (ffi::Error wrong = choose_isa(d, isa, &chosen); wrong.failure()) return wrong;
 
   const Pool pool = pool_of(threads);
   Memory scratch = aligned(scratch_bytes(d) * pool.workers);
   if (!activations.allocate(d) || !scratch) return no_memory("activations and scratch");
-  float* out = static_cast<float*>(y->untyped_data());
+  float* out = matrix(y, 0);
   int64_t start = 0;
-  try {
-    activations.quantize(0, chosen, pool);
-    for (int64_t g = 0; g < matrices; g++) {
-      const int64_t asked = data<int32_t>(sizes)[g], left = d.m - start;
-      const int64_t rows = asked < 0 ? 0 : asked < left ? asked : left;
-      if (rows == 0) continue;
-      Dot own = d;
-      own.m = rows;
-      own.q = d.q + start * d.q_stride();
-      own.qsum = d.qsum + start * d.groups();
-      own.sx = d.sx + start;
-      own.y = out + start * d.n;
-      take_weight(own, of.first + g, w, scale, zeros);
-      run_dot(own, isa < 0 ? best_isa(own) : chosen, pool, scratch.get());
-      start += rows;
-    }
-  } catch (const std::bad_alloc&) {
-    return no_memory("tasks");
-  }
+  ffi::Error wrong = each(matrices, [&](int64_t g) {
+    if (g == 0) activations.quantize(0, chosen, pool);  // those of all groups
+    const int64_t asked = data<int32_t>(sizes)[g], left = d.m - start;
+    const int64_t rows = asked < 0 ? 0 : asked < left ? asked : left;
+    if (rows == 0) return;
+    Dot own = d;
+    own.m = rows;
+    own.q = d.q + start * d.q_stride();
+    own.qsum = d.qsum + start * d.groups();
+    own.sx = d.sx + start;
+    own.y = out + start * d.n;
+    take_weight(own, of.first + g, w, scale, zeros);
+    run_dot(own, isa < 0 ? best_isa(own) : chosen, pool, scratch.get());
+    start += rows;
+  });
+  if (wrong.failure()) return wrong;
   for (int64_t i = start * d.n; i < d.m * d.n; i++) out[i] = 0.0f;
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_ragged, ragged,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group")
-                                  .Attr<int64_t>("is_signed")
-                                  .Attr<int64_t>("low")
-                                  .Attr<int64_t>("high")
-                                  .Attr<float>("unit")
-                                  .Attr<int64_t>("isa"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_ragged, ragged, quantizing(integers(arrays<7>(), "bits", "group", "is_signed")));

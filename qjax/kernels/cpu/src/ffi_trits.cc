@@ -18,7 +18,7 @@ ffi::Error trits(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, f
   const int64_t stack = x.dimensions()[0];
   Layers of;
   if (ffi::Error wrong = find_layer(of, stack, w, layer); wrong.failure()) return wrong;
-  if (!stacked(w, ffi::U8, of.all)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  if (!stacked(w, ffi::U8, of.all)) return not_bytes(w);
   Trits t{};
   Dot& d = t.dot;
   d.m = x.dimensions()[1];
@@ -31,51 +31,29 @@ ffi::Error trits(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, f
   describe_trits(t);
   const int64_t groups = d.groups();
   if (w.dimensions()[2] != t.row_bytes)
-    return invalid("rows of " + std::to_string(w.dimensions()[2]) + " bytes do not hold " + std::to_string(d.k) +
-                   " trits of " + std::to_string(planes) + " planes");
+    return does_not_hold(w.dimensions()[2], d.k, "trits of " + std::to_string(planes) + " planes");
   if (!stacked(scale, ffi::F32, stack) || scale.dimensions()[1] != planes * d.n || scale.dimensions()[2] != groups)
     return invalid("scales have to be float32 [s, planes * n, groups], they are of shape " + shape(scale));
-  if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
-    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
+  if (ffi::Error wrong = check_result(*y, stack, d.m, d.n); wrong.failure()) return wrong;
   if (stack == 0 || d.m == 0 || d.n == 0 || d.k == 0) return ffi::Error::Success();
-  const int chosen = isa < 0 ? best_isa(t) : static_cast<int>(isa);
-  if (!has_isa(chosen)) return no_isa(chosen);
+  int chosen;
+  if (ffi::Error wrong = choose_isa(t, isa, &chosen); wrong.failure()) return wrong;
 
   const Pool pool = pool_of(threads);
   const bool wide = planes < 3;
   Memory scratch = aligned(scratch_bytes(t) * pool.workers), laid = aligned(wide ? d.m * t.laid_stride() : 0);
   if (!activations.allocate(d) || !scratch || !laid) return no_memory("activations and scratch");
   t.laid = reinterpret_cast<const int8_t*>(laid.get());
-  try {
-    for (int64_t s = 0; s < stack; s++) {
-      activations.quantize(s, chosen, pool);
-      if (wide) arrange_trits(t, reinterpret_cast<int8_t*>(laid.get()));
-      t.w = data<uint8_t>(w, (of.first + s) * matrix_size(w));
-      t.scale = data<float>(scale, s * matrix_size(scale));
-      d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
-      run_trits(t, chosen, pool, scratch.get());
-    }
-  } catch (const std::bad_alloc&) {
-    return no_memory("tasks");
-  }
-  return ffi::Error::Success();
+  return each(stack, [&](int64_t s) {
+    activations.quantize(s, chosen, pool);
+    if (wide) arrange_trits(t, reinterpret_cast<int8_t*>(laid.get()));
+    t.w = matrix<uint8_t>(w, of.first + s);
+    t.scale = matrix<float>(scale, s);
+    d.y = matrix(y, s);
+    run_trits(t, chosen, pool, scratch.get());
+  });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_trits, trits,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("planes")
-                                  .Attr<int64_t>("store")
-                                  .Attr<int64_t>("group")
-                                  .Attr<int64_t>("low")
-                                  .Attr<int64_t>("high")
-                                  .Attr<float>("unit")
-                                  .Attr<int64_t>("isa"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_trits, trits, quantizing(integers(arrays<5>(), "planes", "store", "group")));

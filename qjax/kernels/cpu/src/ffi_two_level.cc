@@ -17,7 +17,7 @@ ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer s
   const int64_t stack = x.dimensions()[0];
   Layers of;
   if (ffi::Error wrong = find_layer(of, stack, w, layer); wrong.failure()) return wrong;
-  if (!stacked(w, ffi::U8, of.all)) return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  if (!stacked(w, ffi::U8, of.all)) return not_bytes(w);
   TwoLevel t{};
   Dot& d = t.dot;
   d.m = x.dimensions()[1];
@@ -26,8 +26,7 @@ ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer s
   d.row_bytes = w.dimensions()[2];
   d.bits = bits;
   if (d.row_bytes != (d.k * bits + 7) / 8)
-    return invalid("rows of " + std::to_string(d.row_bytes) + " bytes do not hold " + std::to_string(d.k) +
-                   " codes of " + std::to_string(bits) + " bits");
+    return does_not_hold(d.row_bytes, d.k, "codes of " + std::to_string(bits) + " bits");
   as_one_group(d);
   t.group = group > 0 && group < d.k ? group : d.group;
   t.after = after != 0;
@@ -39,48 +38,25 @@ ffi::Error two_level(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer s
     return invalid("steps have to be int8 [s, n or 1, groups or 1], they are of shape " + shape(step));
   if (!stacked(zeros, ffi::U8, of.all) || !broadcasts(zeros, d.n, columns, &t.zeros_n, &t.zeros_g))
     return invalid("zero points have to be uint8 [s, n or 1, groups or 1], they are of shape " + shape(zeros));
-  if (!stacked(*y, ffi::F32, stack) || y->dimensions()[1] != d.m || y->dimensions()[2] != d.n)
-    return invalid("the result has to be float32 [s, m, n], it is of shape " + shape(*y));
+  if (ffi::Error wrong = check_result(*y, stack, d.m, d.n); wrong.failure()) return wrong;
   if (stack == 0 || d.m == 0 || d.n == 0) return ffi::Error::Success();
-  const int chosen = isa < 0 ? best_isa(t) : static_cast<int>(isa);
-  if (!has_isa(chosen)) return no_isa(chosen);
+  int chosen;
+  if (ffi::Error wrong = choose_isa(t, isa, &chosen); wrong.failure()) return wrong;
 
   const Pool pool = pool_of(threads);
   Memory scratch = aligned(scratch_bytes(d) * pool.workers);
   if (!activations.allocate(d) || !scratch) return no_memory("activations and scratch");
-  try {
-    for (int64_t s = 0; s < stack; s++) {
-      activations.quantize(s, chosen, pool);
-      d.w = data<uint8_t>(w, (of.first + s) * matrix_size(w));
-      d.scale = data<float>(scale, s * matrix_size(scale));
-      t.step = data<int8_t>(step, (of.first + s) * matrix_size(step));
-      t.zeros = data<uint8_t>(zeros, (of.first + s) * matrix_size(zeros));
-      d.y = static_cast<float*>(y->untyped_data()) + s * d.m * d.n;
-      run_two_level(t, chosen, pool, scratch.get());
-    }
-  } catch (const std::bad_alloc&) {
-    return no_memory("tasks");
-  }
-  return ffi::Error::Success();
+  return each(stack, [&](int64_t s) {
+    activations.quantize(s, chosen, pool);
+    d.w = matrix<uint8_t>(w, of.first + s);
+    d.scale = matrix<float>(scale, s);
+    t.step = matrix<int8_t>(step, of.first + s);
+    t.zeros = matrix<uint8_t>(zeros, of.first + s);
+    d.y = matrix(y, s);
+    run_two_level(t, chosen, pool, scratch.get());
+  });
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_two_level, two_level,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("bits")
-                                  .Attr<int64_t>("group")
-                                  .Attr<int64_t>("after")
-                                  .Attr<int64_t>("low")
-                                  .Attr<int64_t>("high")
-                                  .Attr<float>("unit")
-                                  .Attr<int64_t>("isa"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_two_level, two_level, quantizing(integers(arrays<7>(), "bits", "group", "after")));

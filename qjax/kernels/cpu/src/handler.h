@@ -1,8 +1,10 @@
-// What handlers that XLA calls share: checks of operands, memory, XLA's threads.
+// What handlers that XLA calls share: checks of operands, memory, XLA's threads, and how XLA is told of them.
 #pragma once
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "problem.h"
@@ -76,6 +78,55 @@ const T* data(const ffi::AnyBuffer& a, int64_t from = 0) {
 // Numbers of one matrix of a stack.
 inline int64_t matrix_size(const ffi::AnyBuffer& a) { return a.dimensions()[1] * a.dimensions()[2]; }
 
+// Matrix s of a stack.
+template <class T>
+const T* matrix(const ffi::AnyBuffer& a, int64_t s) {
+  return data<T>(a, s * matrix_size(a));
+}
+
+// Matrix s of the results.
+inline float* matrix(ffi::Result<ffi::AnyBuffer>& y, int64_t s) {
+  return static_cast<float*>(y->untyped_data()) + s * matrix_size(*y);
+}
+
+inline ffi::Error not_bytes(const ffi::AnyBuffer& w) {
+  return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+}
+
+inline ffi::Error does_not_hold(int64_t row_bytes, int64_t count, const std::string& what) {
+  return invalid("rows of " + std::to_string(row_bytes) + " bytes do not hold " + std::to_string(count) + " " + what);
+}
+
+// An error unless the result is f32 [stack, m, n].
+inline ffi::Error check_result(const ffi::AnyBuffer& y, int64_t stack, int64_t m, int64_t n, const char* s = "s") {
+  if (stacked(y, ffi::F32, stack) && y.dimensions()[1] == m && y.dimensions()[2] == n) return ffi::Error::Success();
+  return invalid(std::string("the result has to be float32 [") + s + ", m, n], it is of shape " + shape(y));
+}
+
+// The instruction set that was asked for, or the best one for a problem; an error where the processor has it not.
+template <class Problem>
+ffi::Error choose_isa(const Problem& problem, int64_t asked, int* chosen) {
+  *chosen = asked < 0 ? best_isa(problem) : static_cast<int>(asked);
+  return has_isa(*chosen) ? ffi::Error::Success() : no_isa(*chosen);
+}
+
+// Calls work(s) for each matrix of a stack in turn; an error where it returns one, or where there is no memory for tasks.
+template <class Work>
+ffi::Error each(int64_t stack, const Work& work) {
+  try {
+    for (int64_t s = 0; s < stack; s++) {
+      if constexpr (std::is_void_v<decltype(work(s))>) {
+        work(s);
+      } else if (ffi::Error wrong = work(s); wrong.failure()) {
+        return wrong;
+      }
+    }
+  } catch (const std::bad_alloc&) {
+    return no_memory("tasks");
+  }
+  return ffi::Error::Success();
+}
+
 // Which matrices of a weight are read: some, from `first` on, of `all` that it has.
 struct Layers {
   int64_t all = 0, first = 0;
@@ -90,10 +141,45 @@ inline ffi::Error find_layer(Layers& of, int64_t stack, const ffi::AnyBuffer& w,
   if (layer.dimensions()[0] == 0 || stack == 0) return ffi::Error::Success();
   if (w.dimensions().size() == 3) of.all = w.dimensions()[0];
   if (of.all == 0 || of.all % stack)
-    return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+    return not_bytes(w);
   const int64_t last = of.all / stack - 1, asked = *data<int32_t>(layer);
   of.first = (asked < 0 ? 0 : asked > last ? last : asked) * stack;
   return ffi::Error::Success();
+}
+
+// How XLA calls a handler: XLA's threads, `count` arrays, one result; then settings in the order in which they are named.
+template <int count, class Binding>
+auto with_arrays(Binding&& binding) {
+  auto next = [&] { return std::move(binding).template Arg<ffi::AnyBuffer>(); };
+  if constexpr (count == 1)
+    return next();
+  else
+    return with_arrays<count - 1>(next());
+}
+template <int count>
+auto arrays() {
+  return with_arrays<count>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).template Ret<ffi::AnyBuffer>();
+}
+template <class T, class Binding, class... Names>
+auto settings(Binding&& binding, const char* name, Names... more) {
+  auto next = [&] { return std::move(binding).template Attr<T>(name); };
+  if constexpr (sizeof...(more) == 0)
+    return next();
+  else
+    return settings<T>(next(), more...);
+}
+template <class Binding, class... Names>
+auto integers(Binding&& binding, Names... names) {
+  return settings<int64_t>(std::move(binding), names...);
+}
+template <class Binding, class... Names>
+auto floats(Binding&& binding, Names... names) {
+  return settings<float>(std::move(binding), names...);
+}
+// Those by which `Activations` are quantized, and the instruction set.
+template <class Binding>
+auto quantizing(Binding&& binding) {
+  return integers(floats(integers(std::move(binding), "low", "high"), "unit"), "isa");
 }
 
 }  // namespace qjax

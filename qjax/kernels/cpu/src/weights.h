@@ -9,14 +9,12 @@ namespace qjax {
 inline ffi::Error describe_weight(Dot& d, int64_t stack, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
                                   const ffi::AnyBuffer& zeros, int64_t bits, int64_t group, int64_t is_signed) {
   if (bits != 8 && bits != 4 && bits != 2) return invalid("codes of " + std::to_string(bits) + " bits; 8, 4 or 2");
-  if (!stacked(w, ffi::U8, stack) && !stacked(w, ffi::S8, stack))
-    return invalid("the weight has to be bytes [s, n, bytes], it is of shape " + shape(w));
+  if (!stacked(w, ffi::U8, stack) && !stacked(w, ffi::S8, stack)) return not_bytes(w);
   d.n = w.dimensions()[1];
   d.row_bytes = w.dimensions()[2];
   d.bits = bits;
   if (d.row_bytes != (d.k * bits + 7) / 8)
-    return invalid("rows of " + std::to_string(d.row_bytes) + " bytes do not hold " + std::to_string(d.k) +
-                   " codes of " + std::to_string(bits) + " bits");
+    return does_not_hold(d.row_bytes, d.k, "codes of " + std::to_string(bits) + " bits");
   d.group = group > 0 && group < d.k ? group : (d.k > 0 ? d.k : 1);
   const int64_t groups = d.groups(), columns = groups > 0 ? groups : 1;
   if (groups > 1 && d.group % d.phases()) return invalid("groups have to begin with a byte");
@@ -36,9 +34,9 @@ inline ffi::Error describe_weight(Dot& d, int64_t stack, const ffi::AnyBuffer& w
 // Matrix s of a stack.
 inline void take_weight(Dot& d, int64_t s, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
                         const ffi::AnyBuffer& zeros) {
-  d.w = data<uint8_t>(w, s * d.n * d.row_bytes);
-  d.scale = data<float>(scale, s * matrix_size(scale));
-  if (zeros.element_count() > 0) d.zeros = data<uint8_t>(zeros, s * matrix_size(zeros));
+  d.w = matrix<uint8_t>(w, s);
+  d.scale = matrix<float>(scale, s);
+  if (zeros.element_count() > 0) d.zeros = matrix<uint8_t>(zeros, s);
 }
 
 }  // namespace qjax
