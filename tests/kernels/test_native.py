@@ -23,7 +23,7 @@ import qjax
 from qjax import ops
 from qjax.errors import LayoutError, LoweringError, QjaxWarning
 from qjax.formats import DualGrained, Int, MixedBits, Progressive, TritPlanes, quantize_array
-from qjax.kernels.cpu import build, instruction_sets, library, operands
+from qjax.kernels.cpu import build, candidates, instruction_sets, library, operands
 from qjax.kernels.cpu.dot import float_product, product
 from qjax.rewrite import Rewriter
 from qjax.testing import check_lowering
@@ -457,7 +457,7 @@ def test_installing(root, tmp_path, compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-O3", "-O1 -fsanitize=address,undefined", "-O1 -fsanitize=thread"])
-def test_random_problems_without_xla(root, tmp_path, flags):
+def test_random_problems_without_xla(native, root, tmp_path, flags):
     """Arrays that end at forbidden pages, several threads, sanitizers: ``tests/native/driver.cc``."""
     sources = [str(p) for p in build.sources() if not p.name.startswith("ffi")]
     command = [*build.compiler(), *build.FLAGS, "-g", "-fno-sanitize-recover=all", *flags.split()]
@@ -469,3 +469,5 @@ def test_random_problems_without_xla(root, tmp_path, flags):
     run = subprocess.run([str(tmp_path / "driver"), "20"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(run.stdout.split()[0]) >= 5
+    expected = [*instruction_sets(), *([] if candidates.available() else ["bf16_tiles"])]
+    assert run.stdout.partition("instruction sets:")[2].split() == expected

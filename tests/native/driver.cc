@@ -163,6 +163,7 @@ int main(int argc, char** argv) {
   std::printf("%ld problems, instruction sets:", done.load());
   for (int isa = 0; isa < qjax::kIsaCount; isa++)
     if (qjax::has_isa(isa)) std::printf(" %s", qjax::isa_name(isa));
+  if (qjax::has_bf16_tiles()) std::printf(" bf16_tiles");  // of which problems of candidates are
   std::printf("%s\n", good ? "" : ", FAILED");
   return good ? 0 : 1;
 }
