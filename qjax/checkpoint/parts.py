@@ -19,6 +19,9 @@ from qjax.checkpoint.leaves import array_key, build, describe, plain_specs
 from qjax.checkpoint.store import ARRAYS, METADATA, POINTER, reading, verify, write_json, writing
 from qjax.errors import CheckpointError
 
+SHORT = 120
+"""Settings of two jobs that differ stand in the message up to so many characters."""
+
 
 def save_part(path: Path, leaves: Mapping[str, Any], said: Mapping[str, Any]) -> None:
     """Write a part; it is there when this returns, and not at all if it is killed before.
@@ -75,9 +78,11 @@ def open_job(path: str | Path, job: Mapping[str, Any], what: str) -> Path:
         return folder
     differ = [key for key in {**found[1], **job} if found[1].get(key) != job.get(key)]
     if differ:
+        both = [(key, *(json.dumps(said.get(key)) for said in (found[1], job))) for key in sorted(differ)]
+        short = "; ".join(f"{key}: {a} there, {b} here" for key, a, b in both if max(len(a), len(b)) <= SHORT)
         raise CheckpointError(
             f"{folder} holds a begun {what} of something else: {', '.join(sorted(differ))} differ; give another "
-            "folder, or remove this one to begin again"
+            f"folder, or remove this one to begin again{f' ({short})' * bool(short)}"
         )
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from qjax.cli.calibrating import draw
 from qjax.cli.output import counting, listed, print_json, print_rich, say, table, waiting
 from qjax.cli.scoring import check_data
 from qjax.errors import DataError, ModelError, SearchError
-from qjax.folders import Loaded, is_saved, load_float
+from qjax.folders import Loaded, is_saved, load_float, save_folder
 from qjax.search import (
     NSGA2,
     Budget,
@@ -40,10 +41,11 @@ from qjax.search import (
     predict,
     search_choice,
     site_costs,
+    uniform_choices,
 )
-from qjax.search.choices import HEADS
+from qjax.search.choices import HEADS, in_blocks
 from qjax.search.genes import FORMS
-from qjax.search.windows import CHUNK, IDLE
+from qjax.search.windows import CHUNK, IDLE, Windows, none_within
 from qjax.supernet import Domain, Supernet, encode_choice, load_trained, recalibrate
 from qjax.supernet import sizes as job_sizes
 
@@ -51,6 +53,8 @@ BATCH = 50
 """Images at a time."""
 BLOCK = 8
 """Subnets in one call of the compiled program."""
+PACKED = "packed"
+"""The folder of the packed subnet, in the folder that is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Job:
     Attributes:
         t: the supernet in its form for inference. params, state: trained. example: arguments of one example.
         one: ``one(choice, *shared) -> score``. shared: what it takes besides. said: what the score is.
+        own: choice -> the parameters that a subnet runs with, its batch norms recalibrated.
         what: a description for the folders, JSON-able.
     """
 
@@ -69,6 +74,7 @@ class Job:
     example: tuple[Any, ...]
     one: Callable[..., Any]
     shared: tuple[Any, ...]
+    own: Callable[[Any], Any]
     said: str
     what: dict[str, Any]
 
@@ -104,10 +110,7 @@ def run(args: argparse.Namespace) -> None:
     genes = dataclasses.replace(genes, paired=not all(genes.additive(c.table) for c in costs))
     windows = budget_windows(genes, *sizes, budgets, costs={c.kind: c for c in costs})
     if not len(draw_valid(args.seed, genes.allowed, windows, 1)):  # not after an hour of measuring
-        raise SearchError(
-            f"no subnet within all of {args.budget} was found among {IDLE * 10 * CHUNK:,} random ones; each can be "
-            "reached by itself, so raise one of them"
-        )
+        raise SearchError(f"{args.budget}: {none_within(windows, genes.allowed, IDLE * 10 * CHUNK, args.seed)}")
     out.mkdir(parents=True, exist_ok=True)
     measured = jax.jit(over_population(job.one))
     run_block = lambda choices: measured(jnp.asarray(choices), *job.shared)  # noqa: E731
@@ -137,7 +140,8 @@ def run(args: argparse.Namespace) -> None:
         front = choice_front(
             scores, domain, *sizes, first, most=limit, settings=settings_front, progress=said, **settings
         )
-    seeds = _within(front, genes, windows, how.population // 2)
+    uniform = np.array(list(uniform_choices(genes, windows).values()), np.int32).reshape(-1, *domain.shape)
+    seeds = _within(front, uniform, genes, windows, how.population // 2)
     with counting("search") as progress:
         said = _moved(progress, how.generations, 0)
         found = search_choice(
@@ -145,11 +149,16 @@ def run(args: argparse.Namespace) -> None:
             baselines=args.predictor is not None, **settings,
         )  # fmt: skip
     if args.predictor:  # predictions are to be checked: the best few, and what they have to beat, are run
-        found, score = best_as_run(found, run_block, scores, *sizes, costs, block=BLOCK)
-        found = dataclasses.replace(found, baselines=_measured(run_block, genes, windows, args.seed))
+        found, score = best_as_run(found, run_block, scores, *sizes, costs, block=BLOCK, also=uniform)
+        run = functools.partial(in_blocks, run_block, block=BLOCK)
+        found = dataclasses.replace(found, baselines=compare_baselines(run, genes, windows, 2 * BLOCK, args.seed))
     else:
         score = found.score
     _write(out, job, found, front, score, budgets, args)
+    with waiting("packing"):
+        model = job.t.convert(job.own(found.choice), job.state, found.choice, *job.example)
+        report = dataclasses.replace(model.report, model=loaded.name, recipe="subnet")
+        save_folder(out / PACKED, args.folder, model, report)
     if args.json:
         seconds = round(time.monotonic() - start, 2)
         print_json({"model": loaded.name, **_as_dict(found, score, budgets, args), "out": str(out), "seconds": seconds})
@@ -172,27 +181,33 @@ def _of_images(loaded: Loaded, args: argparse.Namespace) -> Job:
     prepare = models.image_processor(loaded.folder)
     pixels = jnp.asarray(prepare(data.only(rows.tolist()).images))
     labels = jnp.asarray(data.labels[rows], jnp.int32)
-    cut = lambda a: a[: len(a) // size * size].reshape(-1, size, *a.shape[1:])  # noqa: E731
-    size = min(BATCH, wanted, apart or wanted)
-    shown, truth = cut(pixels[apart:]), cut(labels[apart:])
+    size = min(BATCH, wanted)
+    filled = -wanted % size  # the last batch; no class is -1
+    parts = np.arange(wanted + filled).reshape(-1, size) % wanted
+    shown = pixels[apart:][parts]
+    truth = jnp.where(jnp.arange(wanted + filled).reshape(-1, size) < wanted, labels[apart:][parts], -1)
     example = (pixels[:1],)
     fn: Callable[..., Any] = training if training is not None and apart else loaded.fn
     t, trained = load_trained(args.supernet, fn, loaded.params, shown[0])
     tested = qjax.elastic(loaded.fn, t.space)
 
     def one(choice: Any, params: Any, state: Any, others: Any, images: Any, labels: Any) -> Any:
-        own = recalibrate(t, params, state, choice, others) if apart else params
+        mine = recalibrate(t, params, state, choice, others) if apart else params
 
         def right(part: Any) -> Any:
-            return (tested.apply(own, state, choice, part[0])[0].argmax(-1) == part[1]).mean()
+            return (tested.apply(mine, state, choice, part[0])[0].argmax(-1) == part[1]).sum()
 
-        return jax.lax.map(right, (images, labels)).mean()
+        return jax.lax.map(right, (images, labels)).sum() / wanted
 
-    others = cut(pixels[:apart]) if apart else jnp.zeros((0, 1))
+    each = min(BATCH, apart)
+    others = pixels[: apart // each * each].reshape(-1, each, *pixels.shape[1:]) if apart else jnp.zeros((0, 1))
+    moved = jax.jit(lambda choice: recalibrate(t, trained.params, trained.state, choice, others))
+    own = moved if apart else lambda choice: trained.params
     shared = (trained.params, trained.state, others, shown, truth)
-    scored = shown.shape[0] * size
-    said = f"top-1 on {scored} images" + (f", batch norms recalibrated on {len(others) * size} others" if apart else "")
-    return Job(tested, trained.params, trained.state, example, one, shared, said, _what(args, trained, scored, apart))
+    recalibrated = f", batch norms recalibrated on {len(others) * each} others" if apart else ""
+    said = f"top-1 on {wanted} images{recalibrated}"
+    what = _what(args, trained, wanted, apart)
+    return Job(tested, trained.params, trained.state, example, one, shared, own, said, what)
 
 
 def _of_text(loaded: Loaded, args: argparse.Namespace) -> Job:
@@ -214,7 +229,8 @@ def _of_text(loaded: Loaded, args: argparse.Namespace) -> Job:
     count = sum(part[:, 1:].size for part in tokens)
     said = f"negative cross-entropy in nats, {count:,} tokens"
     shared = (trained.params, trained.state, tokens)
-    return Job(t, trained.params, trained.state, (tokens[0][:1],), one, shared, said, _what(args, trained, count, 0))
+    own, what = lambda choice: trained.params, _what(args, trained, count, 0)  # noqa: E731
+    return Job(t, trained.params, trained.state, (tokens[0][:1],), one, shared, own, said, what)
 
 
 def _what(args: argparse.Namespace, trained: Any, scored: int, apart: int) -> dict[str, Any]:
@@ -267,24 +283,13 @@ def _moved(progress: Callable[[int, int, str], None], generations: int, at: int)
     return moved
 
 
-def _within(front: SubnetFront, genes: Genes, windows: Any, most: int) -> np.ndarray | None:
-    """The choices of the front that are within the windows, the best first."""
+def _within(front: SubnetFront, uniform: np.ndarray, genes: Genes, windows: Windows, most: int) -> np.ndarray | None:
+    """Uniform bits, then the choices of the front, the best first: those that are within the windows."""
     points = sorted((p for curve in front.curves.values() for p in curve), key=lambda p: -p.score)
-    genomes = list(dict.fromkeys(tuple(genes.genomes(p.choice).tolist()) for p in points))
+    choices = [*uniform, *(p.choice for p in points)]
+    genomes = list(dict.fromkeys(tuple(genes.genomes(choice).tolist()) for choice in choices))
     fine = [g for g in genomes if windows.hold(np.array([g], np.int32))[0]]
     return np.asarray(genes.choice(np.array(fine[:most], np.int32))) if fine else None
-
-
-def _measured(run_block: Callable[..., Any], genes: Genes, windows: Any, seed: int) -> Any:
-    """The baselines as measured: the best of 16 random valid choices, and uniform bits."""
-
-    def padded(choices: np.ndarray) -> np.ndarray:
-        lack = -len(choices) % BLOCK
-        full = np.concatenate([choices, np.repeat(choices[-1:], lack, axis=0)])
-        parts = [np.asarray(run_block(full[at : at + BLOCK])) for at in range(0, len(full), BLOCK)]
-        return np.concatenate(parts)[: len(choices)]
-
-    return compare_baselines(padded, genes, windows, 2 * BLOCK, seed)
 
 
 def _as_dict(found: Found, score: float, budgets: list[Budget], args: argparse.Namespace) -> dict[str, Any]:
@@ -326,13 +331,18 @@ def _show(
     print(f"{name}: supernet {args.supernet}, budget {args.budget}, {form_name(found.genes.form)}")
     print(f"Score: {job.said}\n")
     print_rich(table(HEADS, found.rows(), left=(0, 3)))
-    predicted = f" ({found.score:.4g} predicted)" if args.predictor else ""
-    print(f"\n{found.spent}: {score:.4g}{predicted}, {found.evaluations:,} scored")
+    run, predicted = (" as run", f", {found.score:.4g} as predicted") if args.predictor else ("", "")
+    print(f"\n{found.spent}: {score:.4g}{run}{predicted}, after {found.evaluations:,} scorings")
     if found.baselines:
-        print("\n".join(found.baselines.lines()))
+        print("Compared with, as run:")
+        print("\n".join(f"  {line}" for line in found.baselines.lines()))
+        if found.baselines.random > score:
+            print("  A random choice is better: the predictor errs by more than choices differ; measure more subnets.")
     if held is not None:
         print(f"Predictor on held-out subnets: {held}")
     print()
     print_rich(table(("cost", *front.curves), front.rows(8)))
     print(f"Saved in {out} ({out / 'front.svg'} shows other budgets).")
-    print(f"choice.json is for Supernet.convert. Next: qjax quantize {args.folder} --recipe {out / 'recipe.toml'}")
+    data = f"--text {args.text}" if args.text else f"--images {args.images}"
+    print(f"{out / PACKED} is the subnet, packed, with the supernet's weights. Next: qjax eval {out / PACKED} {data}")
+    print("(choice.json is for Supernet.convert; recipe.toml gives its bits to other weights, without its training.)")

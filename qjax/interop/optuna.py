@@ -83,7 +83,7 @@ def optimize(
         directions=["minimize", "minimize"],
     )
     said = {
-        "of": getattr(losses, "identity", None),
+        "job": getattr(losses, "identity", None),
         "budget": [within.start.budget.kind, within.start.budget.amount],
         "groups": groups,
         "choices": list(within.names),

@@ -26,7 +26,7 @@ from qjax.supernet import Domain
 Scores = Callable[[Any], Any]
 """Choices int32 [any, N, 5 or 6] -> scores float [any], the larger the better."""
 Given = float | tuple[float, float] | str | Budget
-"""Average bits of both or of (weights, activations), or a budget such as "4 bits", "60 kB", "2 ms", "5 mJ"."""
+"""Average bits of both or of (weights, activations), or budgets such as "4 bits", "60 kB, 2 ms", "5 mJ"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Found:
         score: of it.
         average: average bits of weights and of activations, where there are some.
         genes: what was searched.
-        evaluations: choices that were scored on the way; one that was scored twice counts twice.
+        evaluations: scorings on the way; a choice that was scored twice counts twice.
         baselines: what it is compared with, if that was asked.
         costs: what it costs, by kind, of the costs that were given.
         ranked: the different choices that the search ended with, the best first, int32 [any, N, 5 or 6]: a predictor
@@ -66,7 +66,7 @@ class Found:
     def __str__(self) -> str:
         rows = self.rows()
         wide = [max(len(row[c]) for row in [HEADS, *rows]) for c in range(len(HEADS))]
-        lines = [f"score {self.score:.4g} of {self.evaluations:,} scored, {self.spent}"]
+        lines = [f"score {self.score:.4g} after {self.evaluations:,} scorings, {self.spent}"]
         for name, w, a, form in [HEADS, *rows]:
             lines.append(f"{name:{wide[0]}}  {w:>{wide[1]}}  {a:>{wide[2]}}  {form}")
         return "\n".join([*lines, *(self.baselines.lines() if self.baselines else [])])
@@ -118,8 +118,8 @@ def search_choice(
         domain: of the supernet.
         weights, inputs: sizes of the sites (`qjax.supernet.sizes`).
         budget: average bits, as numbers or "4 bits": EQ-Net's window of ``width`` below it, for weights and for
-            activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds; or a list of budgets, all of them
-            upper ends alone.
+            activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds; or several ("4 bits, 60 kB", or
+            a list), which are upper ends alone.
         costs: from `site_costs`, or tables of your own.
         form: of all sites.
         group: of all sites, where the space has groups; None is its first.
@@ -131,7 +131,8 @@ def search_choice(
             and no choice is scored twice.
         resume: a folder. The population is kept after every generation, and of a direct evaluation every score, for
             other budgets too: killed at any moment, the search ends with the same result.
-        job: what is scored, JSON-able.
+        job: what is scored, JSON-able, by which a folder of another job is told. None tells it by the scores: a block
+            of the kept ones is measured again.
 
     Raises:
         SearchError: a budget that no choice satisfies, with what can be reached; or one without its costs.
@@ -143,7 +144,7 @@ def search_choice(
     if not all(genes.additive(c.table) for c in known.values()):
         genes = dataclasses.replace(genes, paired=True)
     windows = budget_windows(genes, weights, inputs, budgets_of(budget), width, known)
-    said = {"of": job, "form": genes.said, "sites": list(domain.sites)}
+    said = {"job": job, "form": genes.said, "sites": list(domain.sites)}
     if block is None:
         score, folder = scores, resume
     else:
@@ -187,6 +188,7 @@ def best_as_run(
     costs: Sequence[SiteCosts] = (),
     *,
     block: int = 8,
+    also: Any = (),
 ) -> tuple[Found, float]:
     """Run the best few that a search by a predictor ended with, and take the one that is best then.
 
@@ -195,20 +197,21 @@ def best_as_run(
         run: choices int32 [block, N, 5 or 6] -> measured scores float [block]; always with as many choices.
         scores: the predictor.
         weights, inputs, costs: as for `search_choice`.
-        block: how many are run.
+        block: how many are run at a time, and of what the search ended with.
+        also: others to run, int32 [any, N, 5 or 6], within the budget as well: such as `uniform_choices`, which a
+            predictor may rank too low.
 
     Returns:
-        What was found with this choice in place of the first; ``score`` stays what the predictor says. And the score
-        as measured.
+        What was found with this choice in place of the first; ``score`` stays what the predictor says, and
+        ``ranked`` are those that were run, the best first. And the score as measured.
 
     Raises:
         SearchError: ``found`` is of no search, or no score is a number.
     """
     if found.ranked is None:
         raise SearchError("best_as_run: this result is of no search; give what search_choice returned")
-    few = found.ranked[:block]
-    full = np.concatenate([few, np.repeat(few[-1:], block - len(few), axis=0)])
-    measured = np.asarray(run(full), np.float64)[: len(few)]
+    few = np.concatenate([found.ranked[:block], np.asarray(also, np.int32).reshape(-1, *found.choice.shape)])
+    measured = in_blocks(run, few, block)
     if np.isnan(measured).all():
         raise SearchError("best_as_run: no choice has a score that is a number; look at what scores them")
     at = int(np.nanargmax(measured))
@@ -216,8 +219,16 @@ def best_as_run(
     spent = {kind: float(c.of(choice)) for kind, c in by_kind(costs, found.genes.domain).items()}
     predicted = float(np.asarray(scores(choice[None]))[0])
     average = average_of(found.genes, weights, inputs, choice)
-    best = dataclasses.replace(found, choice=choice, score=predicted, average=average, costs=spent)
+    ran = few[np.argsort(np.where(np.isnan(measured), np.inf, -measured), kind="stable")]
+    best = dataclasses.replace(found, choice=choice, score=predicted, average=average, costs=spent, ranked=ran)
     return best, float(measured[at])
+
+
+def in_blocks(run: Scores, choices: np.ndarray, block: int) -> np.ndarray:
+    """Scores float64 [any] of choices [any, N, 5 or 6] that are run exactly so many at a time."""
+    full = np.concatenate([choices, np.repeat(choices[-1:], -len(choices) % block, axis=0)])
+    parts = [np.asarray(run(full[at : at + block]), np.float64) for at in range(0, len(full), block)]
+    return np.concatenate([np.zeros(0), *parts])[: len(choices)]
 
 
 def budgets_of(budget: Any) -> list[float | tuple[float, float] | Budget]:
@@ -227,7 +238,9 @@ def budgets_of(budget: Any) -> list[float | tuple[float, float] | Budget]:
         SearchError: a text that says no budget.
     """
     pair = isinstance(budget, tuple) and len(budget) == 2 and all(isinstance(v, int | float) for v in budget)
-    many = [budget] if pair or isinstance(budget, str | Budget | int | float) else list(budget)
+    if isinstance(budget, str):
+        budget = [part.strip() for part in budget.split(",")]
+    many = [budget] if pair or isinstance(budget, Budget | int | float) else list(budget)
     return [Budget.of(one) if isinstance(one, str) else one for one in many]
 
 
@@ -246,7 +259,9 @@ def direct(scores: Scores, domain: Domain, block: int, resume: str | Path | None
     """
     file = None
     if resume is not None:
-        what = {"of": job, "sites": list(domain.sites), "space": domain.space.to_dict()}
+        what = {"job": job, "sites": list(domain.sites), "space": domain.space.to_dict()}
         file = open_job(resume, what, "search of subnets") / "measured.jsonl"
-    memory = Remembered(lambda flat: -np.asarray(scores(flat.reshape(-1, *domain.shape)), np.float64), file, block)
+    memory = Remembered(
+        lambda flat: -np.asarray(scores(flat.reshape(-1, *domain.shape)), np.float64), file, block, check=job is None
+    )
     return lambda choices: -memory(np.asarray(choices).reshape(len(choices), -1))

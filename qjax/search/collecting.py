@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qjax.checkpoint.lines import add_lines, read_lines
 from qjax.checkpoint.parts import open_job
 from qjax.errors import SearchError
 from qjax.search.genes import FORMS, Genes
+from qjax.search.whole import check_kept
 from qjax.search.windows import tilted
 from qjax.supernet import Domain, encode_choice
 
@@ -28,6 +29,7 @@ class Subnets:
         scores: float64 [n].
         also: what else was measured of each, by name, float64 [n].
         groups: how many groups the space has.
+        ends: whether the first and the last site have bits to choose, and are encoded.
     """
 
     choices: np.ndarray
@@ -35,6 +37,7 @@ class Subnets:
     scores: np.ndarray
     also: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     groups: int = 0
+    ends: bool = False
 
     def __repr__(self) -> str:
         more = "".join(f", {name}" for name in self.also)
@@ -44,7 +47,11 @@ class Subnets:
     @property
     def encoded(self) -> np.ndarray:
         """What a predictor reads: float32 [n, 6 + (14 + groups) N]."""
-        return np.asarray(encode_choice(self.choices, self.forms, self.groups))
+        return np.asarray(self.encode(self.choices, self.forms))
+
+    def encode(self, choices: Any, forms: Any) -> Any:
+        """The same of other choices int [..., N, 5 or 6] of forms [..., 3], as what is predicted is to be."""
+        return encode_choice(choices, forms, self.groups, ends=self.ends)
 
 
 def draw_choices(
@@ -116,7 +123,8 @@ def collect_subnets(
         block: how many are measured at a time.
         seed: of the draws (`draw_choices`).
         resume: a folder; what was measured there is not measured again, and ``count`` may grow.
-        job: what is measured, JSON-able: a folder of something else is refused.
+        job: what is measured, JSON-able: a folder of something else is refused. None tells it by the scores: a block of
+            the kept ones is measured again.
         progress: called as ``progress(done, total, what)`` after each block.
 
     Raises:
@@ -130,10 +138,14 @@ def collect_subnets(
     if resume is not None:
         space = {"space": domain.space.to_dict(), "sites": list(domain.sites), "seed": seed}
         sizes = {"weights": [float(v) for v in weights], "inputs": [float(v) for v in inputs]}
-        file = open_job(resume, {**space, **sizes, "of": dict(job or {})}, "collection") / "subnets.jsonl"
+        file = open_job(resume, {**space, **sizes, "job": dict(job or {})}, "collection") / "subnets.jsonl"
         known = _read(file)
     choices, forms = draw_choices(seed, domain, weights, inputs, count)
     missing = [n for n in range(count) if n not in known]
+    if file is not None and job is None and (there := [n for n in range(count) if n in known][:block]):
+        again = evaluate(choices[there + [there[-1]] * (block - len(there))])
+        again = again["score"] if isinstance(again, Mapping) else again
+        check_kept(file.parent, [known[n]["score"] for n in there], np.asarray(again)[: len(there)])
     for at in range(0, len(missing), block):
         some = missing[at : at + block]
         full = some + [some[-1]] * (block - len(some))
@@ -146,27 +158,19 @@ def collect_subnets(
                 raise SearchError(f"subnet {n} has the score {score}; its choice is {choices[n].tolist()}")
             known[n] = {name: column[row] for name, column in values.items()}
         if file is not None:
-            with file.open("a") as f:
-                f.writelines(json.dumps({"subnet": n, **known[n]}) + "\n" for n in some)
+            add_lines(file, [{"subnet": n, **known[n]} for n in some])
         if progress:
             progress(count - len(missing) + at + len(some), count, f"score {np.mean(values['score']):.3f}")
     names = [name for name in known[0] if name != "score" and all(name in known[n] for n in range(count))]
     columns = {name: np.array([known[n][name] for n in range(count)]) for name in ("score", *names)}
-    return Subnets(choices, forms, columns.pop("score"), columns, len(domain.space.groups))
+    return Subnets(choices, forms, columns.pop("score"), columns, len(domain.space.groups), domain.free_ends)
 
 
 def _read(file: Path) -> dict[int, dict[str, float]]:
-    """What is known; a line that a kill cut short is passed over."""
+    """What is known."""
     out: dict[int, dict[str, float]] = {}
-    if not file.exists():
-        return out
-    text = file.read_text()
-    if text and not text.endswith("\n"):
-        with file.open("a") as f:
-            f.write("\n")
-    for line in text.splitlines():
+    for row in read_lines(file):
         try:
-            row = json.loads(line)
             values = {name: float(value) for name, value in row.items() if name != "subnet"}
             out[int(row["subnet"])] = {"score": values.pop("score"), **values}
         except (ValueError, KeyError, TypeError):

@@ -81,7 +81,7 @@ def evolve_front(
             **settings.operators,
             "allowed": digest(allowed),
             "seeds": None if seeds is None else digest(seeds),
-            "of": dict(job or {}),
+            "job": dict(job or {}),
         },
     )
     mask, key = jnp.asarray(allowed), jax.random.key(seed)

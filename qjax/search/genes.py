@@ -146,7 +146,7 @@ class Genes:
 
         Args:
             weights, inputs: numbers in the weight, and in the activations of one example, of each site [N]. The first
-                and the last site do not count, as in EQ-Net.
+                and the last site do not count, as in EQ-Net, unless they have bits to choose.
             budget: average bits, of both or of each.
             width: of the windows.
 
@@ -162,7 +162,8 @@ class Genes:
             counted = np.array(sizes, np.float64)
             if counted.shape != (sites,) or (counted < 0).any():
                 raise SearchError(f"sizes of {what} {counted.shape}; not negative numbers for {sites} sites are needed")
-            counted[[0, -1]] = 0
+            if not self.domain.free_ends:
+                counted[[0, -1]] = 0
             if not counted.sum() > 0:
                 raise SearchError(f"no site but the first and the last has {what} that count; there is no average")
             share = counted / counted.sum()

@@ -31,7 +31,7 @@ import numpy as np
 from qjax.errors import SearchError
 from qjax.search.evolution import Kept, Progress, check_genomes, digest
 from qjax.search.nsga2 import Population, check_mask, copies, drawn
-from qjax.search.windows import Windows, drawing, outside_of, until_valid
+from qjax.search.windows import Windows, drawing, none_within, outside_of, until_valid
 
 Score = Callable[[jax.Array], jax.Array]
 """Genomes int32 [any, genes] -> scores float [any], the larger the better."""
@@ -157,7 +157,7 @@ def evolve_best(
             "allowed": digest(allowed),
             "windows": windows.described(),
             "seeds": digest(given),
-            "of": dict(job or {}),
+            "job": dict(job or {}),
         },
     )
     mask, key = jnp.asarray(allowed), jax.random.key(seed)
@@ -178,6 +178,8 @@ def evolve_best(
     if found is None:
         genomes, fine = begin(jax.random.fold_in(key, 0))
         there = np.concatenate([given, np.asarray(genomes)[np.asarray(fine)]])[: settings.population]
+        if not len(there):
+            raise SearchError(none_within(windows, allowed, 20 * settings.retries * settings.population, seed))
         if len(there) < settings.parents:
             raise SearchError(
                 f"{len(there)} valid assignments were found in {20 * settings.retries} draws of {settings.population}, "

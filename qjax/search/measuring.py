@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.checkpoint.folded import update_digest, update_with_sample
+from qjax.checkpoint.lines import add_lines, read_lines
 from qjax.checkpoint.parts import open_job
 from qjax.errors import DataError, SearchError
 from qjax.evaluate import logit_divergence
@@ -332,29 +332,22 @@ def quadratic(part: Slice, e: Any, moment: Any) -> float:
 
 
 class _Kept:
-    """Measurements in a folder, one line each; a line that a kill cut short is passed over."""
+    """Measurements in a folder, one line each."""
 
     def __init__(self, path: str | Path, job: Job):
         self.file = open_job(path, {**job.identity(), "seed": job.seed}, "search") / "measured.jsonl"
         self.found: dict[tuple[str, str, str], float] = {}
-        if self.file.exists():
-            text = self.file.read_text()
-            if text and not text.endswith("\n"):  # cut short by a kill
-                with self.file.open("a") as file:
-                    file.write("\n")
-            for line in text.splitlines():
-                try:
-                    row = json.loads(line)
-                    self.found[row["measure"], row["group"], row["choice"]] = float(row["loss"])
-                    job.predictions = int(row["predictions"])
-                except (ValueError, KeyError, TypeError):
-                    continue
+        for row in read_lines(self.file):
+            try:
+                self.found[row["measure"], row["group"], row["choice"]] = float(row["loss"])
+                job.predictions = int(row["predictions"])
+            except (ValueError, KeyError, TypeError):
+                continue
         self.job = job
 
     def add(self, measure: str, group: str, choice: str, loss: float) -> None:
         row = {"measure": measure, "group": group, "choice": choice, "loss": loss, "predictions": self.job.predictions}
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_lines(self.file, [row])
 
 
 def _assembled(job: Job, losses: Mapping[tuple[str, str, str], float]) -> Sensitivities:

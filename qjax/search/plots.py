@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qjax.report import svg
 from qjax.search.assigning import Assignment, amount
 from qjax.search.choices import Found
@@ -96,6 +98,8 @@ def plot_front(found: Assignment, path: str | Path) -> None:
 def plot_subnets(seen: SubnetFront, path: str | Path, found: Found | None = None, score_name: str = "score") -> None:
     """Draw both curves of a front of subnets, and what a search found among them.
 
+    Lines join the best scores so far; points that another beats for less are pale.
+
     Args:
         seen: from `qjax.search.choice_front`.
         path: of the file; its ending says the kind, ``.svg`` or ``.png``.
@@ -110,13 +114,17 @@ def plot_subnets(seen: SubnetFront, path: str | Path, found: Found | None = None
         figure, axes = svg.figure(6.8, 4.2)
         for n, (label, points) in enumerate(seen.curves.items()):
             shown: Any = {"ms": 3.5, "lw": 1.4, "color": svg.LIGHT[f"c{n + 2}"], "label": _CURVES.get(label, label)}
-            axes.plot([p.cost / unit for p in points], [p.score for p in points], "o-", **shown)
+            spent, scores = (np.array([getattr(p, what) for p in points], float) for what in ("cost", "score"))
+            ahead = scores > np.maximum.accumulate(np.r_[-np.inf, scores[:-1]])
+            axes.plot(spent[ahead] / unit, scores[ahead], "o-", **shown)
+            # Beaten for less: sums of single losses are not what whole subnets lose.
+            axes.plot(spent[~ahead] / unit, scores[~ahead], "o", ms=3.5, alpha=0.3, color=shown["color"])
         at = None
         if found is not None:
             at = sum(found.average) / len(found.average) if seen.kind == "bits" else found.costs.get(seen.kind)
         if found is not None and at is not None:
             axes.plot([at / unit], [found.score], "o", ms=9, color=svg.LIGHT["c1"], zorder=3, label="found")
-            axes.set_title(f"{found.spent}: {found.score:.4g}", loc="left", fontsize=11)
+            axes.set_title(f"{found.spent}: {score_name} {found.score:.4g}", loc="left", fontsize=11)
         axes.set_xlabel(name)
         axes.set_ylabel(score_name)
         axes.legend(fontsize=10)

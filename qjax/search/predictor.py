@@ -167,7 +167,7 @@ def fit_predictor(
 
     Args:
         encoded: [n, 6 + 14 N].
-        accuracy: [n], in 0..1.
+        accuracy: [n], or another score of about this size, the larger the better, such as minus cross-entropies.
         settings: None takes those of EQ-Net's code.
         seed: of the split, the first parameters and the order of subnets.
         progress: called as ``progress(done, total, what)`` after each epoch.

@@ -202,7 +202,7 @@ def refine(
         if progress:
             progress(Progress(at[0], settings.generations, measured, within.best(memory.known)[1]))
 
-    what = {"of": getattr(losses, "identity", None), "choices": list(within.names)}
+    what = {"job": getattr(losses, "identity", None), "choices": list(within.names)}
     folder = None if resume is None else open_job(resume, what, "search of whole assignments")
     memory = Remembered(losses, None if folder is None else folder / "measured.jsonl", progress=said)
 

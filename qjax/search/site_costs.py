@@ -138,7 +138,8 @@ def bit_costs(domain: Domain, weights: Sequence[float], inputs: Sequence[float])
 
     Args:
         domain: of the supernet.
-        weights, inputs: sizes of the sites [N]; the first and the last one do not count, as in EQ-Net.
+        weights, inputs: sizes of the sites [N]; the first and the last one do not count, as in EQ-Net, unless
+            they have bits to choose.
 
     Raises:
         SearchError: other lengths, or no site that counts.
@@ -149,7 +150,8 @@ def bit_costs(domain: Domain, weights: Sequence[float], inputs: Sequence[float])
         if all(row[column] == (0,) for row in domain.allowed):
             continue
         counted = np.array(sizes, np.float64)
-        counted[[0, -1]] = 0
+        if not domain.free_ends:
+            counted[[0, -1]] = 0
         bits = COSTS[:, None] if column == 0 else COSTS[None]
         tables.append((counted / counted.sum())[:, None, None] * np.broadcast_to(bits, (COUNT, COUNT)))
     return SiteCosts("bits", np.mean(tables, axis=0))

@@ -46,7 +46,7 @@ class SubnetFront:
     Attributes:
         kind: of costs: "bits", "bytes", "seconds" or "joules".
         curves: "Lagrangian", what sums of single losses lead to, and "NSGA-II", by rising cost.
-        evaluations: subnets that were scored; one that was scored twice counts twice.
+        evaluations: scorings; a subnet that was scored twice counts twice.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class SubnetFront:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(points)} points of {name}" for name, points in self.curves.items())
-        return f"SubnetFront(score over {self.kind}: {counts}, {self.evaluations:,} scored)"
+        return f"SubnetFront(score over {self.kind}: {counts}, {self.evaluations:,} scorings)"
 
     def __str__(self) -> str:
         lines = [repr(self)]
@@ -124,7 +124,7 @@ def choice_front(
     if not genes.additive(costs.table):
         genes = dataclasses.replace(genes, paired=True)
     table, limit = genes.costs(costs.table), np.inf if most is None else most
-    said = {"of": job, "form": genes.said, "sites": list(domain.sites)}
+    said = {"job": job, "form": genes.said, "sites": list(domain.sites)}
     score, folder = scores, resume
     if block is not None:
         score, folder, compiled = direct(scores, domain, block, resume, job), None, False

@@ -8,7 +8,6 @@ that is traced, so a population is a loop in one program and nothing is compiled
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from qjax.errors import DataError, SearchError
+from qjax.checkpoint.lines import add_lines, read_lines
+from qjax.errors import CheckpointError, DataError, SearchError
 from qjax.evaluate.language import _compared
 from qjax.observed import argument_tuples
 from qjax.program import Signature, trace_flat
@@ -115,6 +115,27 @@ class WholeLosses:
         return _compared(reference, self.fn(rebuilt, *args, **kwargs))[0].sum()
 
 
+AGREE = 0.01
+"""Scores that are measured again may differ by so much of the largest: other processors sum in another order."""
+
+
+def check_kept(folder: Path, kept: Any, now: Any) -> None:
+    """See that scores which a folder keeps are of what is scored now.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    kept, now = np.asarray(kept, np.float64), np.asarray(now, np.float64)
+    away = np.abs(kept - now)
+    if (away > AGREE * np.abs(kept).max()).any():
+        worst = int(np.nanargmax(away))
+        raise CheckpointError(
+            f"{folder} holds scores of something else: {len(kept)} of them were measured again, and one was "
+            f"{kept[worst]:.6g} and is {now[worst]:.6g}. Give another folder, or remove this one to begin again; with "
+            "job=..., a few words about what is scored, it is the words that tell jobs apart"
+        )
+
+
 class Remembered:
     """Losses that were measured once are not measured again; in a file they outlive a kill.
 
@@ -123,6 +144,10 @@ class Remembered:
         file: a line for each assignment; a line that a kill cut short is passed over. None keeps nothing.
         block: how many are measured at a time: always as many, so that nothing is compiled for another number.
         progress: called with the number of assignments that are known after each block.
+        check: measure a block of those in the file again, to see that they are losses of the same thing.
+
+    Raises:
+        CheckpointError: they are not.
     """
 
     def __init__(
@@ -131,24 +156,25 @@ class Remembered:
         file: Path | None = None,
         block: int = BLOCK,
         progress: Callable[[int], None] | None = None,
+        check: bool = False,
     ):
         self.losses, self.file, self.block, self.progress = losses, file, block, progress
         self.known: dict[tuple[int, ...], float] = {}
-        if file is None or not file.exists():
-            return
-        text = file.read_text()
-        if text and not text.endswith("\n"):  # cut short by a kill
-            with file.open("a") as f:
-                f.write("\n")
-        for line in text.splitlines():
+        for row in read_lines(file) if file is not None else ():
             try:
-                row = json.loads(line)
                 self.known[tuple(row["genome"])] = float(row["loss"])
             except (ValueError, KeyError, TypeError):
                 continue
+        self.unsure = bool(self.known) and check
 
     def __call__(self, genomes: np.ndarray) -> np.ndarray:
         """The losses of genomes [any, groups], float64 [any]."""
+        if self.unsure and self.file is not None:
+            some = list(self.known)[: self.block]
+            full = some + [some[-1]] * (self.block - len(some))
+            now = np.asarray(self.losses(np.array(full, np.int32)))[: len(some)]
+            check_kept(self.file.parent, [self.known[g] for g in some], now)
+            self.unsure = False
         rows = [tuple(map(int, g)) for g in np.asarray(genomes)]
         new = [g for g in dict.fromkeys(rows) if g not in self.known]
         for at in range(0, len(new), self.block):
@@ -157,8 +183,7 @@ class Remembered:
             for genome, loss in zip(some, np.asarray(self.losses(np.array(full, np.int32))).tolist(), strict=False):
                 self.known[genome] = loss
                 if self.file is not None:
-                    with self.file.open("a") as f:
-                        f.write(json.dumps({"genome": genome, "loss": loss}) + "\n")
+                    add_lines(self.file, [{"genome": genome, "loss": loss}])
             if self.progress:
                 self.progress(len(self.known))
         return np.array([self.known[g] for g in rows])

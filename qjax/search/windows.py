@@ -12,6 +12,7 @@ Source: Xu et al., "EQ-Net", ICCV 2023, section 3.4, and its code.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,11 +103,15 @@ def average_bits(sizes: np.ndarray, bits: np.ndarray, budget: float, width: floa
 def tilted(windows: Windows, allowed: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
     """Probabilities float64 [genes, choices] under which assignments cost ``target`` on average, and else are random.
 
+    Budgets without a lower end that share genes, such as average bits and bytes, cannot all be near their ends: the
+    ones that bind are at their targets, and the others stay below. To hold each at its own target would take from the
+    genes that only one of them counts what the other asks of all.
+
     Args:
         windows: the costs.
         allowed: bool [genes, choices].
-        target: float [budgets]; None takes the middle of what can be reached within the windows, and without a lower
-            end nine tenths of the way from the least to the upper one.
+        target: float [budgets], which all are held at; None takes the middle of what can be reached within the
+            windows, and without a lower end at most nine tenths of the way from the least to the upper one.
 
     Raises:
         SearchError: a window that no assignment reaches; the message says what can be reached.
@@ -125,10 +130,52 @@ def tilted(windows: Windows, allowed: np.ndarray, target: np.ndarray | None = No
     wanted = middle if target is None else np.asarray(target, np.float64)
     edge = 1e-3 * (most - least)
     wanted = np.clip(wanted, least + edge, most - edge)
+    held = np.isfinite(windows.low) if target is None else np.ones(len(wanted), bool)
     scale = np.where(most > least, most - least, 1.0)
     costs, wanted = costs / scale[:, None, None], wanted / scale
-    free = most > least  # a budget that no choice changes needs no multiplier
-    multiplier = np.zeros(len(scale))
+    counts = np.where(allowed, costs, -np.inf).max(axis=-1) > np.where(allowed, costs, np.inf).min(axis=-1)
+    chances = allowed / allowed.sum(axis=1, keepdims=True)
+    for budgets, genes in _apart(counts):
+        part, others = costs[np.ix_(budgets, genes)], np.delete(costs[budgets], genes, axis=1)
+        left = wanted[budgets] - others.max(axis=-1, initial=-np.inf, where=np.delete(allowed, genes, axis=0)).sum(
+            axis=-1
+        )
+        chances[genes] = _binding(part, allowed[genes], left, held[budgets])
+    return chances
+
+
+def _apart(counts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Budgets and genes in parts that share none, from which gene counts for which budget, bool [budgets, genes]."""
+    left, parts = [n for n in range(len(counts)) if counts[n].any()], []
+    while left:
+        budgets, genes = [left.pop(0)], counts[0] & False
+        for n in budgets:  # grows as it goes
+            genes = genes | counts[n]
+            near = [m for m in left if (counts[m] & genes).any()]
+            budgets += near
+            left = [m for m in left if m not in near]
+        parts.append((np.array(sorted(budgets)), np.flatnonzero(genes)))
+    return parts
+
+
+def _binding(costs: np.ndarray, allowed: np.ndarray, wanted: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Probabilities with the held budgets at their means, and the fewest others for which all others are below."""
+    free = np.flatnonzero(~held)
+    for size in range(1, len(free) + 1):
+        for some in itertools.combinations(free, size):
+            at = np.union1d(np.flatnonzero(held), some)
+            chances, multiplier = _at_means(costs[at], allowed, wanted[at])
+            means = np.einsum("gc,bgc->b", chances, costs)
+            # One alone may be raised to its target; of several, each must be one that is kept down to it.
+            kept = size == 1 or (multiplier[np.isin(at, some)] >= 0).all()
+            if kept and abs(means - wanted)[at].max() < 1e-6 and (means[free] < wanted[free] + 1e-6).all():
+                return chances
+    return _at_means(costs, allowed, wanted)[0]
+
+
+def _at_means(costs: np.ndarray, allowed: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most random probabilities with these means of all budgets, and their multipliers."""
+    multiplier = np.zeros(len(wanted))
 
     def at(multiplier: np.ndarray) -> tuple[np.ndarray, float]:
         logits = np.where(allowed, -np.tensordot(multiplier, costs, 1), -np.inf)
@@ -140,16 +187,16 @@ def tilted(windows: Windows, allowed: np.ndarray, target: np.ndarray | None = No
     for _ in range(200):  # Newton's method on a convex function of as many variables as there are budgets
         p, value = at(multiplier)
         mean = np.einsum("gc,bgc->bg", p, costs)
-        gradient = np.where(free, wanted - mean.sum(axis=1), 0.0)
+        gradient = wanted - mean.sum(axis=1)
         if abs(gradient).max() < 1e-9:
             break
         second = np.einsum("gc,agc,bgc->ab", p, costs, costs) - mean @ mean.T
-        step = -np.linalg.lstsq(second + 1e-12 * np.eye(len(scale)), gradient, rcond=None)[0]
+        step = -np.linalg.lstsq(second + 1e-12 * np.eye(len(wanted)), gradient, rcond=None)[0]
         size = 1.0
         while size > 1e-8 and at(multiplier + size * step)[1] > value + 1e-4 * size * float(gradient @ step):
             size /= 2
         multiplier = multiplier + size * step
-    return at(multiplier)[0]
+    return at(multiplier)[0], multiplier
 
 
 def violations(genomes: jax.Array, costs: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -218,6 +265,20 @@ def outside_of(windows: Windows, allowed: np.ndarray) -> Callable[[jax.Array], j
     costs, low, high = (jnp.asarray(part, jnp.float32) for part in (windows.costs, windows.low, windows.high))
     costs = jnp.where(jnp.asarray(allowed), costs, 0)
     return lambda genomes: violations(genomes, costs, low, high)
+
+
+def none_within(windows: Windows, allowed: np.ndarray, drawn: int, seed: int = 0) -> str:
+    """What a message says where none of so many drawn assignments was valid: how near the nearest of some comes."""
+    genomes = np.asarray(drawing(windows, allowed, CHUNK, 0)(jax.random.key(seed))[0])
+    spent = windows.of(genomes[[int(np.argmin(np.asarray(outside_of(windows, allowed)(jnp.asarray(genomes)))))]])[0]
+    parts = []
+    for n, value in enumerate(spent):
+        above = f"above {windows.low[n]:g} and " if np.isfinite(windows.low[n]) else ""
+        parts.append(f"{windows.name(n)} {value:.6g} ({above}up to {windows.high[n]:.6g} is asked for)")
+    return (
+        f"none of {drawn:,} random assignments is within {'all budgets' if len(parts) > 1 else 'the budget'}; "
+        f"the nearest has {', '.join(parts)}: change the budget to what can be had, or widen the windows"
+    )
 
 
 CHUNK = 4096

@@ -47,18 +47,20 @@ def sample_choice(key: Array, domain: Domain, kind: str = "random", form: Any = 
     return choice[jnp.asarray(domain.leaders, jnp.int32)].astype(jnp.int32)
 
 
-def encode_choice(choice: Any, form: Any, groups: int = 0) -> Array:
+def encode_choice(choice: Any, form: Any, groups: int = 0, *, ends: bool = False) -> Array:
     """The input of an accuracy predictor, as EQ-Net's code makes it (section 4.3; CQAP).
 
     Six entries for the form of the whole network: per channel, per tensor, weights symmetric, 0, activations symmetric,
     0 (asymmetric has no entry of its own). Then a one-hot of 2 to 8 bits for the weights of each site, then the same
-    for activations; the first and the last site, and float activations, are all zero. Decided here, for spaces with
-    groups: then a one-hot of the group of each site.
+    for activations; the first and the last site (but see ``ends``) and float activations are all zero. Decided here,
+    for spaces with groups: then a one-hot of the group of each site.
 
     Args:
         choice: int [..., N, 5 or 6].
         form: (per channel, weights symmetric, activations symmetric), [..., 3].
         groups: how many groups the space has, ``len(space.groups)``; 0 leaves them out of the code.
+        ends: encode the first and the last site as the others, for spaces in which these have bits to choose
+            (`Domain.free_ends`); EQ-Net's have 8 there, and nothing to say of them.
 
     Returns:
         float32 [..., 6 + (14 + groups) N].
@@ -69,7 +71,7 @@ def encode_choice(choice: Any, form: Any, groups: int = 0) -> Array:
     choice, form = jnp.asarray(choice), jnp.asarray(form).astype(jnp.float32)
     n = choice.shape[-2]
     inner = np.ones((n, 1), np.float32)
-    inner[[0, -1]] = 0
+    inner[[0, -1]] = float(ends)
     bits = [
         (jax.nn.one_hot(choice[..., c] - BITS[0], len(BITS)) * inner).reshape(*choice.shape[:-2], -1) for c in (0, 1)
     ]

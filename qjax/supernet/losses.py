@@ -68,11 +68,19 @@ def gpg_terms(
         raise DataError(
             f"gpg_loss: the teacher's logits are {jnp.shape(teacher)}, and those of the subnets {jnp.shape(logits[0])}"
         )
+    labels = jnp.asarray(labels)
+    wanted = jnp.shape(logits[0])[:-1]
+    if labels.shape != wanted or not jnp.issubdtype(labels.dtype, jnp.integer):
+        given = f"{labels.dtype} {list(labels.shape)} and logits {list(jnp.shape(logits[0]))}"
+        raise DataError(
+            f"gpg_loss: labels are {given}; numbers of classes, of an integer type and shape {list(wanted)}, are "
+            "needed (of one-hot labels: labels.argmax(-1))"
+        )
     out = []
     teacher = None if teacher is None else jax.lax.stop_gradient(_log_softmax(teacher))
     for own in logits:
         logp = _log_softmax(own)
-        hard = _mean(-jnp.take_along_axis(logp, jnp.asarray(labels)[..., None], axis=-1)[..., 0], mask)
+        hard = _mean(-jnp.take_along_axis(logp, labels[..., None], axis=-1)[..., 0], mask)
         if teacher is None:
             out.append(hard)
         else:
@@ -104,7 +112,8 @@ def gpg_loss(logits: Sequence[Any], labels: Any, lam: float = 0.5, *, mask: Any 
         A scalar.
 
     Raises:
-        DataError: there are no logits, or the teacher's have another shape.
+        DataError: there are no logits, the teacher's have another shape, or labels have another shape or are no
+            integers.
     """
     first, *others = gpg_terms(logits, labels, lam, mask, teacher)
     return sum(others, first)

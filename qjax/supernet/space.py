@@ -263,6 +263,11 @@ class Domain:
         return len(self.sites), self.space.columns
 
     @property
+    def free_ends(self) -> bool:
+        """Whether the first or the last site has bits to choose: then both count in averages and codes as others do."""
+        return any(len(self.allowed[n][column]) > 1 for n in (0, -1) for column in (0, 1)) if self.sites else False
+
+    @property
     def size(self) -> int:
         """How many different choices there are; symmetric activations and asymmetric ones that are float count once."""
         total = 1

@@ -150,7 +150,7 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
         The parameters with the subnet's statistics.
 
     Raises:
-        DataError: the function returns no parameters.
+        DataError: the function returns no parameters, or arguments have no axis of batches.
     """
 
     def one(now: Any, inputs: Any) -> Any:
@@ -160,7 +160,16 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
             raise DataError("recalibrate: the function returns no moved statistics beside its logits; nothing to do")
         return jax.tree.map(lambda a, b: a.astype(b.dtype), moved, now), None
 
-    return lax.scan(one, params, batches)[0]
+    try:
+        return lax.scan(one, params, batches)[0]
+    except DataError:
+        raise
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(str(list(np.shape(leaf))) for leaf in jax.tree.leaves(batches))
+        raise DataError(
+            f"recalibrate: the function does not run on parts of these arguments ({shapes}): each has the axis of "
+            f"batches in front, such as images [batches, examples, ...]. {type(error).__name__}: {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +225,8 @@ def train(
 
     Raises:
         CheckpointError: the folder holds another job (another space or schedule, other sites).
-        DataError: a loss is NaN or infinite; the message names the site. The last checkpoint is kept.
+        DataError: batches or labels of another form; a loss that is NaN or infinite, and the message names the site.
+            The last checkpoint is kept.
         ImportError: ``tensorboard`` without tensorboardX.
     """
     for tree in (params, state):
@@ -225,7 +235,13 @@ def train(
         require(folder)
     optimizer = optimizer or schedule.optimizer()
     moments = optimizer.init({"params": params, "state": state})
-    inputs, _ = batches(0)
+    if not callable(batches):
+        raise DataError(
+            f"train: batches is a {type(batches).__name__}; a function of the number of a step is needed, so that a "
+            "job that was killed goes on exactly: lambda step: ((x[step],), y[step])"
+        )
+    inputs, _ = _pair(batches(0), 0)
+    classes = split_output(jax.eval_shape(t.fn, params, *inputs), params)[0].shape[-1]
     sites = list(t.domain(params, *inputs).sites)
     rows: dict[str, list[float]] = {}
     first, carry = 0, (params, state, moments)
@@ -245,7 +261,9 @@ def train(
         if tensorboard and folder is not None:
             events = opened.enter_context(contextlib.closing(EventFile(folder / EVENTS, first, rows)))
         for number in range(first, schedule.steps):
-            inputs, labels = (place(part, True) for part in batches(number))
+            batch = _pair(batches(number), number)
+            _check_labels(batch[1], classes, number)
+            inputs, labels = (place(part, True) for part in batch)
             taught = None if teacher is None else split_output(teacher(*inputs), params)[0]
             *after, metrics = step(*carry, number, inputs, labels, taught)
             metrics = {name: float(value) for name, value in metrics.items()}
@@ -263,6 +281,28 @@ def train(
             if progress is not None:
                 progress(number + 1, schedule.steps, metrics)
     return Trained(carry[0], carry[1], {name: np.asarray(values) for name, values in rows.items()})
+
+
+def _pair(batch: Any, number: int) -> tuple[tuple[Any, ...], Any]:
+    """A batch, if it is a tuple of arguments and labels."""
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple):
+        return batch
+    given = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else f"a {type(batch).__name__}"
+    if isinstance(batch, tuple) and len(batch) == 2:
+        given = f"a {type(batch[0]).__name__} and labels"
+    raise DataError(
+        f"train: batches({number}) gave {given}; ((arguments...), labels) is needed, as ((images,), labels)"
+    )
+
+
+def _check_labels(labels: Any, classes: int, number: int) -> None:
+    """Numbers of classes below how many there are; shapes are checked with the logits."""
+    there = np.asarray(labels)
+    if np.issubdtype(there.dtype, np.integer) and there.size and not 0 <= there.min() <= there.max() < classes:
+        raise DataError(
+            f"train: labels of batches({number}) are from {there.min()} to {there.max()}, and the function has "
+            f"{classes} classes: they are numbered from 0 to {classes - 1}"
+        )
 
 
 def _plain(schedule: Schedule) -> dict[str, Any]:

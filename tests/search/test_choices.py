@@ -52,10 +52,10 @@ def test_subnets_that_are_run_are_run_once_and_a_killed_search_ends_as_one_that_
 
         return scores
 
+    how = {"width": 1.0, "settings": FEW, "block": 3, "job": "a formula"}
+
     def search(most, folder):
-        return search_choice(
-            run(most), DOMAIN, WEIGHTS, INPUTS, (4.5, 6.5), width=1.0, settings=FEW, block=3, resume=folder
-        )
+        return search_choice(run(most), DOMAIN, WEIGHTS, INPUTS, (4.5, 6.5), resume=folder, **how)
 
     whole = search(None, None)
     alone = len(asked)

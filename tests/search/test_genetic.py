@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qjax.errors import CheckpointError, SearchError
 from qjax.search import Genetic, Windows, average_bits, evolve_best
-from qjax.search.windows import tilted, violations
+from qjax.search.windows import draw_valid, drawing, tilted, violations
 
 LAYERS, BITS = 6, np.array([2, 3, 4, 6])
 RNG = np.random.default_rng(0)
@@ -122,6 +122,40 @@ def test_first_draws_are_as_those_that_are_counted():
         counted = np.stack([np.bincount(near[:, layer], minlength=4) for layer in range(layers)]) / len(near)
         window = average_bits(sizes, BITS, target + 0.1, 0.2)
         assert abs(tilted(window, np.ones((layers, 4), bool)) - counted).max() < 0.05
+
+
+@pytest.mark.parametrize(("bits", "share"), [(3.0, 0.15), (3.0, 0.3), (6.0, 0.4), (4.5, 0.6), (None, 0.3)], ids=str)
+def test_draws_within_several_budgets_are_as_all_that_are_valid(bits, share):
+    """Average bits without the ends, and bytes with them: nearly collinear, and one of them binds."""
+    sizes, of = np.array([30, 48, 96, 120, 25]), np.array([2.0, 4.0, 8.0])
+    inner = sizes * np.array([0, 1, 1, 1, 0]) / sizes[1:4].sum()
+    costs = np.stack([inner[:, None] * of, sizes[:, None] * of + 3])
+    most = costs[1].min(1).sum() + share * (costs[1].max(1).sum() - costs[1].min(1).sum())
+    some = [1] if bits is None else [0, 1]
+    windows = Windows(costs[some], np.full(2, -np.inf)[some], np.array([bits or 0, most])[some])
+    allowed = np.ones((5, 3), bool)
+    every = np.array(list(itertools.product(range(3), repeat=5)), np.int32)
+    valid = every[windows.hold(every)]
+    drawn, fine = map(np.asarray, drawing(windows, allowed, 4000, 0)(jax.random.key(0)))
+    drawn = drawn[fine]
+    assert len(drawn) > 800, "most draws are near the budgets"
+    for gene in range(5):
+        there, here = (np.bincount(a[:, gene], minlength=3) / len(a) for a in (valid, drawn))
+        assert abs(there - here).max() < 0.25 and (here >= 0.25 * there).all()
+    assert len(draw_valid(0, allowed, windows, 1000)) == len(valid), "all of them are found"
+
+
+def test_budgets_that_share_no_gene_are_met_each_by_itself():
+    costs = np.zeros((2, 6, 4))
+    costs[0, :3], costs[1, 3:] = BITS / 3, BITS / 3
+    p = tilted(Windows(costs, np.full(2, -np.inf), np.array([5.0, 3.0])), np.ones((6, 4), bool))
+    np.testing.assert_allclose((p * costs).sum((1, 2)), [2 + 0.9 * 3, 2 + 0.9], rtol=1e-6)
+
+
+def test_windows_that_are_hit_by_nothing_say_what_comes_near():
+    windows = average_bits(np.array([0, 5, 5, 0]), BITS, 2.4, width=0.3)
+    with pytest.raises(SearchError, match=r"none of 200,000 .*average bits [23][.0-9]* \(above 2.1 and up to 2.4"):
+        evolve_best(lambda g: g.sum(1), np.ones((4, 4), bool), windows)
 
 
 def test_violations_are_zero_inside_alone():

@@ -83,13 +83,61 @@ def test_subnets_are_spread_and_collecting_goes_on(tmp_path):
     np.testing.assert_array_equal(found.also["bits"], choices[:30, 1, 0])
     assert repr(found).startswith("Subnets(30 of 6 sites, score ") and repr(found).endswith(", bits)")
     np.testing.assert_array_equal(found.encoded, encode_choice(choices[:30], forms[:30]))
-    with pytest.raises(CheckpointError, match="of differ"):
+    with pytest.raises(CheckpointError, match="job differ"):
         collect_subnets(accuracy, DOMAIN, WEIGHTS, INPUTS, 30, resume=tmp_path / "job", job={"images": 6})
     with pytest.raises(CheckpointError, match="space differ"):
         other = Space(weight_bits=(2, 4, 8)).domain(SITES)
         collect_subnets(accuracy, other, WEIGHTS, INPUTS, 30, resume=tmp_path / "job", job={"images": 5})
     with pytest.raises(SearchError, match="subnet 0 has the score nan"):
         collect_subnets(lambda c: np.full(len(c), np.nan), DOMAIN, WEIGHTS, INPUTS, 1)
+
+
+def test_kept_scores_of_something_else_are_refused_without_a_description(tmp_path):
+    calls = []
+
+    def counted(some):
+        calls.append(len(some))
+        return accuracy(some)
+
+    collect_subnets(counted, DOMAIN, WEIGHTS, INPUTS, 12, block=4, resume=tmp_path / "job")
+    found = collect_subnets(counted, DOMAIN, WEIGHTS, INPUTS, 20, block=4, resume=tmp_path / "job")
+    assert calls == [4] * 3 + [4] * 3 and len(found.scores) == 20, "one block again, and two new ones"
+    with pytest.raises(CheckpointError, match="scores of something else"):
+        collect_subnets(lambda c: accuracy(c) - 0.1, DOMAIN, WEIGHTS, INPUTS, 20, resume=tmp_path / "job")
+    how = dict(settings=Genetic(8, 2, 4, 4, 1), block=4, resume=tmp_path / "direct")
+    first = search_choice(accuracy, DOMAIN, WEIGHTS, INPUTS, 4.0, **how)
+    assert search_choice(accuracy, DOMAIN, WEIGHTS, INPUTS, 4.0, **how).score == first.score
+    with pytest.raises(CheckpointError, match="scores of something else"):
+        search_choice(lambda c: 0.5 * accuracy(c), DOMAIN, WEIGHTS, INPUTS, 4.5, **how)
+
+
+def test_ends_with_bits_to_choose_are_counted_and_encoded():
+    free = Space((2, 4), (4, 8), (True,), (True,), (True,), ends=None).domain(SITES)
+    assert free.free_ends and not DOMAIN.free_ends
+    windows = Genes(free).windows(WEIGHTS, INPUTS, 4)
+    spent = windows.of(Genes(free).genomes(free.uniform(2, 8))[None])[0]
+    np.testing.assert_allclose(spent, [2, 8])
+    one = free.uniform(2, 8)
+    one[0, 0] = 4
+    spent = windows.of(Genes(free).genomes(one)[None])[0]
+    np.testing.assert_allclose(spent, [2 + 2 * WEIGHTS[0] / sum(WEIGHTS), 8])
+    found = collect_subnets(accuracy, free, WEIGHTS, INPUTS, 16)
+    ends = found.encoded[:, 6:].reshape(16, 2, 6, 7)[:, :, [0, -1]]
+    assert (ends.sum(-1) == 1).all() and len(np.unique(ends[:, 0, 0], axis=0)) == 2
+    assert (collect_subnets(accuracy, DOMAIN, WEIGHTS, INPUTS, 8).encoded[:, 6:13] == 0).all()
+
+
+def test_uniform_bits_are_run_beside_what_a_predictor_prefers():
+    """A predictor that is wrong: uniform bits measure best, and are what is returned."""
+    wrong = lambda some: -accuracy(some)  # noqa: E731
+    found = search_choice(wrong, DOMAIN, WEIGHTS, INPUTS, 4.0, settings=Genetic(generations=3))
+    genes = found.genes
+    uniform = np.array(list(uniform_choices(genes, genes.windows(WEIGHTS, INPUTS, 4.0)).values()))
+    assert not any((uniform[0] == c).all() for c in found.ranked[:8])
+    best, measured = best_as_run(found, accuracy, wrong, WEIGHTS, INPUTS, also=uniform)
+    np.testing.assert_array_equal(best.choice, uniform[0])
+    assert measured == pytest.approx(float(accuracy(uniform)[0]), rel=1e-6) and len(best.ranked) == 8 + len(uniform)
+    assert (np.diff(np.asarray(accuracy(best.ranked))) <= 0).all()
 
 
 @pytest.mark.slow

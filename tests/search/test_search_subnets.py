@@ -63,7 +63,14 @@ def test_a_subnet_is_found_and_becomes_a_recipe(made, capsys, tmp_path):
     said = capsys.readouterr()
     assert code == 0, said.err
     assert "top-1 on 16 images, batch norms recalibrated on 16 others" in said.out and "Lagrangian" in said.out
-    assert {p.name for p in out.iterdir()} == {"measured", "choice.json", "recipe.toml", "front.json", "front.svg"}
+    assert {p.name for p in out.iterdir()} == {
+        "measured",
+        "choice.json",
+        "recipe.toml",
+        "front.json",
+        "front.svg",
+        "packed",
+    }
     data = json.loads((out / "choice.json").read_text())
     assert all(4.5 < v <= 5 for v in data["average_bits"]) and data["form"] == "channel/sym/sym"
     fn, params, _ = qjax.models.load(made / "tiny")
@@ -71,6 +78,9 @@ def test_a_subnet_is_found_and_becomes_a_recipe(made, capsys, tmp_path):
     choice = np.array(data["choice"])
     recipe = t.recipe(trained.params, trained.state, choice, np.zeros((1, 8, 8, 3), np.float32))
     assert qjax.recipe(str(out / "recipe.toml")).hash == recipe.hash
+    assert main(["eval", str(out / "packed"), "--images", str(made / "set.npz"), "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert 0 <= scored["top1"] <= 1 and scored["images"] == 40
     lines = (out / "measured/measured.jsonl").read_text()
     assert main([*map(str, args), "--budget", "5 bits", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -105,11 +115,12 @@ def test_a_predictor_is_fitted_and_what_it_finds_is_run(made, capsys, tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    args += ["--samples", "16", "--recalibrate", "16", "--generations", "3", "--predictor", "12"]
+    args += ["--samples", "17", "--recalibrate", "16", "--generations", "3", "--predictor", "12"]
     assert main([*map(str, args), "--budget", "5 bits,6 kB"]) == 0
     said = capsys.readouterr().out
-    assert "predicted)" in said and "Predictor on held-out subnets: Pearson" in said
+    assert "as run, " in said and "as predicted" in said and "Predictor on held-out subnets: Pearson" in said
     assert "best of 16 random valid choices" in said and "everywhere" in said
+    assert "top-1 on 17 images" in said
 
 
 @pytest.mark.slow

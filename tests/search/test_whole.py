@@ -104,7 +104,7 @@ def test_finds_the_best_of_all_and_goes_on(found, losses, everything, tmp_path):
     assert (again.choices, again.whole, again.curves) == (best.choices, best.whole, best.curves)
     refine(found, losses, "7 bits", NSGA2(4, 0), resume=tmp_path / "job")
     other = WholeLosses(fn, PARAMS, BATCHES[:1], CHOICES, tie=TIE)
-    with pytest.raises(CheckpointError, match="of differ"):
+    with pytest.raises(CheckpointError, match="job differ"):
         refine(found, other, "8 bits", how, resume=tmp_path / "job")
     plot_front(best, tmp_path / "front.svg")
     text = (tmp_path / "front.svg").read_text()

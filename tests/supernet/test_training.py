@@ -249,3 +249,41 @@ def test_event_files_that_cannot_be_are_refused_before_anything_is_done(job, tmp
     with pytest.raises(ImportError, match=r"pip install 'qjax\[tensorboard\]'"):
         train(t, p, state, batches, SCHEDULE, folder=tmp_path, tensorboard=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (
+            lambda x, y: ((x,), np.eye(3, dtype=np.float32)[y]),
+            r"float32 \[16, 3\] .* shape \[16\], are needed \(of",
+        ),
+        (lambda x, y: ((x,), y[:, None]), r"labels are int32 \[16, 1\] and logits \[16, 3\]"),
+        (lambda x, y: ((x,), y[:8]), r"labels are int32 \[8\]"),
+        (lambda x, y: ((x,), y.astype(np.float32)), "labels are float32"),
+        (lambda x, y: ((x,), y + 1), r"labels of batches\(0\) are from 1 to 3, and the function has 3 classes"),
+        (lambda x, y: ((x,), y - 100), "from -100 to"),
+        (lambda x, y: (x, y), r"batches\(0\) gave a ndarray and labels; \(\(arguments...\), labels\) is needed"),
+        (lambda x, y: x, r"batches\(0\) gave a ndarray"),
+    ],
+)
+def test_batches_that_cannot_be_are_named(job, wrong, words):
+    t, p, state, _ = job
+    with pytest.raises(DataError, match=words):
+        train(t, p, state, lambda step: wrong(batches(step)[0][0], batches(step)[1]), SCHEDULE)
+
+
+def test_batches_are_a_function(job):
+    t, p, state, _ = job
+    with pytest.raises(DataError, match="batches is a list; a function of the number"):
+        train(t, p, state, [batches(0)], SCHEDULE)
+
+
+def test_recalibration_says_that_batches_have_an_axis():
+    model = CifarClassifier(CifarResNetConfig(1, widths=(4,), image_size=(8, 8), num_classes=3))
+    t = qjax.elastic(model.train_step_stats, SPACE)
+    images = np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
+    p = model.init(0)
+    state = t.init(p, images)
+    with pytest.raises(DataError, match=r"parts of these arguments \(\[6, 8, 8, 3\]\): each has the axis of batches"):
+        recalibrate(t, p, state, t.domain(p, images).uniform(8), images)
