@@ -3,7 +3,7 @@
     python -m benchmarks.adalog --resume DIR [--bits 3,4,6,8] [--seeds 0,1,2] [--methods adalog,log2]
     python -m benchmarks.adalog --resume DIR --rows 512 --images 4 --steps 4       # a search on a part of the tokens
     python -m benchmarks.adalog --resume DIR --record benchmarks/results/adalog-cpu.json   # without rows that it has
-    python -m benchmarks.adalog --resume DIR --methods adalog-reconstructed --reconstruct 1000
+    python -m benchmarks.adalog --resume DIR --methods adalog-reconstructed --reconstruct 1000 --batch 32
     python -m benchmarks.adalog --resume DIR --model deit-tiny --image-set IMAGENET/val --calibration-set IMAGENET/train
 
 Of the 500 images of ``shared/data`` 32 are for calibration, drawn by the seed, and the other 468 for scoring. Each row
@@ -116,11 +116,12 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def measured(
-    data: Set, method: str, bits: int, seed: int, search: dict[str, Any], reconstruct: int, folder: Path
+    data: Set, method: str, bits: int, seed: int, search: dict[str, Any], reconstruct: int, folder: Path, batch: int
 ) -> dict[str, Any]:
     """One row, as it is kept: see `compact`."""
     preset = qjax.recipe(f"adalog-w{bits}a{bits}")
-    how = dataclasses.replace(preset.settle, **METHODS[method], **search, seed=seed, reconstruct=reconstruct)
+    how = dict(METHODS[method], **search, seed=seed, reconstruct=reconstruct, batch=batch)
+    how = dataclasses.replace(preset.settle, **how)
     recipe = qjax.Recipe(preset.rules, name=f"{method}-w{bits}a{bits}", settle=how)
     pixels, rest = data.drawn(seed)
     batches = [(pixels[at : at + 16],) for at in range(0, 32, 16)]
@@ -137,6 +138,7 @@ def measured(
         "bits": bits,
         "seed": seed,
         "reconstruct": reconstruct,
+        "batch": batch if reconstruct else None,
         "seconds": round(seconds, 1) if whole else None,
         "processor": round(busy, 1) if whole else None,
         "products": chosen_products(how.products),
@@ -171,12 +173,12 @@ def expanded(row: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-KEY = ("model", "set", "calibration", "search", "method", "bits", "seed", "reconstruct")
+KEY = ("model", "set", "calibration", "search", "method", "bits", "seed", "reconstruct", "batch")
 
 
 def key_of(row: dict[str, Any]) -> str:
     """What tells one row from another."""
-    return json.dumps([row[k] for k in KEY], sort_keys=True)
+    return json.dumps([row.get(k) for k in KEY], sort_keys=True)
 
 
 def kept_in(record: Path | None) -> dict[str, dict[str, Any]]:
@@ -208,14 +210,15 @@ def rows_of(data: Set, given: Any) -> list[dict[str, Any]]:
             for method in given.methods:
                 steps = given.reconstruct if method == RECONSTRUCTED else 0
                 row = dict(data.names, search=search, method=method, bits=bits, seed=seed, reconstruct=steps)
+                row["batch"] = given.batch if steps else None
                 if key_of(row) in known:
                     out.append(known[key_of(row)])
                     continue
                 name = "-".join([method, f"w{bits}", f"s{seed}", *(f"{k}{v}" for k, v in search.items())])
-                name += f"-{steps}" * (steps > 0)
+                name += f"-{steps}x{given.batch}" * (steps > 0)
                 file = given.resume / f"{name}.json"
                 if not file.is_file():
-                    row = measured(data, method, bits, seed, search, steps, given.resume / f"{name}.job")
+                    row = measured(data, method, bits, seed, search, steps, given.resume / f"{name}.job", given.batch)
                     fresh = file.with_suffix(".tmp")
                     fresh.write_text(json.dumps(row))
                     os.replace(fresh, file)
@@ -314,6 +317,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=None)
     parser.add_argument("--products", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--reconstruct", type=int, default=1000, help="steps a block of " + RECONSTRUCTED)
+    parser.add_argument("--batch", type=int, default=32, help="images in a step of it")
     parser.add_argument("--record", type=Path, default=None, help="rows that are known, to which new ones are added")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

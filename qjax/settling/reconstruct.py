@@ -15,6 +15,10 @@ the last block are compared by KL divergence. The second term pushes every h to 
 and then beta falls from 20 to 2. Logarithmic quantizers use the power itself here, and not its fraction: rounding has
 the derivative 1, and the scale learns through both. Bases, zero points and shifts stay.
 
+These rates are those of the authors' 20,000 steps. In N steps v moves by no more than about N times its rate, so that
+in a few hundred hardly a weight would come to be rounded the other way: of fewer steps both rates are
+sqrt(20,000 / N) times as high.
+
 What is learned is written back as the weight that its codes stand for, so rounding to nearest gives these codes.
 """
 
@@ -31,8 +35,8 @@ import optax
 from jax import Array, lax
 
 from qjax._compat import consts_of
-from qjax.composites import Level, Node
-from qjax.errors import RecipeError
+from qjax.composites import Level, Node, Value
+from qjax.errors import DataError, RecipeError
 from qjax.formats import Log
 from qjax.passes.adalog import Found, bits_of
 from qjax.passes.leaves import Leaves
@@ -44,6 +48,7 @@ from qjax.settling.results import placed
 
 STRETCH = (-0.1, 1.1)
 RATE_WEIGHTS, RATE_SCALES = 1e-3, 4e-5
+RATES_OF = 20_000
 PUSH, WARM_UP, BETA = 0.01, 0.2, (20.0, 2.0)
 STEPS_A_CALL = 50
 
@@ -56,21 +61,29 @@ def reconstructed(
     found: Sequence[Found],
     leaves: Leaves,
     data: tuple[Sequence[Array], Sequence[Array]],
+    examples: int,
     settings: Any,
 ) -> tuple[dict[str, np.ndarray], list[Found], tuple[float, float]]:
     """Train one block.
 
     Args:
-        program, level: the trace and its flat view.
+        program, level: the trace at the shapes of a step, and its flat view.
         block: which part of it.
         units, found: of the block, and what the search has found for them.
         leaves: parameters, scales of channels moved already.
-        data: what enters the block, and what leaves it, of all examples [n, ..].
-        settings: `qjax.passes.AdaLog`: ``reconstruct`` steps, ``batch``, ``seed``, ``zero``.
+        data: what enters the block, and what leaves it, of all examples [n m, ..]: m rows for each, those of an example
+            next to each other.
+        examples: in a step.
+        settings: `qjax.passes.AdaLog`: ``reconstruct`` steps, ``seed``, ``zero``.
 
     Returns:
         New weights by leaf, what was found with new scales, and the loss of outputs before and after.
+
+    Raises:
+        DataError: a value that enters or leaves the block does not begin with examples.
     """
+    data = (_by_example(block.inputs, data[0], examples, block), _by_example(block.outputs, data[1], examples, block))
+    count = len(data[0][0])
     weights = {name: _start(program, leaves, unit, name, f) for unit, f in zip(units, found, strict=True)
                if isinstance(unit, LinearUnit) for name in unit.sites}  # fmt: skip
     trained = {
@@ -99,18 +112,18 @@ def reconstructed(
         return sum((_distance(a, b, last) for a, b in zip(got, targets, strict=True)), jnp.float32(0))
 
     total = settings.reconstruct
+    for_weights, for_scales = rates_of(total)
     rates = {
-        "rounding": optax.adam(RATE_WEIGHTS),
-        "scales": optax.adam(optax.cosine_decay_schedule(RATE_SCALES, max(total, 1))),
+        "rounding": optax.adam(for_weights),
+        "scales": optax.adam(optax.cosine_decay_schedule(for_scales, max(total, 1))),
     }
-    size = min(settings.batch, len(data[0][0]))
 
     def step(carry: Any, at: Array, fixed: Any, inputs: Any, targets: Any, key: Array) -> Any:
         trained, states = carry
-        rows = jax.random.choice(jax.random.fold_in(key, at), len(data[0][0]), (size,), replace=False)
+        rows = jax.random.choice(jax.random.fold_in(key, at), count, (examples,), replace=False)
 
         def whole(trained: Any) -> Array:
-            loss = loss_of(trained, fixed, [x[rows] for x in inputs], [y[rows] for y in targets])
+            loss = loss_of(trained, fixed, _taken(inputs, rows), _taken(targets, rows))
             part = jnp.clip((at / total - WARM_UP) / (1 - WARM_UP), 0, 1)
             beta = BETA[0] + (BETA[1] - BETA[0]) * part
             push = sum((jnp.sum(1 - jnp.abs(2 * _h(v) - 1) ** beta) for v in trained["rounding"].values()), 0.0)
@@ -131,14 +144,21 @@ def reconstructed(
     fixed = (weights, constants, values)
     key = jax.random.key(settings.seed)
     nearest = {name: jnp.where(_h(v) >= 0.5, 10.0, -10.0) for name, v in trained["rounding"].items()}
-    measured = jax.jit(loss_of, static_argnames="hard")
-    before = float(measured(trained | {"rounding": nearest}, fixed, *data, hard=True))
+    part_of = jax.jit(loss_of, static_argnames="hard")
+
+    def measured(trained: Any) -> float:
+        """The loss of all examples, so many at a time as in a step; the last of them begin again at the first."""
+        parts = [np.arange(at, at + examples) % count for at in range(0, count, examples)]
+        losses = [part_of(trained, fixed, *(_taken(side, rows) for side in data), hard=True) for rows in parts]
+        return float(np.mean([float(loss) for loss in losses]))
+
+    before = measured(trained | {"rounding": nearest})
     carry = (trained, {name: rate.init(trained[name]) for name, rate in rates.items()})
     for first in range(0, total, STEPS_A_CALL):
         steps = min(STEPS_A_CALL, total - first)
         carry = run(carry, jnp.int32(first), fixed, *data, key, steps=steps)
     trained = carry[0]
-    after = float(measured(trained, fixed, *data, hard=True))
+    after = measured(trained)
     if not after < before:  # few steps may end worse than they began: then nothing is taken
         return {}, list(found), (before, before)
     new = {
@@ -149,6 +169,28 @@ def reconstructed(
     for f, scales in zip(out, trained["scales"], strict=True):
         f.update({key: np.asarray(np.maximum(value, 1e-8), np.float32) for key, value in scales.items()})
     return new, out, (before, after)
+
+
+def _by_example(values: Sequence[Value], arrays: Sequence[Array], examples: int, block: Block) -> list[Array]:
+    """Arrays [n m, ..] as [n, m, ..], m what one example has of a value that is traced with so many examples."""
+    for value in values:
+        if not value.shape or value.shape[0] % examples:
+            raise DataError(
+                f"{block.name}: a value of shape {tuple(value.shape)} enters or leaves it, whose first axis is not "
+                f"that of the {examples} examples of a step; put examples first, or leave out reconstruct"
+            )
+    return [a.reshape(-1, v.shape[0] // examples, *a.shape[1:]) for v, a in zip(values, arrays, strict=True)]
+
+
+def _taken(arrays: Sequence[Array], rows: Array | np.ndarray) -> list[Array]:
+    """Some examples of arrays [n, m, ..], as [rows m, ..]."""
+    return [a[rows].reshape(-1, *a.shape[2:]) for a in arrays]
+
+
+def rates_of(steps: int) -> tuple[float, float]:
+    """Return the rates of weights and of scales for so many steps: see the top of this module."""
+    more = max(1.0, RATES_OF / max(steps, 1)) ** 0.5
+    return RATE_WEIGHTS * more, RATE_SCALES * more
 
 
 def _start(program: Program, leaves: Leaves, unit: LinearUnit, name: str, found: Found) -> dict[str, Any]:

@@ -98,10 +98,12 @@ def settle(
     kept = None if resume is None else _opened(resume, recipe, first.leaves, given)
 
     every: list[Found] = []
-    blocks = []
+    blocks, stepped = [], first
     if getattr(recipe.settle, "reconstruct", 0):
-        parameters = len(consts_of(first.program.jaxpr)) + len(first.program.leaf_names)
-        blocks = blocks_of_units(first.level, first.units, parameters)
+        blocks = first.blocks()
+        size = min(recipe.settle.batch, count)
+        if size != first.examples:  # shapes are part of a trace: a step of other size needs one of its own
+            stepped = _View(fn, params, _resized(given[0], size), recipe)
     total = len(first.units) + len(blocks)
     for members in first.groups(MEMORY // max(count // max(first.examples, 1), 1)):
         found = {n: _kept(kept, n, first.units[n].name) for n in members}
@@ -125,7 +127,7 @@ def settle(
         for unit, found in zip(first.units, every, strict=True)
         if isinstance(unit, LinearUnit)
     ]
-    notes += _reconstruct(first, view_of, given, leaves, every, blocks, recipe.settle, kept, progress, total)
+    notes += _reconstruct(first, stepped, view_of, given, leaves, every, blocks, recipe.settle, kept, progress, total)
     outcomes = [
         _outcome(first.program, leaves, unit, recipe, found) for unit, found in zip(first.units, every, strict=True)
     ]
@@ -146,6 +148,7 @@ def settle(
 
 def _reconstruct(
     first: _View,
+    stepped: _View,
     views: dict[Any, _View],
     batches: Sequence[tuple[Any, ...]],
     leaves: Leaves,
@@ -156,7 +159,10 @@ def _reconstruct(
     progress: Callable[[int, int, str], None] | None,
     total: int,
 ) -> list[str]:
-    """Train the blocks one after the other: ``leaves`` and ``found`` are changed."""
+    """Train the blocks one after the other: ``leaves`` and ``found`` are changed.
+
+    ``first`` is the program at the shapes of the batches, ``stepped`` the same at those of a step of the training.
+    """
     if not blocks:
         return []
     if len(views) > 1:
@@ -164,7 +170,7 @@ def _reconstruct(
     notes = []
     arrays = [Signature.of((), args, {})[1] for args in batches]
     values = list(first.leaves)  # the float model, as it was
-    for n, block in enumerate(blocks):
+    for n, (block, same) in enumerate(zip(blocks, stepped.blocks(), strict=True)):
         at = len(first.units) + n
         done = None if kept is None else load_part(kept / "blocks" / f"{at:04d}")
         if done is None or done[1]["unit"] != block.name:
@@ -174,10 +180,11 @@ def _reconstruct(
             parts = [flow(*values, *a) for a in arrays]
             whole = [jnp.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
             data = whole[: len(block.inputs)], whole[len(block.inputs) :]
-            mine = [first.units[u] for u in block.units]
+            mine = [stepped.units[u] for u in same.units]
             weights, new, losses = reconstructed(
-                first.program, first.level, block, mine, [found[u] for u in block.units], leaves, data, settings
-            )
+                stepped.program, stepped.level, same, mine, [found[u] for u in same.units], leaves, data,
+                stepped.examples, settings,
+            )  # fmt: skip
             held = {f"leaf|{name}": value for name, value in weights.items()}
             held |= {f"{u}|{key}": a for u, f in zip(block.units, new, strict=True) for key, a in f.items()}
             said = {"unit": block.name, "losses": [float(x) for x in losses]}
@@ -219,6 +226,11 @@ class _View:
             self.units.append(unit)
         self.notes = tuple(notes)
         self._jitted: dict[tuple[int, ...], Any] = {}
+
+    def blocks(self) -> list[Block]:
+        """The blocks of the program."""
+        parameters = len(consts_of(self.program.jaxpr)) + len(self.program.leaf_names)
+        return blocks_of_units(self.level, self.units, parameters)
 
     def groups(self, limit: int) -> list[list[int]]:
         """Units in program order, so many at a time as stay below ``limit`` bytes for one batch."""
@@ -301,6 +313,16 @@ def _examples(args: tuple[Any, ...]) -> int:
 def _shapes(args: tuple[Any, ...]) -> Any:
     leaves, tree = jax.tree.flatten(args)
     return tree, tuple((np.shape(a), str(getattr(a, "dtype", ""))) for a in leaves)
+
+
+def _resized(args: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """Arguments of so many examples, for their shapes: those that there are, over and over."""
+    count = _examples(args)
+
+    def longer(a: Any) -> Any:
+        return np.take(np.asarray(a), np.arange(size) % count, axis=0) if np.shape(a)[:1] == (count,) else a
+
+    return jax.tree.map(longer, args)
 
 
 def _by_shape(batches: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

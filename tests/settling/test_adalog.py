@@ -19,6 +19,7 @@ from qjax.passes.units import LinearUnit, find_units
 from qjax.settling import settle
 from qjax.settling.capture import separable
 from qjax.settling.cuts import blocks_of_units, evaluated, prefix
+from qjax.settling.reconstruct import rates_of
 from qjax.settling.results import moved_channels
 
 F = np.float32
@@ -417,3 +418,43 @@ def test_blocks_are_trained_to_keep_their_outputs(fn, tmp_path):
         p, *others = (jax.nn.log_softmax(y) for y in (want, got, plainly))
         kl = [float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))) for q in others]
         assert kl[0] < kl[1]
+
+
+def split(params, x):
+    """A perceptron on tokens, with the number of examples among its shapes."""
+    return perceptron(params, x.reshape(x.shape[0] * TOKENS, D)).reshape(x.shape)
+
+
+@pytest.mark.slow
+def test_steps_of_the_training_have_a_size_of_their_own():
+    params, rules = {name: PARAMS[name] for name in ("up", "down")}, recipe(3).rules[1:]
+
+    def kept(batches, batch):
+        how = dataclasses.replace(QUICK, reconstruct=60, batch=batch)
+        made = settle(split, params, batches, recipe=qjax.Recipe(rules, settle=how))
+        said = [re.findall(r"output ([^ ]+) before, ([^ ]+) after", note)[0] for note in made.notes]
+        losses = [tuple(map(float, pair)) for pair in said]
+        assert len(losses) == 2 and any(after < 0.95 * before for before, after in losses)
+        return [np.asarray(leaf) for leaf in made.leaves], losses
+
+    whole, losses = kept([(X,)], 8)
+    parts, same = kept([(X[:4],), (X[4:],)], 8)  # the trace of a batch has other shapes than a step
+    np.testing.assert_allclose(losses, same, rtol=1e-2)
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    kept([(X,)], 6)  # 6 does not divide 8: some are counted twice when the error of all is measured
+
+
+def test_examples_come_first_where_blocks_are_trained():
+    def turned(params, x):  # tokens first
+        return perceptron(params, x.swapaxes(0, 1)).swapaxes(0, 1)
+
+    params, rules = {name: PARAMS[name] for name in ("up", "down")}, recipe().rules[1:]
+    how = dataclasses.replace(QUICK, reconstruct=2)
+    with pytest.raises(DataError, match="up/kernel.*first axis"):
+        settle(turned, params, [(X,)], recipe=qjax.Recipe(rules, settle=how))
+
+
+def test_rates_are_those_of_the_authors_at_their_number_of_steps():
+    assert rates_of(20_000) == rates_of(50_000) == (1e-3, 4e-5)
+    np.testing.assert_allclose(rates_of(200), (1e-2, 4e-4))

@@ -62,17 +62,17 @@ def test_known_rows_are_taken_and_searches_stand_apart(tmp_path, monkeypatch):
     assert kept_in(record) == {key_of(r): r for r in rows} and kept_in(tmp_path / "none") == {}
     made = []
 
-    def measured(data, method, bits, seed, search, reconstruct, folder):
-        made.append((method, seed, search, reconstruct))
+    def measured(data, method, bits, seed, search, reconstruct, folder, batch):
+        made.append((method, seed, search, reconstruct, batch))
         return row(method, seed, 0.3, search, reconstruct)
 
     monkeypatch.setattr(adalog, "measured", measured)
     given = argparse.Namespace(
         record=record, resume=tmp_path, seeds=[0], bits=[4], methods=["adalog", "log2", adalog.RECONSTRUCTED],
-        rows=64, images=None, steps=None, rounds=None, products=None, reconstruct=7,
+        rows=64, images=None, steps=None, rounds=None, products=None, reconstruct=7, batch=8,
     )  # fmt: skip
     found = rows_of(SimpleNamespace(names=NAMES), given)
-    assert found[:2] == rows[1:] and made == [(adalog.RECONSTRUCTED, 0, searched, 7)]
+    assert found[:2] == rows[1:] and made == [(adalog.RECONSTRUCTED, 0, searched, 7, 8)]
     assert rows_of(SimpleNamespace(names=NAMES), given) == found and len(made) == 1  # from the folder
     entries, text = tables([*rows, found[2]])
     assert [len(e["table"]) for e in entries] == [1, 3]
