@@ -258,6 +258,11 @@ def test_when_formats_have_a_kernel(native, monkeypatch):
     choose = lambda fmt, act, **how: ops.choose("dot", fmt, act, (4, 1024, 1024), "cpu", **how).name  # noqa: E731
     assert choose(DualGrained(), TOKEN) == "native"
     assert ops.choose("dot", DualGrained(), TOKEN, (4, 8, 1024), "cpu").name == "int_dot"
+    strips = lambda *shape: ops.choose("dot", MixedBits(), None, shape, "cpu").name  # noqa: E731
+    assert [strips(rows, 64, 64) for rows in (1, 64, 65)] == ["native", "native", "dequantize"]
+    assert strips(1, 63, 64) == "dequantize"
+    experts = lambda n: ops.choose("ragged_dot", Int(4), TOKEN, (3, 500, n, 64), "cpu").name  # noqa: E731
+    assert [experts(n) for n in (63, 64)] == ["experts", "native"]
     refused = [
         (DualGrained(), None, "the activations are not quantized"),
         (DualGrained(), Int(8, per="token", symmetric=False), "uint8 per token activations have no kernel"),

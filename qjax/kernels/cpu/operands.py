@@ -19,6 +19,9 @@ from qjax.kernels.registry import Act, Problem
 SMALLEST = 1 << 14
 """Weights of fewer elements are left to XLA unless the kernel is named; ``benchmarks/cpu_models.py`` has such ones."""
 
+SMALLEST_MEASURED = 1 << 12
+"""The same for `MixedBits` weights and for one expert of a ragged product, by ``benchmarks/cpu_small.py``."""
+
 FAST = "avx512_vnni"
 """The plainest instruction set by which kernels are taken by themselves: that of `Int` was measured ahead of XLA. Those
 of ARM were run on emulated processors alone and not measured, and like AVX2 they have to be named."""
@@ -47,12 +50,16 @@ def refuses_place(problem: Problem, large: bool = True) -> str | None:
     return None
 
 
-def not_worth(problem: Problem) -> str | None:
-    """Say why a kernel that can run is not taken unless it is named, or None."""
+def not_worth(problem: Problem, smallest: int | None = None) -> str | None:
+    """Say why a kernel that can run is not taken unless it is named, or None.
+
+    Weights of fewer than ``smallest`` elements, `SMALLEST` at most, are left to XLA.
+    """
+    least = SMALLEST if smallest is None else min(smallest, SMALLEST)
     if problem.exported:
         return "a program that is exported has to run where these kernels are not, and jax.export refuses them"
-    if problem.n * problem.k < SMALLEST:
-        return f"the weight has fewer than {SMALLEST} elements; so few are left to XLA"
+    if problem.n * problem.k < least:
+        return f"the weight has fewer than {least} elements; so few are left to XLA"
     if FAST not in instruction_sets():
         return f"this processor has no {FAST}; by other instructions it has to be named"
     return None
