@@ -14,7 +14,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -85,7 +85,8 @@ def test_equals_integer_arithmetic_to_the_bit(native, bits, signed, group, m, n,
     real = (codes - np.repeat(zero, width, axis=1)[:, :k]) * np.repeat(np.float64(scale), width, axis=1)[:, :k]
     with np.errstate(all="ignore"):
         floats, terms = x @ real.T, np.abs(x) @ np.abs(real).T
-    for name in set(native.instruction_sets()) & {"portable", "avx512_vnni", "neon"}:  # there are no others for floats
+    names = {"portable", "avx512_vnni", "neon", *(["amx"] if library.has_bf16_tiles() else [])}  # for floats
+    for name in set(native.instruction_sets()) & names:
         y = float_product(x[None], stored[None], scale[None], zeros, weight=fmt, instructions=name)
         with np.errstate(all="ignore"):
             off = np.abs(np.asarray(y)[0] - floats) / np.maximum(terms, 1e-30)
@@ -129,6 +130,39 @@ def test_a_token_does_not_depend_on_the_others(native):
     together = np.asarray(run(x))
     for rows in (slice(3, 4), slice(7, 12), slice(8, 40)):
         np.testing.assert_array_equal(np.asarray(run(x[rows])), together[rows])
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [("bfloat16", 1), ("float16", 2), ("float32", 3)])
+@given(
+    fmt=st.sampled_from([Int(8), Int(4, group=32), Int(4, symmetric=False, group=96), Int(2), Int(8, symmetric=False)]),
+    m=st.sampled_from([1, 16, 17, 33, 300]),
+    n=st.sampled_from([1, 16, 37, 70]),
+    k=st.sampled_from([96, 130, 1000]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=10, deadline=None)
+def test_parts_of_floats_lose_nothing(native, dtype, parts, fmt, m, n, k, seed):
+    """Tiles of bfloat16 are as near to the exact product as float32 gets, from tiny numbers to the largest."""
+    if not library.has_bf16_tiles():
+        pytest.skip("no AMX with bfloat16")
+    rng = np.random.default_rng(seed)
+    w = quantize_array(jnp.asarray(rng.standard_normal((n, k)), jnp.float32), fmt, in_axes=1)
+    most = 4 if dtype == "float16" else 30
+    x = rng.standard_normal((m, k)) * 10.0 ** rng.integers(-4 if dtype == "float16" else -30, most, (m, 1))
+    x = np.asarray(jnp.asarray(x, dtype), np.float32)
+    y = float_product(x[None], *operands.integers(w), weight=fmt, instructions="amx", parts=parts)
+    real = np.asarray(w.dequantize(), np.float64)
+    exact, terms = np.float64(x) @ real.T, np.abs(np.float64(x)) @ np.abs(real).T
+    assert (np.abs(np.asarray(y[0], np.float64) - exact) <= 1e-6 * terms).all()
+    alone = float_product(x[None, -1:], *operands.integers(w), weight=fmt, instructions="amx", parts=parts)
+    np.testing.assert_array_equal(alone[0, 0], y[0, -1], "a row does not depend on the others")
+
+
+def test_many_rows_of_floats_take_tiles_where_there_are_some(native):
+    w = {g: quantize_array(jnp.ones((128, 160)), Int(4, group=g), in_axes=1) for g in (32, 40)}
+    x = jnp.ones((200, 160))
+    taken = {g: str(ops.lowerings(lambda x, w=w: ops.q_dot(x, w), x)) for g, w in w.items()}
+    assert ("native" in taken[32]) == library.has_bf16_tiles() and "native" not in taken[40]
 
 
 @pytest.fixture(scope="module")
@@ -340,20 +374,21 @@ def test_wrong_operands_are_errors(native):
     x, sx = jnp.zeros((1, 3, 64)), jnp.ones((1, 3, 1))
     w, s = jnp.zeros((1, 8, 32), jnp.uint8), jnp.ones((1, 8, 2))
     no, at = jnp.zeros((1, 0, 0), jnp.uint8), jnp.zeros((0,), jnp.int32)
-    settings = {"bits": 4, "group": 32, "is_signed": 1, "low": -128, "high": 127, "unit": 0, "isa": -1}
+    own = {"bits": 4, "group": 32, "is_signed": 1, "low": -128, "high": 127, "unit": 0, "isa": -1}
 
     def call(*operands, out=((1, 3, 8), jnp.float32), at=at, **changed):
-        attributes = {k: (np.float32 if k == "unit" else np.int64)(v) for k, v in {**settings, **changed}.items()}
+        attributes = {k: (np.float32 if k == "unit" else np.int64)(v) for k, v in {**own, **changed}.items()}
         return jax.ffi.ffi_call(library.DOT, jax.ShapeDtypeStruct(*out))(*operands, at, **attributes)
 
-    def floats(*operands, out=((1, 3, 8), jnp.float32)):
-        attributes = {k: np.int64(settings[k]) for k in ("bits", "group", "is_signed", "isa")}
+    def floats(*operands, out=((1, 3, 8), jnp.float32), parts=3):
+        attributes = {k: np.int64(own[k]) for k in ("bits", "group", "is_signed", "isa")} | {"parts": np.int64(parts)}
         return jax.ffi.ffi_call(library.FLOAT_DOT, jax.ShapeDtypeStruct(*out))(*operands, at, **attributes)
 
     assert call(x, sx, w, s, no).shape == floats(x, w, s, no).shape == (1, 3, 8)
     wrong = [
         (lambda: call(x.astype(jnp.float16), sx, w, s, no), "float32 or int8"),
         (lambda: call(x[0], sx, w, s, no), r"\[3, 64\]"),
+        (lambda: floats(x, w, s, no, parts=4), "cut in 1 to 3 parts, not 4"),
         (lambda: call(x, sx[:, :2], w, s, no), "scales of activations"),
         (lambda: call(x, sx[:, :0, :0], w, s, no), "scales are fitted to floats"),
         (lambda: call(x.astype(jnp.int8), sx[:, :0, :0], w, s, no, unit=1), "scales are fitted to floats"),

@@ -16,6 +16,7 @@
 
 #include "attention_problems.h"
 #include "candidate_problems.h"
+#include "float_tiles.h"
 #include "formats.h"
 #include "problem.h"
 #include "support.h"
@@ -107,13 +108,22 @@ bool one(std::mt19937& random, Threads& threads) {
   f.dot = d;
   std::vector<float> given(x.as<float>(), x.as<float>() + d.m * d.k);
   for (float& v : given) v = v == v ? v : 0.0f;
-  for (int isa = 0; isa < qjax::kIsaCount; isa++) {
-    if (!qjax::has_isa(isa)) continue;
+  const bool tiles = qjax::has_bf16_tiles() && qjax::fits_tiles(d);
+  for (int isa = 0; isa < qjax::kIsaCount + tiles; isa++) {
+    if (isa < qjax::kIsaCount && !qjax::has_isa(isa)) continue;
     Guarded laid(d.m * f.x_stride() * 4), y(d.m * d.n * 4);
-    qjax::arrange_floats(given.data(), d.m, d.k, d.bits, laid.as<float>());
-    f.x = laid.as<float>();
     f.dot.y = y.as<float>();
-    qjax::run_float_dot(f, isa, pool);
+    if (isa < qjax::kIsaCount) {
+      qjax::arrange_floats(given.data(), d.m, d.k, d.bits, laid.as<float>());
+      f.x = laid.as<float>();
+      qjax::run_float_dot(f, isa, pool);
+    } else {
+      Guarded rows(d.m * d.k * 4);
+      std::memcpy(rows.as<float>(), given.data(), d.m * d.k * 4);
+      qjax::FloatTiles product{f.dot, rows.as<float>(), 3};
+      Aligned cut(product.laid_bytes()), own((product.scratch_bytes() + 63) / 64 * 64 * pool.workers);
+      qjax::run_float_tiles(product, pool, cut.data, own.data);
+    }
     if (isa == 0) expected.assign(f.dot.y, f.dot.y + d.m * d.n);
     for (int64_t i = 0; i < d.m * d.n; i++) {
       const float most = 255.0f * 7.0f * static_cast<float>(d.k);

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qjax.kernels.cpu.library import CANDIDATES, library
+from qjax.kernels.cpu.library import CANDIDATES, has_bf16_tiles, library
 
 FORMS = ("product", "quadratic", "own")
 """What is summed, as numbered in ``src/candidates.h``."""
@@ -26,7 +26,7 @@ def available() -> str:
     lib = library()
     if isinstance(lib, str):
         return lib
-    return "" if lib.qjax_has_bf16_tiles() else "this processor has no AMX with bfloat16"
+    return "" if has_bf16_tiles() else "this processor has no AMX with bfloat16"
 
 
 def losses(

@@ -7,8 +7,9 @@ The kernels read weights in the neutral order in which they are stored, so nothi
   has one scale, are exact; they are scaled and added in float32 in the order of groups, whatever the processor, the
   threads and the other rows are: a token's result does not depend on what it is computed with.
 - Activations that stay floats are multiplied in float32 by the numbers that codes stand for, unpacked in registers; a
-  weight is not rounded to 16 bits where activations have them. For few rows: for many, unpacking the weight once for a
-  float product is faster.
+  weight is not rounded to 16 bits where activations have them. More rows than a few are multiplied by AMX where it has
+  bfloat16: codes are exact in it, and a float is cut in parts that are, so that products are exact and sums are rounded
+  as those of float32 are. Without it, unpacking the weight once for a float product is faster for many rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from qjax.formats import Int, QArray
-from qjax.kernels.cpu.library import DOT, FLOAT_DOT, ISAS
+from qjax.kernels.cpu.library import DOT, FLOAT_DOT, ISAS, has_bf16_tiles
 from qjax.kernels.cpu.operands import (
     activations,
     integers,
@@ -40,14 +41,20 @@ from qjax.kernels.dot.reference import dot_reference
 from qjax.kernels.registry import Act, Problem, register_lowering
 
 FLOAT_ROWS = 16
-"""Most rows for which activations that stay floats are multiplied here unless it is named."""
+"""Most rows of floats that are multiplied here without tiles of bfloat16, unless it is named."""
+
+PARTS = {"float32": 3, "float16": 2, "bfloat16": 1}
+"""How many numbers of bfloat16 a float is the sum of."""
+
+TILE = 32
+"""Columns that one instruction for tiles sums over; groups have to end with it."""
 
 
 def can_multiply(problem: Problem) -> bool | str:
     """Return whether the kernels for `Int` weights can compute a problem, or why not."""
     weight, act = problem.weight, problem.act
     assert isinstance(weight, Int)
-    if act is None and problem.x_dtype.itemsize > 4:
+    if act is None and problem.x_dtype.name not in PARTS:
         return f"it multiplies in float32, and the activations are {problem.x_dtype}"
     if act is not None and (why := refuses_activations(problem)):
         return why
@@ -61,13 +68,24 @@ def can_multiply(problem: Problem) -> bool | str:
     return refuses_place(problem, not _many(problem)) or True
 
 
+def _lacks_tiles(problem: Problem) -> str:
+    """Why floats are not multiplied by tiles of bfloat16; "" where they are."""
+    assert isinstance(problem.weight, Int)
+    group = problem.weight.group if problem.weight.per == "group" else None
+    if group and group < problem.k and group % TILE:
+        return f"groups of {group} columns are no multiple of {TILE}"
+    return "" if has_bf16_tiles() else "this processor has no AMX with bfloat16"
+
+
 def _many(problem: Problem) -> bool:
-    return problem.act is None and (problem.rows or 0) > FLOAT_ROWS
+    """Whether there are more rows of floats than there is a fast kernel for."""
+    return problem.act is None and (problem.rows or 0) > FLOAT_ROWS and bool(_lacks_tiles(problem))
 
 
 def _worth(problem: Problem) -> bool | str:
     if _many(problem):
-        return f"for more than {FLOAT_ROWS} rows of floats one product of the whole weight is faster"
+        why = _lacks_tiles(problem)
+        return f"{why}, and for more than {FLOAT_ROWS} rows of floats one product of the whole weight is faster then"
     return not_worth(problem) or True
 
 
@@ -80,8 +98,8 @@ def _worth(problem: Problem) -> bool | str:
     name="native",
     priority=6,
     picks=True,
-    about="compiled kernels: int8 activations by AVX-512 VNNI, AMX, AVX2 or ARM's dot products, few rows of floats by "
-    "AVX-512 or NEON, or portable",
+    about="compiled kernels: int8 activations by AVX-512 VNNI, AMX, AVX2 or ARM's dot products, floats by AMX, few "
+    "rows of them by AVX-512 or NEON, or portable",
 )
 def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array | None = None) -> Array:
     """Return the product of x and a weight, read as it is stored, or of one layer of a stack, read where it lies."""
@@ -91,7 +109,7 @@ def native(problem: Problem, x: Array, w: QArray, act: Act | None, layer: Array 
     own = integers(w)  # with a layer, of all layers
     if act is None:
         given = merged(problem, x.astype(jnp.float32), math.prod(x.shape[len(problem.stack) : -1]), problem.k)
-        return placed(problem, float_product(given, *own, weight=w.fmt, layer=layer), x)
+        return placed(problem, float_product(given, *own, weight=w.fmt, layer=layer, parts=PARTS[x.dtype.name]), x)
     assert isinstance(act[0], Int)
     given, x_scale = activations(problem, x, act)
     return placed(problem, product(given, x_scale, *own, weight=w.fmt, act=act[0], layer=layer), x)
@@ -138,9 +156,13 @@ def float_product(
     weight: Int,
     layer: Array | None = None,
     instructions: str | None = None,
+    parts: int = 3,
 ) -> Array:
-    """Call the kernel for float activations, float32 [S, M, K]; the rest as in `product`."""
-    return _call(FLOAT_DOT, x, (codes, scale, zero), weight, layer, instructions, {})
+    """Call the kernel for float activations, float32 [S, M, K]; the rest as in `product`.
+
+    ``parts``: of how many numbers of bfloat16 those of x are sums (`PARTS`).
+    """
+    return _call(FLOAT_DOT, x, (codes, scale, zero), weight, layer, instructions, {"parts": np.int64(parts)})
 
 
 def _call(

@@ -109,6 +109,12 @@ def instruction_sets() -> tuple[str, ...]:
     return () if isinstance(lib, str) else tuple(name for i, name in enumerate(ISAS) if lib.qjax_has_isa(i))
 
 
+def has_bf16_tiles() -> bool:
+    """Return whether there are kernels, and this processor has AMX with bfloat16 for them."""
+    lib = library()
+    return not isinstance(lib, str) and bool(lib.qjax_has_bf16_tiles())
+
+
 def status() -> str:
     """Return in a sentence whether quantized products on CPU have kernels of their own, and by which instructions."""
     lib = library()

@@ -9,7 +9,7 @@
 // float32 within a block of 32 rows, and double, in the order of blocks, over all. So every number of threads gives the same
 // bits. Nothing is written but 32 rows of e at a time, which stay in the nearest cache.
 #pragma once
-#include "problem.h"
+#include "float_tiles.h"
 
 namespace qjax {
 
@@ -46,10 +46,7 @@ struct Candidates {
   int64_t scratch_bytes() const { return kRowBlock * k_padded() * 2 + 4 * 1024 * 2; }
 };
 
-// Whether this processor has tiles, and products of bfloat16 in them.
-bool has_bf16_tiles();
-
-// `packed` has packed_elements() of 2 bytes, `partial` tasks() * count doubles, `scratch` scratch_bytes() for each worker,
+// For processors that have `has_bf16_tiles`. `packed` has packed_elements() of 2 bytes, `partial` tasks() * count doubles, `scratch` scratch_bytes() for each worker,
 // all aligned to 64 bytes.
 void run_candidates(const Candidates& problem, const Pool& pool, uint16_t* packed, double* partial, char* scratch);
 

@@ -1,47 +1,10 @@
 // Losses of candidates with AMX: 32 rows of errors, made in the nearest cache, by tiles of bfloat16.
 #include "candidates.h"
-#include "wide.h"
+#include "tiles.h"
 
 #if defined(QJAX_HAS_AMX)
-#include <cpuid.h>
-
-#define QJAX_BF16_TARGET QJAX_TARGET512 ",avx512bf16,amx-tile,amx-bf16"
-#define QJAX_BF16 __attribute__((target(QJAX_BF16_TARGET)))
-#define QJAX_INLINE_BF16 static inline __attribute__((always_inline, target(QJAX_BF16_TARGET)))
-
 namespace qjax {
-
-bool has_bf16_tiles() {
-  static const bool there = [] {
-    unsigned a, b, c, d;
-    if (!has_isa(kAmx) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22))) return false;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
-  }();
-  return there;
-}
-
 namespace {
-
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Sums in tiles 0 to 3, errors in 4 and 5, the matrix in 6 and 7; rows that are not there are zeros in memory.
-QJAX_BF16 void configure() {
-  Shapes s;
-  for (int t = 0; t < 8; t++) {
-    s.rows[t] = 16;
-    s.bytes[t] = 64;
-  }
-  __asm__ volatile("" : : "r"(&s) : "memory");  // as in dot_amx.cc
-  _tile_loadconfig(&s);
-}
-
-QJAX_INLINE_BF16 __mmask16 first(int64_t left) {
-  return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-}
 
 // One candidate for one row.
 struct Setting {
@@ -151,7 +114,7 @@ QJAX_BF16 void block_of(const Candidates& c, int64_t task, const uint16_t* packe
   float* sums = reinterpret_cast<float*>(scratch);
   uint16_t* e = reinterpret_cast<uint16_t*>(scratch + 4 * 1024 * 2);
   if (c.form != kOwn) {
-    configure();
+    configure_whole_tiles();
     for (int64_t i = rows * padded; i < kRowBlock * padded; i++) e[i] = 0;
   }
   for (int64_t n = 0; n < c.count; n++) {
@@ -266,7 +229,6 @@ void run_candidates(const Candidates& c, const Pool& pool, uint16_t* packed, dou
 }  // namespace qjax
 #else
 namespace qjax {
-bool has_bf16_tiles() { return false; }
 void run_candidates(const Candidates&, const Pool&, uint16_t*, double*, char*) {}
 }  // namespace qjax
 #endif

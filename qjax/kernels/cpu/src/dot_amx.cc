@@ -1,5 +1,5 @@
 // The product with AMX: tiles of 16 rows of activations by 16 rows of the weight by 64 columns, one instruction each.
-#include "wide.h"
+#include "tiles.h"
 
 #if defined(QJAX_HAS_AMX)
 #include <cpuid.h>
@@ -24,12 +24,6 @@ bool amx_allowed() {
 
 namespace {
 
-struct alignas(64) Shapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Sums in tiles 0 to 3, activations in 4 and 5, the weight in 6 and 7.
 QJAX_AMX void configure(int64_t rows0, int64_t rows1, int64_t columns) {
   Shapes s;
@@ -45,7 +39,7 @@ QJAX_AMX void configure(int64_t rows0, int64_t rows1, int64_t columns) {
     s.rows[t] = static_cast<uint8_t>(columns / 4);
     s.bytes[t] = 64;
   }
-  // GCC's headers say that eight bytes are read: without this, stores of the others may be taken for dead ones.
+  // As in tiles.h.
   __asm__ volatile("" : : "r"(&s) : "memory");
   _tile_loadconfig(&s);
 }

@@ -1,6 +1,7 @@
 // The handlers of products with integer weights: check every dtype and shape, allocate scratch memory, share the work among
 // XLA's threads.
 #include "activations.h"
+#include "float_tiles.h"
 #include "weights.h"
 
 namespace {
@@ -47,10 +48,14 @@ ffi::Error dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer sx, ffi
   });
 }
 
-// x f32 [s, m, k]; the others as above.
+// Rows of floats from which on tiles are chosen: vectors read the weight for every four rows.
+constexpr int64_t kManyRows = 8;
+
+// x f32 [s, m, k], of which each number is the sum of `parts` of bfloat16; the others as above.
 ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
                      ffi::AnyBuffer zeros, ffi::AnyBuffer layer, ffi::Result<ffi::AnyBuffer> y, int64_t bits,
-                     int64_t group, int64_t is_signed, int64_t isa) {
+                     int64_t group, int64_t is_signed, int64_t parts, int64_t isa) {
+  if (parts < 1 || parts > 3) return invalid("floats are cut in 1 to 3 parts, not " + std::to_string(parts));
   if (!is(x, ffi::F32, 3)) return invalid("activations have to be float32 [s, m, k], they are of shape " + shape(x));
   FloatDot f{};
   Dot& d = f.dot;
@@ -63,6 +68,17 @@ ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w
   if (ffi::Error none = choose_isa(d, isa, &chosen); none.failure()) return none;
 
   const Pool pool = pool_of(threads);
+  if (chosen == kAmx && has_bf16_tiles() && fits_tiles(d) && (isa == kAmx || d.m > kManyRows)) {
+    FloatTiles tiles{d, nullptr, parts};
+    Memory rows = aligned(tiles.laid_bytes()), scratch = aligned((tiles.scratch_bytes() + 63) / 64 * 64 * pool.workers);
+    if (!rows || !scratch) return no_memory("activations and scratch");
+    return each(stack, [&](int64_t s) {
+      tiles.x = matrix<float>(x, s);
+      take_weight(tiles.dot, of.first + s, w, scale, zeros);
+      tiles.dot.y = matrix(y, s);
+      run_float_tiles(tiles, pool, rows.get(), scratch.get());
+    });
+  }
   Memory laid = aligned(d.m * f.x_stride() * 4);
   if (!laid) return no_memory("activations");
   float* own = reinterpret_cast<float*>(laid.get());
@@ -79,7 +95,7 @@ ffi::Error float_dot(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer w
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_dot, dot, quantizing(integers(arrays<6>(), "bits", "group", "is_signed")));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_float_dot, float_dot, integers(arrays<5>(), "bits", "group", "is_signed", "isa"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qjax_float_dot, float_dot, integers(arrays<5>(), "bits", "group", "is_signed", "parts", "isa"));
 
 // For the loader, which asks before it hands handlers to XLA.
 extern "C" {
