@@ -19,7 +19,7 @@ from qjax.search.evolution import Progress
 from qjax.search.genes import Genes
 from qjax.search.genetic import Genetic, evolve_best
 from qjax.search.site_costs import SiteCosts, budget_windows, by_kind
-from qjax.search.whole import Remembered
+from qjax.search.whole import Remembered, check_kept
 from qjax.search.windows import Windows
 from qjax.supernet import Domain
 
@@ -96,7 +96,7 @@ def search_choice(
     inputs: Sequence[float],
     budget: Given | Sequence[Given],
     *,
-    costs: Sequence[SiteCosts] = (),
+    costs: SiteCosts | Sequence[SiteCosts] = (),
     form: tuple[bool, bool, bool] = (True, True, True),
     group: int | None = None,
     settings: Genetic | None = None,
@@ -120,7 +120,7 @@ def search_choice(
         budget: average bits, as numbers or "4 bits": EQ-Net's window of ``width`` below it, for weights and for
             activations; or "60 kB", "2 ms", "5 mJ" with ``costs`` of these kinds; or several ("4 bits, 60 kB", or
             a list), which are upper ends alone.
-        costs: from `site_costs`, or tables of your own.
+        costs: from `site_costs`, or tables of your own; one, or one of each kind.
         form: of all sites.
         group: of all sites, where the space has groups; None is its first.
         settings, seed, compiled, progress: as for `evolve_best`.
@@ -166,6 +166,8 @@ def search_choice(
         job=said,
         progress=progress,
     )
+    if resume is not None and job is None and block is None:
+        check_kept(Path(resume), -np.asarray(found.values)[:, 0], score(genes.choice(found.genomes)))
     fine = np.isfinite(np.asarray(found.values)[:, 0])
     last = list(dict.fromkeys(map(tuple, np.asarray(found.genomes)[fine].tolist())))
     ranked = np.asarray(genes.choice(np.array(last, np.int32)))
@@ -261,7 +263,15 @@ def direct(scores: Scores, domain: Domain, block: int, resume: str | Path | None
     if resume is not None:
         what = {"job": job, "sites": list(domain.sites), "space": domain.space.to_dict()}
         file = open_job(resume, what, "search of subnets") / "measured.jsonl"
-    memory = Remembered(
-        lambda flat: -np.asarray(scores(flat.reshape(-1, *domain.shape)), np.float64), file, block, check=job is None
-    )
+
+    def losses(flat: np.ndarray) -> np.ndarray:
+        found = np.asarray(scores(flat.reshape(-1, *domain.shape)), np.float64)
+        if found.shape != (len(flat),):
+            raise SearchError(
+                f"the scores of a block of {len(flat)} choices are of shape {list(found.shape)}; one for each is "
+                f"needed, [{len(flat)}]: map over the choices (qjax.search.over_population, or jax.lax.map)"
+            )
+        return -found
+
+    memory = Remembered(losses, file, block, check=job is None)
     return lambda choices: -memory(np.asarray(choices).reshape(len(choices), -1))

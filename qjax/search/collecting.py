@@ -55,7 +55,13 @@ class Subnets:
 
 
 def draw_choices(
-    seed: int, domain: Domain, weights: Sequence[float], inputs: Sequence[float], count: int, first: int = 0
+    seed: int,
+    domain: Domain,
+    weights: Sequence[float],
+    inputs: Sequence[float],
+    count: int,
+    first: int = 0,
+    form: tuple[bool, bool, bool] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Subnets to train a predictor on, spread over forms and average bits.
 
@@ -70,11 +76,15 @@ def draw_choices(
         weights, inputs: as for `Genes.windows`.
         count: how many.
         first: i of the first one.
+        form: of all of them, in place of every form in turn.
 
     Returns:
         int32 [count, N, 5 or 6] and their forms, bool [count, 3].
     """
     forms = [f for f in FORMS if all(any(f[c] in row[2 + c] for row in domain.allowed) for c in range(3))]
+    if form is not None and tuple(form) not in forms:
+        raise SearchError(f"form={form}: the domain has {', '.join(map(str, forms))}")
+    forms = [f for f in forms if form is None or f == tuple(form)]
     numbers = np.arange(first, first + count)
     choices, kept = np.zeros((count, *domain.shape), np.int32), np.zeros((count, 3), bool)
     kinds = list(itertools.product(domain.space.groups or (None,), forms))
@@ -105,6 +115,7 @@ def collect_subnets(
     inputs: Sequence[float],
     count: int,
     *,
+    form: tuple[bool, bool, bool] | None = None,
     block: int = 8,
     seed: int = 0,
     resume: str | Path | None = None,
@@ -120,6 +131,8 @@ def collect_subnets(
         domain: of the supernet.
         weights, inputs: as for `qjax.search.Genes.windows`.
         count: how many subnets.
+        form: of all of them, if the search is to be in one; None has every form of the domain in turn, an eighth of the
+            subnets each where there are all.
         block: how many are measured at a time.
         seed: of the draws (`draw_choices`).
         resume: a folder; what was measured there is not measured again, and ``count`` may grow.
@@ -138,9 +151,10 @@ def collect_subnets(
     if resume is not None:
         space = {"space": domain.space.to_dict(), "sites": list(domain.sites), "seed": seed}
         sizes = {"weights": [float(v) for v in weights], "inputs": [float(v) for v in inputs]}
+        sizes |= {} if form is None else {"form": list(form)}
         file = open_job(resume, {**space, **sizes, "job": dict(job or {})}, "collection") / "subnets.jsonl"
         known = _read(file)
-    choices, forms = draw_choices(seed, domain, weights, inputs, count)
+    choices, forms = draw_choices(seed, domain, weights, inputs, count, form=form)
     missing = [n for n in range(count) if n not in known]
     if file is not None and job is None and (there := [n for n in range(count) if n in known][:block]):
         again = evaluate(choices[there + [there[-1]] * (block - len(there))])

@@ -159,6 +159,8 @@ class Genes:
         for column, (sizes, what) in enumerate(((weights, "weights"), (inputs, "activations"))):
             if all(self.domain.allowed[n][column] == (0,) for n in self.leading):
                 continue  # float everywhere: there is nothing to keep to
+            if not all(isinstance(v, int | float | np.number) for v in np.ravel(np.asarray(sizes, object))):
+                raise SearchError(f"sizes of {what} are a {type(sizes).__name__}; give sizes(...).weights and .inputs")
             counted = np.array(sizes, np.float64)
             if counted.shape != (sites,) or (counted < 0).any():
                 raise SearchError(f"sizes of {what} {counted.shape}; not negative numbers for {sites} sites are needed")

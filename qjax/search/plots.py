@@ -91,8 +91,7 @@ def plot_front(found: Assignment, path: str | Path) -> None:
         axes.set_ylabel("KL to float, nats" if found.curves else _LOSS.get(found.by, found.by))
         if found.curves:
             axes.legend(fontsize=10)
-        more: dict[str, Any] = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {"dpi": 150}
-        figure.savefig(path, **more)
+        _save(figure, path)
 
 
 def plot_subnets(seen: SubnetFront, path: str | Path, found: Found | None = None, score_name: str = "score") -> None:
@@ -118,7 +117,11 @@ def plot_subnets(seen: SubnetFront, path: str | Path, found: Found | None = None
             ahead = scores > np.maximum.accumulate(np.r_[-np.inf, scores[:-1]])
             axes.plot(spent[ahead] / unit, scores[ahead], "o-", **shown)
             # Beaten for less: sums of single losses are not what whole subnets lose.
-            axes.plot(spent[~ahead] / unit, scores[~ahead], "o", ms=3.5, alpha=0.3, color=shown["color"])
+            beaten: Any = {"ms": 3.5, "ls": "", "alpha": 0.3, "color": shown["color"]}
+            if not ahead.all():
+                axes.plot(
+                    spent[~ahead] / unit, scores[~ahead], "o", label=f"{shown['label']}, beaten for less", **beaten
+                )
         at = None
         if found is not None:
             at = sum(found.average) / len(found.average) if seen.kind == "bits" else found.costs.get(seen.kind)
@@ -128,8 +131,13 @@ def plot_subnets(seen: SubnetFront, path: str | Path, found: Found | None = None
         axes.set_xlabel(name)
         axes.set_ylabel(score_name)
         axes.legend(fontsize=10)
-        more: dict[str, Any] = {"metadata": {"Date": None}} if str(path).endswith(".svg") else {"dpi": 150}
-        figure.savefig(path, **more)
+        _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    """Write a picture, the same bytes of the same picture; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, **({"metadata": {"Date": None}} if str(path).endswith(".svg") else {"dpi": 150}))
 
 
 def _unit(kind: str, value: float) -> tuple[float, str]:

@@ -26,8 +26,8 @@ class SiteCosts:
 
     Attributes:
         kind: "bytes", "seconds" or "joules", as of a `Budget`, or "bits".
-        table: float64 [N, 8, 8], by indices of 2, 3, ..., 8 bits and float for the weights and the activations of each
-            site. What the domain does not allow may be anything finite.
+        table: float64 [N, 8, 8]: of each site, by weights and activations of 2, 3, ..., 8 bits and float, in this order
+            (4 bits are at 2, float is at 7). What the domain does not allow may be anything finite.
         fixed: what is spent in any case.
     """
 
@@ -211,14 +211,14 @@ def _window(genes: Genes, budget: Budget, costs: SiteCosts | None) -> Windows:
     return Windows(table[None], np.array([-np.inf]), np.array([budget.amount]), (budget.kind,))
 
 
-def by_kind(costs: Sequence[SiteCosts], domain: Domain) -> dict[str, SiteCosts]:
+def by_kind(costs: SiteCosts | Sequence[SiteCosts], domain: Domain) -> dict[str, SiteCosts]:
     """Costs by what they are.
 
     Raises:
         SearchError: another number of sites, or one kind twice.
     """
     out: dict[str, SiteCosts] = {}
-    for one in costs:
+    for one in [costs] if isinstance(costs, SiteCosts) else costs:
         if one.kind in out or len(one.table) != len(domain.sites):
             raise SearchError(
                 f"costs of {one.kind} for {len(one.table)} sites; one of a kind, for {len(domain.sites)} sites"

@@ -24,6 +24,7 @@ from qjax.search.genes import Genes
 from qjax.search.knapsack import sweep
 from qjax.search.nsga2 import NSGA2, front
 from qjax.search.site_costs import SiteCosts, bit_costs
+from qjax.search.whole import check_kept
 from qjax.supernet import Domain
 
 
@@ -157,6 +158,8 @@ def choice_front(
         job=said | {"most": most},
         progress=progress,
     )
+    if resume is not None and job is None and block is None:
+        check_kept(Path(resume), -np.asarray(population.values)[:, 1], now(population.genomes))
     ahead = front(population)
     found = np.asarray(population.genomes)[ahead], -np.asarray(population.values, np.float64)[ahead, 1]
     curves = {"Lagrangian": (hull, np.asarray(now(hull), np.float64) if len(hull) else np.zeros(0)), "NSGA-II": found}

@@ -165,25 +165,24 @@ class Remembered:
                 self.known[tuple(row["genome"])] = float(row["loss"])
             except (ValueError, KeyError, TypeError):
                 continue
-        self.unsure = bool(self.known) and check
+        if self.known and check and file is not None:
+            some = list(self.known)[:block]
+            check_kept(file.parent, [self.known[g] for g in some], self._measured(some))
 
     def __call__(self, genomes: np.ndarray) -> np.ndarray:
         """The losses of genomes [any, groups], float64 [any]."""
-        if self.unsure and self.file is not None:
-            some = list(self.known)[: self.block]
-            full = some + [some[-1]] * (self.block - len(some))
-            now = np.asarray(self.losses(np.array(full, np.int32)))[: len(some)]
-            check_kept(self.file.parent, [self.known[g] for g in some], now)
-            self.unsure = False
         rows = [tuple(map(int, g)) for g in np.asarray(genomes)]
         new = [g for g in dict.fromkeys(rows) if g not in self.known]
         for at in range(0, len(new), self.block):
             some = new[at : at + self.block]
-            full = some + [some[-1]] * (self.block - len(some))
-            for genome, loss in zip(some, np.asarray(self.losses(np.array(full, np.int32))).tolist(), strict=False):
+            for genome, loss in zip(some, self._measured(some).tolist(), strict=True):
                 self.known[genome] = loss
                 if self.file is not None:
                     add_lines(self.file, [{"genome": genome, "loss": loss}])
             if self.progress:
                 self.progress(len(self.known))
         return np.array([self.known[g] for g in rows])
+
+    def _measured(self, some: list[tuple[int, ...]]) -> np.ndarray:
+        full = some + [some[-1]] * (self.block - len(some))
+        return np.asarray(self.losses(np.array(full, np.int32)))[: len(some)]

@@ -62,6 +62,11 @@ class Windows:
         """What messages call a budget."""
         return self.names[budget] if self.names else f"budget {budget}"
 
+    def asked(self, budget: int) -> str:
+        """What messages say of its ends."""
+        above = f"above {self.low[budget]:.6g} and " if np.isfinite(self.low[budget]) else ""
+        return f"{above}up to {self.high[budget]:.6g}"
+
     def of(self, genomes: Any) -> np.ndarray:
         """Costs float64 [any, budgets]."""
         genomes = np.asarray(genomes)
@@ -121,10 +126,7 @@ def tilted(windows: Windows, allowed: np.ndarray, target: np.ndarray | None = No
     most = np.where(allowed, windows.costs, -np.inf).max(axis=-1).sum(axis=-1)
     for n, (a, b) in enumerate(zip(least, most, strict=True)):
         if a > windows.high[n] * (1 + SLACK) or b <= windows.low[n]:
-            raise SearchError(
-                f"no assignment has {windows.name(n)} above {windows.low[n]:g} and up to {windows.high[n]:g}; "
-                f"{a:g} to {b:g} can be reached"
-            )
+            raise SearchError(f"no assignment has {windows.name(n)} {windows.asked(n)}; {a:g} to {b:g} can be reached")
     low, high = np.maximum(windows.low, least), np.minimum(windows.high, most)
     middle = np.where(np.isfinite(windows.low), (low + high) / 2, low + 0.9 * (high - low))
     wanted = middle if target is None else np.asarray(target, np.float64)
@@ -273,8 +275,7 @@ def none_within(windows: Windows, allowed: np.ndarray, drawn: int, seed: int = 0
     spent = windows.of(genomes[[int(np.argmin(np.asarray(outside_of(windows, allowed)(jnp.asarray(genomes)))))]])[0]
     parts = []
     for n, value in enumerate(spent):
-        above = f"above {windows.low[n]:g} and " if np.isfinite(windows.low[n]) else ""
-        parts.append(f"{windows.name(n)} {value:.6g} ({above}up to {windows.high[n]:.6g} is asked for)")
+        parts.append(f"{windows.name(n)} {value:.6g} ({windows.asked(n)} is asked for)")
     return (
         f"none of {drawn:,} random assignments is within {'all budgets' if len(parts) > 1 else 'the budget'}; "
         f"the nearest has {', '.join(parts)}: change the budget to what can be had, or widen the windows"

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
+from jax import Array, lax
 
 from qjax.checkpoint.parts import load_part, open_job, save_part
 from qjax.errors import DataError, RecipeError
@@ -136,10 +136,15 @@ def make_step(t: Supernet, schedule: Schedule, optimizer: optax.GradientTransfor
 
 
 def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: Any) -> Any:
-    """Batch-norm statistics of a subnet: forwards in training mode, without derivative, from the statistics at hand.
+    """Batch-norm statistics of a subnet: forwards in training mode, without derivative.
 
-    EQ-Net runs up to 257 batches before it evaluates any subnet, which matters most at 2 and 3 bits. The parameters
-    that are given are not changed, so every subnet starts from the same.
+    EQ-Net runs up to 257 batches before it evaluates any subnet, which matters most at 2 and 3 bits. After so many a
+    moving average has forgotten what it began with; after few it has not. Decided here: what is left of that is taken
+    out, so that the result is a mean over the batches that were given, weighted as the moving average weighs them,
+    however few they are. How much is left is seen from a second beginning, which is moved alongside; statistics that
+    move by another rule than an average stay as they come.
+
+    The parameters that are given are not changed, so every subnet starts from the same.
 
     Args:
         t: of a function that returns (logits, params with moved statistics).
@@ -152,16 +157,33 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
     Raises:
         DataError: the function returns no parameters, or arguments have no axis of batches.
     """
+    leaves, tree = jax.tree.flatten(params)
 
-    def one(now: Any, inputs: Any) -> Any:
-        out, _ = t.apply(now, state, choice, *inputs)
-        logits, moved = split_output(out, now)
+    def moved(now: list[Any], inputs: Any) -> list[Any]:
+        out, _ = t.apply(jax.tree.unflatten(tree, now), state, choice, *inputs)
+        logits, after = split_output(out, params)
         if logits is out:
             raise DataError("recalibrate: the function returns no moved statistics beside its logits; nothing to do")
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), moved, now), None
+        return [a.astype(b.dtype) for a, b in zip(jax.tree.leaves(after), leaves, strict=True)]
 
     try:
-        return lax.scan(one, params, batches)[0]
+        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a)[1:], jnp.result_type(a)), batches)
+        program = jax.make_jaxpr(moved)(leaves, first).jaxpr
+        at = [n for n, (a, b) in enumerate(zip(program.invars, program.outvars, strict=False)) if a is not b]
+
+        def one(both: tuple[list[Any], list[Any]], inputs: Any) -> tuple[Any, None]:
+            # All else is outside of the loop's state, so both share the network and only their averages are apart.
+            after = []
+            for some in both:
+                now = list(leaves)
+                for n, leaf in zip(at, some, strict=True):
+                    now[n] = leaf
+                whole = moved(now, inputs)
+                after.append([whole[n] for n in at])
+            return tuple(after), None
+
+        begin = [jnp.asarray(leaves[n]) for n in at]
+        ends, _ = lax.scan(one, (begin, [a + _apart(a) for a in begin]), batches)
     except DataError:
         raise
     except (TypeError, ValueError) as error:
@@ -170,6 +192,25 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
             f"recalibrate: the function does not run on parts of these arguments ({shapes}): each has the axis of "
             f"batches in front, such as images [batches, examples, ...]. {type(error).__name__}: {error}"
         ) from error
+    out = list(leaves)
+    for n, start, end, other in zip(at, begin, *ends, strict=True):
+        out[n] = _without_beginning(start, end, other)
+    return jax.tree.unflatten(tree, out)
+
+
+def _apart(start: Array) -> Array:
+    """How far the second beginning is from the first: as large as that, so that rounding does not hide it."""
+    return (jnp.abs(start) + 1).astype(start.dtype)
+
+
+def _without_beginning(start: Array, end: Array, other: Array) -> Array:
+    """A moving average without what is left of its beginning, given the average from another one."""
+    if not jnp.issubdtype(start.dtype, jnp.floating):
+        return end
+    left = (other - end) / _apart(start)
+    averaged = (left > -0.01) & (left < 0.99)  # else nothing moved, or not as an average does
+    kept = jnp.where(averaged, jnp.clip(left, 0, 0.99), 0)
+    return jnp.where(averaged, (end - kept * start) / (1 - kept), end).astype(start.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

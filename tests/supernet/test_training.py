@@ -147,12 +147,22 @@ def test_batch_norms_are_calibrated_for_a_subnet():
     t = qjax.elastic(model.train_step_stats, Space((2, 8), (4, 8)))
     state, domain = t.init(params, x[0]), t.domain(params, x[0])
     choice = domain.uniform(2, 4)
-    got = jax.jit(lambda c, x: recalibrate(t, params, state, c, x))(choice, x)
-    want = params
+    recalibrated = jax.jit(lambda p, c, x: recalibrate(t, p, state, c, x))
+    got = recalibrated(params, choice, x)
+    # The statistics of a batch are what is added to a tenth: momentum is 0.1.
     step = jax.jit(lambda p, x: t.apply(p, state, choice, x)[0][1])
-    for batch in x:
-        want = step(want, batch)
-    same(got, want, rtol=1e-4, atol=1e-5)
+    each = [jax.tree.map(lambda a, b: b + (a - b) / 0.1, step(params, batch), params) for batch in x]
+    share = 0.9 ** np.arange(5)[::-1]
+    want = jax.tree.map(lambda *a: sum(s * b for s, b in zip(share / share.sum(), a, strict=True)), *each)
+    same(got, want, rtol=1e-3, atol=1e-4)
+    same(recalibrated(params, choice, x[:1]), each[0], rtol=1e-3, atol=1e-4)
+    far = jax.tree.map(lambda a, b: 7 * a + 3 if (np.asarray(a) != b).any() else a, params, got)
+    same(recalibrated(far, choice, x), got, rtol=1e-3, atol=1e-3)  # wherever they begin
+    many = recalibrated(params, choice, jnp.concatenate([x] * 40))
+    now = params
+    for batch in [*x] * 40:
+        now = step(now, batch)
+    same(many, now, rtol=1e-4, atol=1e-5)  # after so many it is the moving average itself
     assert any((np.asarray(a) != b).any() for a, b in zip(*map(jax.tree.leaves, (got, params)), strict=True))
     evaluated = qjax.elastic(model, t.space)
     assert evaluated.domain(params, x[0]) == domain  # one state for training and evaluation
