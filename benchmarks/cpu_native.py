@@ -87,10 +87,10 @@ def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, A
     """Measure one layer."""
     n, k = shape
     rng = np.random.default_rng(0)
-    floats = jnp.asarray(rng.standard_normal((k, n), np.float32) / k**0.5)
-    weights: dict[str, Any] = {"float32": floats}
+    whole = jnp.asarray(rng.standard_normal((k, n), np.float32) / k**0.5)
+    weights: dict[str, Any] = {"float32": whole}
     formats = FORMATS | {name: fmt for name, (fmt, _, _) in OTHERS.items()}
-    weights |= {name: quantize_array(floats, fmt, in_axes=0).canonical() for name, fmt in formats.items()}
+    weights |= {name: quantize_array(whole, fmt, in_axes=0).canonical() for name, fmt in formats.items()}
     sizes = {name: sum(a.nbytes for a in jax.tree.leaves(w)) for name, w in weights.items()}
     copies = {
         name: [jax.tree.map(functools.partial(jnp.array, copy=True), w) for _ in range(-(-cache // sizes[name]) + 1)]
@@ -101,7 +101,8 @@ def measured(shape: tuple[int, int], cache: int, **how: Any) -> list[dict[str, A
         few = lambda name, tokens=tokens: copies[name] if tokens <= COLD else copies[name][:2]  # noqa: E731
         x = jnp.asarray(rng.standard_normal((tokens, k)), jnp.float32)
         cases = {"float32": in_turn(lambda x, w: x @ w, x, few("float32"))}
-        for quantized, kinds in ((True, INTEGERS), (False, FLOATS if tokens <= COLD else [])):
+        floats = FLOATS if tokens <= COLD or cpu.library.has_bf16_tiles() else []
+        for quantized, kinds in ((True, INTEGERS), (False, floats)):
             for name, lowering in kinds:
                 cases[label(name, lowering, quantized)] = in_turn(product(lowering, quantized), x, few(name))
         for name, lowering in KINDS:

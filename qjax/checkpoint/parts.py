@@ -76,15 +76,37 @@ def open_job(path: str | Path, job: Mapping[str, Any], what: str) -> Path:
             raise CheckpointError(f"{folder} holds other things and no begun {what}; give a new or an empty folder")
         save_part(folder / "job", {}, job)
         return folder
-    differ = [key for key in {**found[1], **job} if found[1].get(key) != job.get(key)]
-    if differ:
-        both = [(key, *(json.dumps(said.get(key)) for said in (found[1], job))) for key in sorted(differ)]
-        short = "; ".join(f"{key}: {a} there, {b} here" for key, a, b in both if max(len(a), len(b)) <= SHORT)
-        raise CheckpointError(
-            f"{folder} holds a begun {what} of something else: {', '.join(sorted(differ))} differ; give another "
-            f"folder, or remove this one to begin again{f' ({short})' * bool(short)}"
-        )
+    check_same(folder, found[1], job, what)
     return folder
+
+
+def check_same(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> None:
+    """See that a folder's job is the one that is asked for.
+
+    Args:
+        folder: for the message.
+        there, here: descriptions, JSON-able.
+        what: as for `open_job`.
+
+    Raises:
+        CheckpointError: they differ; the message says where, and short values.
+    """
+    differ = sorted(key for key in {**there, **here} if there.get(key) != here.get(key))
+    if differ:
+        both = "; ".join(line for key in differ for line in _differences(key, there.get(key), here.get(key)))
+        raise CheckpointError(
+            f"{folder} holds a begun {what} of something else: {', '.join(differ)} differ; give another folder, or "
+            f"remove this one to begin again{f' ({both})' if both else ''}"
+        )
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    """What differs between two values, down to settings; long ones are left out."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        return [line for key in keys for line in _differences(f"{name}.{key}", there.get(key), here.get(key))]
+    texts = json.dumps(there), json.dumps(here)
+    return [f"{name}: {texts[0]} there, {texts[1]} here"] if max(map(len, texts)) <= SHORT else []
 
 
 def remove_job(folder: str | Path) -> None:

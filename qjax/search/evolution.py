@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.checkpoint.parts import check_same
 from qjax.checkpoint.store import read_sealed_json, replace_json
 from qjax.errors import CheckpointError, SearchError
 from qjax.search.nsga2 import (
@@ -172,13 +173,7 @@ class Kept:
         if self.file is None or not self.file.exists():
             return None
         data = read_sealed_json(self.file)
-        there = data.get("job", {})
-        differ = sorted(k for k in {**there, **self.job} if there.get(k) != self.job.get(k))
-        if differ:
-            raise CheckpointError(
-                f"{self.file.parent} holds a begun search of something else: {', '.join(differ)} differ; give another "
-                "folder, or remove this one to begin again"
-            )
+        check_same(self.file.parent, data.get("job", {}), self.job, "search")
         return Population(*(_array(data[name]) for name in Population._fields)), int(data["generation"])
 
     def save(self, population: Population, number: int) -> None:

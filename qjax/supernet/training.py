@@ -391,13 +391,16 @@ def _blame(t: Supernet, carry: Any, inputs: Any, number: int, metrics: Mapping[s
         for field, a in fields.items()
         if name not in bad and not bool(jnp.isfinite(a).all())
     }
+    kept = f"the last checkpoint in {folder} is kept" if folder is not None else "nothing was kept: give folder="
     where = next((f"{name}: NaN or infinity in {bad[name]}" for name in state if name in bad), "")
+    given = [leaf for leaf in jax.tree.leaves(inputs) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    if not where and not all(bool(jnp.isfinite(leaf).all()) for leaf in given):
+        return f"step {number + 1}: batches({number}) has NaN or infinity among its arguments; {kept}; mend the data"
     if not where:
         try:
             t.init(params, *inputs, sample=1)
         except DataError as error:
             where = str(error).partition(";")[0]
-    kept = f"the last checkpoint in {folder} is kept" if folder is not None else "nothing was kept: give folder="
     found = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
     return (
         f"step {number + 1}: the loss is not finite ({found}); "

@@ -86,7 +86,7 @@ def test_it_learns_and_goes_on_exactly_where_it_was_killed(job, tmp_path):
     with pytest.raises(CheckpointError, match="holds no supernet"):
         load_trained(tmp_path / "training", network, p, *batches(0)[0])
     other = qjax.elastic(network, Space((2, 4), (2, 8), (True,), (True,), (True,), ends=None))
-    with pytest.raises(CheckpointError, match="space differ"):
+    with pytest.raises(CheckpointError, match=r"space differ; .*space\.[a-z_]+: .+ there, .+ here"):
         train(other, p, state, batches, SCHEDULE, folder=tmp_path)
 
 
@@ -297,3 +297,16 @@ def test_recalibration_says_that_batches_have_an_axis():
     state = t.init(p, images)
     with pytest.raises(DataError, match=r"parts of these arguments \(\[6, 8, 8, 3\]\): each has the axis of batches"):
         recalibrate(t, p, state, t.domain(p, images).uniform(8), images)
+
+
+def test_data_that_are_not_finite_are_named(job):
+    t, p, state, _ = job
+
+    def broken(step):
+        (x,), y = batches(step)
+        return (np.where(step == 2, np.nan, x).astype(np.float32),), y
+
+    with pytest.raises(
+        DataError, match=r"step 3: batches\(2\) has NaN or infinity among its arguments; .* mend the data"
+    ):
+        train(t, p, state, broken, SCHEDULE)
