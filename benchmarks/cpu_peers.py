@@ -35,8 +35,10 @@ from qjax import ops
 from qjax.formats import Format, Int, quantize_array
 from qjax.kernels import cpu
 
-LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
-"""Outputs and inputs of the layers of Llama-3-8B."""
+LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (256, 256), (768, 256), (256, 768))
+"""Outputs and inputs of the layers of Llama-3-8B, then of the language model that comes with the repository."""
+COPIES = 64
+"""Most copies of a weight: all of a small model's weights together stay in the cache."""
 SMALL = ((512, 512), (512, 1024))
 
 OURS: dict[str, tuple[Format | None, bool]] = {
@@ -69,8 +71,8 @@ def ours(w: np.ndarray, x: np.ndarray, given: dict[str, Any]) -> tuple[dict[str,
     cases: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
     for name, (fmt, quantized) in OURS.items():
-        if fmt is not None and not quantized and len(x) > COLD:
-            continue  # for many rows of floats the kernels are not meant
+        if fmt is not None and not quantized and len(x) > COLD and not cpu.library.has_bf16_tiles():
+            continue  # for many rows of floats the other kernels are not meant
         dtype = jnp.bfloat16 if name.endswith("bfloat16") else jnp.float32
         weight: Any = jnp.asarray(w.T, dtype)
         if fmt is not None:
@@ -105,6 +107,7 @@ def checked(errors: dict[str, float]) -> None:
 def measured(shape: tuple[int, int], tokens: int, cache: int, peer: Peer | None, budget: float) -> dict[str, Any]:
     """Measure one layer at one number of tokens: seconds and rates of all cases."""
     n, k = shape
+    cache = min(cache, COPIES * n * k)
     given = {"n": n, "k": k, "tokens": tokens, "cache": cache, "cold": tokens <= COLD}
     w, x = layer(n, k, tokens)
     cases, errors = ours(w, x, given)

@@ -238,7 +238,8 @@ class LinearOp:
     # Eager, abstract.
 
     def _run_eagerly(self, *leaves: Any, call: Call) -> Array:
-        return _jitted(self.primitive, call)(*leaves)
+        with jax.disable_jit(False):  # what runs a function step by step compiles each step, as JAX does with its own
+            return _jitted(self.primitive, call)(*leaves)
 
     def _abstract_eval(self, *avals: Any, call: Call) -> Any:
         operands = call.operands(avals).shapes()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import qjax
 from qjax import ops
 from qjax.errors import LayoutError, QjaxWarning
 from qjax.formats import NF4, NVFP4, Float8, Int, quantize_array, stack
@@ -34,6 +35,18 @@ def test_eager_and_jit(setting, same):
     want = setting.oracle()
     same(setting.q(setting.x, setting.w), want)
     same(jax.jit(setting.q)(setting.x, setting.w), want)
+
+
+def test_step_by_step_without_jit(same):
+    w = quantize_array(jnp.asarray(np.random.default_rng(0).standard_normal((8, 32)), jnp.float32), Int(4), in_axes=1)
+    x = jnp.ones((3, 32))
+    params = {"w": jnp.eye(32)}
+    recipe = qjax.Recipe([qjax.Rule("**", weights=Int(8), inputs=qjax.dynamic(Int(8, per="token")))])
+    model = qjax.quantize(lambda p, x: jax.nn.relu(x @ p["w"]), params, x, recipe=recipe)
+    with jax.disable_jit():
+        product, out = ops.q_dot(x, w), model(model.params, x)
+    same(product, ops.q_dot(x, w))
+    same(out, model(model.params, x))
 
 
 def test_gradient_in_x_is_that_of_the_dequantized_weight(setting, same):
