@@ -19,6 +19,7 @@ def peer():
         yield made
 
 
+@pytest.mark.slow
 def test_a_process_tells_its_own_seconds(peer):
     assert peer.ask("versions") == {
         "versions": {"numpy": importlib.metadata.version("numpy"), "no-such-distribution": None}

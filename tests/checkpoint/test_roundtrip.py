@@ -50,6 +50,7 @@ def test_a_loaded_model_is_the_saved_one(models, saved):
     assert not jax.tree.leaves(loaded.params)[0].committed  # free to meet arrays of any device, as before
 
 
+@pytest.mark.slow
 def test_every_preset(tmp_path):
     recipes = [qjax.recipe(name) for name in qjax.recipes()]
     params = {r.name: quantize_array(weights(8, 32), r.rules[-1].weights.clamped(32), in_axes=1) for r in recipes}
