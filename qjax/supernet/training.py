@@ -141,8 +141,8 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
     EQ-Net runs up to 257 batches before it evaluates any subnet, which matters most at 2 and 3 bits. After so many a
     moving average has forgotten what it began with; after few it has not. Decided here: what is left of that is taken
     out, so that the result is a mean over the batches that were given, weighted as the moving average weighs them,
-    however few they are. How much is left is seen from a second beginning, which is moved alongside; statistics that
-    move by another rule than an average stay as they come.
+    however few they are. How much is left is seen from a second beginning, which is moved alongside; sums, and
+    whatever else keeps all of its beginning, go on from the parameters.
 
     The parameters that are given are not changed, so every subnet starts from the same.
 
@@ -182,8 +182,8 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
                 after.append([whole[n] for n in at])
             return tuple(after), None
 
-        begin = [jnp.asarray(leaves[n]) for n in at]
-        ends, _ = lax.scan(one, (begin, [a + _apart(a) for a in begin]), batches)
+        start = [jnp.asarray(leaves[n]) for n in at]
+        ends, _ = lax.scan(one, ([_nothing(a) for a in start], [_apart(a) for a in start]), batches)
     except DataError:
         raise
     except (TypeError, ValueError) as error:
@@ -193,24 +193,29 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
             f"batches in front, such as images [batches, examples, ...]. {type(error).__name__}: {error}"
         ) from error
     out = list(leaves)
-    for n, start, end, other in zip(at, begin, *ends, strict=True):
-        out[n] = _without_beginning(start, end, other)
+    for n, begun, end, other in zip(at, start, *ends, strict=True):
+        out[n] = _without_beginning(begun, end, other)
     return jax.tree.unflatten(tree, out)
 
 
+def _nothing(start: Array) -> Array:
+    """Where an average begins of which nothing is to be left: it adds up what comes in, without large differences."""
+    return jnp.zeros_like(start) if jnp.issubdtype(start.dtype, jnp.floating) else start
+
+
 def _apart(start: Array) -> Array:
-    """How far the second beginning is from the first: as large as that, so that rounding does not hide it."""
-    return (jnp.abs(start) + 1).astype(start.dtype)
+    """Another beginning, as far from that one as numbers are large, so that rounding does not hide it."""
+    return (jnp.abs(start) + 1).astype(start.dtype) if jnp.issubdtype(start.dtype, jnp.floating) else start
 
 
 def _without_beginning(start: Array, end: Array, other: Array) -> Array:
-    """A moving average without what is left of its beginning, given the average from another one."""
+    """A moving average without what is left of its beginning, given averages that begin at nothing and elsewhere."""
     if not jnp.issubdtype(start.dtype, jnp.floating):
         return end
     left = (other - end) / _apart(start)
-    averaged = (left > -0.01) & (left < 0.99)  # else nothing moved, or not as an average does
-    kept = jnp.where(averaged, jnp.clip(left, 0, 0.99), 0)
-    return jnp.where(averaged, (end - kept * start) / (1 - kept), end).astype(start.dtype)
+    moved = left < 0.9999  # else it is a sum or has not moved, which keep where they were
+    kept = jnp.clip(left, 0, 0.9999)
+    return jnp.where(moved, end / (1 - kept), end + left * start).astype(start.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,8 +399,9 @@ def _blame(t: Supernet, carry: Any, inputs: Any, number: int, metrics: Mapping[s
     kept = f"the last checkpoint in {folder} is kept" if folder is not None else "nothing was kept: give folder="
     where = next((f"{name}: NaN or infinity in {bad[name]}" for name in state if name in bad), "")
     given = [leaf for leaf in jax.tree.leaves(inputs) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    if not where and not all(bool(jnp.isfinite(leaf).all()) for leaf in given):
-        return f"step {number + 1}: batches({number}) has NaN or infinity among its arguments; {kept}; mend the data"
+    advice = "lower the learning rate, or leave out the lowest bits"
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in given):
+        advice = f"batches({number}) has NaN or infinity among its arguments: mend the data"
     if not where:
         try:
             t.init(params, *inputs, sample=1)
@@ -405,5 +411,5 @@ def _blame(t: Supernet, carry: Any, inputs: Any, number: int, metrics: Mapping[s
     return (
         f"step {number + 1}: the loss is not finite ({found}); "
         f"{where or 'weights, tables and inputs of all sites are finite, so it is in what comes after the last one'}; "
-        f"{kept}; lower the learning rate, or leave out the lowest bits"
+        f"{kept}; {advice}"
     )

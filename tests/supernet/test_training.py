@@ -307,6 +307,24 @@ def test_data_that_are_not_finite_are_named(job):
         return (np.where(step == 2, np.nan, x).astype(np.float32),), y
 
     with pytest.raises(
-        DataError, match=r"step 3: batches\(2\) has NaN or infinity among its arguments; .* mend the data"
+        DataError, match=r"step 3: .*a: NaN .*; batches\(2\) has NaN or infinity among its arguments: mend"
     ):
         train(t, p, state, broken, SCHEDULE)
+
+
+def test_channels_that_are_always_zero_have_no_negative_variance():
+    """However large the variance is that a subnet begins with; a count beside it goes on."""
+
+    def fn(p, x):
+        y = x @ p["w"]
+        mean, var = y.mean(0), y.var(0)
+        moved = {"mean": 0.9 * p["mean"] + 0.1 * mean, "var": 0.9 * p["var"] + 0.1 * var, "count": p["count"] + 1}
+        return (y - mean) / jnp.sqrt(var + 1e-5) @ p["v"], {**p, **moved}
+
+    p = {"w": jnp.zeros((4, 8)).at[:, 0].set(1.0), "v": jnp.ones((8, 3)), "mean": jnp.full(8, -7.0)}
+    p |= {"var": jnp.linspace(1.0, 1e6, 8), "count": jnp.float32(5)}
+    x = jax.random.normal(jax.random.key(0), (3, 16, 4))
+    t = qjax.elastic(fn, SPACE)
+    own = recalibrate(t, p, t.init(p, x[0]), t.domain(p, x[0]).uniform(8), x)
+    assert (own["var"][1:] == 0).all() and own["var"][0] > 0 and float(own["count"]) == 8
+    np.testing.assert_allclose(own["mean"][1:], 0)
