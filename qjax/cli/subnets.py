@@ -46,7 +46,7 @@ from qjax.search import (
 from qjax.search.choices import HEADS, in_blocks
 from qjax.search.genes import FORMS
 from qjax.search.windows import CHUNK, IDLE, Windows, none_within
-from qjax.supernet import Domain, Supernet, encode_choice, load_trained, recalibrate
+from qjax.supernet import Domain, Supernet, load_trained, recalibrate
 from qjax.supernet import sizes as job_sizes
 
 BATCH = 50
@@ -119,13 +119,13 @@ def run(args: argparse.Namespace) -> None:
     if args.predictor:
         with counting("measuring subnets") as progress:
             subnets = collect_subnets(
-                run_block, domain, *sizes, args.predictor, block=BLOCK, seed=args.seed, resume=out / "subnets",
-                job=job.what, progress=progress,
+                run_block, domain, *sizes, args.predictor, form=form, block=BLOCK, seed=args.seed,
+                resume=out / "subnets", job=job.what, progress=progress,
             )  # fmt: skip
         with counting("fitting the predictor") as progress:
             fitted = fit_predictor(subnets.encoded, subnets.scores, seed=args.seed, progress=progress)
         held, asked = fitted.held, jnp.asarray(form)
-        scores = lambda c: predict(fitted.params, encode_choice(c, asked, subnets.groups))  # noqa: E731
+        scores = lambda c: predict(fitted.params, subnets.encode(c, asked))  # noqa: E731
         how, settings_front = Genetic(generations=args.generations or 500), NSGA2(64, args.generations or 100)
     else:
         size = max(8, args.population)
