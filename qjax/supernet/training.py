@@ -141,8 +141,8 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
     EQ-Net runs up to 257 batches before it evaluates any subnet, which matters most at 2 and 3 bits. After so many a
     moving average has forgotten what it began with; after few it has not. Decided here: what is left of that is taken
     out, so that the result is a mean over the batches that were given, weighted as the moving average weighs them,
-    however few they are. How much is left is seen from a second beginning, which is moved alongside; sums, and
-    whatever else keeps all of its beginning, go on from the parameters.
+    however few they are. How much a batch leaves is seen by running the first one from a second beginning too;
+    sums, and whatever else keeps all of its beginning, go on from the parameters.
 
     The parameters that are given are not changed, so every subnet starts from the same.
 
@@ -167,23 +167,22 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
         return [a.astype(b.dtype) for a, b in zip(jax.tree.leaves(after), leaves, strict=True)]
 
     try:
+        (count,) = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(batches)}  # all have as many
         first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a)[1:], jnp.result_type(a)), batches)
         program = jax.make_jaxpr(moved)(leaves, first).jaxpr
         at = [n for n, (a, b) in enumerate(zip(program.invars, program.outvars, strict=False)) if a is not b]
-
-        def one(both: tuple[list[Any], list[Any]], inputs: Any) -> tuple[Any, None]:
-            # All else is outside of the loop's state, so both share the network and only their averages are apart.
-            after = []
-            for some in both:
-                now = list(leaves)
-                for n, leaf in zip(at, some, strict=True):
-                    now[n] = leaf
-                whole = moved(now, inputs)
-                after.append([whole[n] for n in at])
-            return tuple(after), None
-
         start = [jnp.asarray(leaves[n]) for n in at]
-        ends, _ = lax.scan(one, ([_nothing(a) for a in start], [_apart(a) for a in start]), batches)
+
+        def one(some: list[Any], number: Any) -> tuple[list[Any], list[Any]]:
+            now = list(leaves)
+            for n, leaf in zip(at, some, strict=True):
+                now[n] = leaf
+            # The first batch is run twice: from the other beginning, then, as all behind it, from nothing.
+            whole = moved(now, jax.tree.map(lambda a: jnp.asarray(a)[jnp.maximum(number - 1, 0)], batches))
+            after = [whole[n] for n in at]
+            return [jnp.where(number == 0, _nothing(a), b) for a, b in zip(start, after, strict=True)], after
+
+        _, seen = lax.scan(one, [_apart(a) for a in start], jnp.arange(count + 1))
     except DataError:
         raise
     except (TypeError, ValueError) as error:
@@ -193,8 +192,8 @@ def recalibrate(t: Supernet, params: Any, state: State, choice: Any, *batches: A
             f"batches in front, such as images [batches, examples, ...]. {type(error).__name__}: {error}"
         ) from error
     out = list(leaves)
-    for n, begun, end, other in zip(at, start, *ends, strict=True):
-        out[n] = _without_beginning(begun, end, other)
+    for n, begun, steps in zip(at, start, seen, strict=True):
+        out[n] = _without_beginning(begun, steps, count)
     return jax.tree.unflatten(tree, out)
 
 
@@ -208,14 +207,20 @@ def _apart(start: Array) -> Array:
     return (jnp.abs(start) + 1).astype(start.dtype) if jnp.issubdtype(start.dtype, jnp.floating) else start
 
 
-def _without_beginning(start: Array, end: Array, other: Array) -> Array:
-    """A moving average without what is left of its beginning, given averages that begin at nothing and elsewhere."""
+def _without_beginning(start: Array, steps: Array, count: int) -> Array:
+    """A moving average over so many batches without what is left of its beginning.
+
+    Args:
+        start: where the parameters have it.
+        steps: [1 + count, ...]: after the first batch from `_apart`, then after each batch from `_nothing`.
+        count: of batches.
+    """
+    end = steps[-1]
     if not jnp.issubdtype(start.dtype, jnp.floating):
         return end
-    left = (other - end) / _apart(start)
-    moved = left < 0.9999  # else it is a sum or has not moved, which keep where they were
-    kept = jnp.clip(left, 0, 0.9999)
-    return jnp.where(moved, end / (1 - kept), end + left * start).astype(start.dtype)
+    left = jnp.maximum((steps[0] - steps[1]) / _apart(start), 0) ** count
+    averaged = left < 0.9999  # else it is a sum or has not moved, which keep where they were
+    return jnp.where(averaged, end / (1 - jnp.where(averaged, left, 0)), end + left * start).astype(start.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -297,6 +297,9 @@ def test_recalibration_says_that_batches_have_an_axis():
     state = t.init(p, images)
     with pytest.raises(DataError, match=r"parts of these arguments \(\[6, 8, 8, 3\]\): each has the axis of batches"):
         recalibrate(t, p, state, t.domain(p, images).uniform(8), images)
+    with pytest.raises(DataError, match=r"\(\[2, 6, 8, 8, 3\], \[3\]\): each has the axis of batches"):
+        two = qjax.elastic(lambda p, x, scale: model.train_step_stats(p, x * scale), SPACE)
+        recalibrate(two, p, state, t.domain(p, images).uniform(8), np.stack([images] * 2), np.ones(3, np.float32))
 
 
 def test_data_that_are_not_finite_are_named(job):
