@@ -3,7 +3,7 @@
     python -m benchmarks.adalog --resume DIR [--bits 3,4,6,8] [--seeds 0,1,2] [--methods adalog,log2]
     python -m benchmarks.adalog --resume DIR --rows 512 --images 4 --steps 4       # a search on a part of the tokens
     python -m benchmarks.adalog --resume DIR --record benchmarks/results/adalog-cpu.json   # without rows that it has
-    python -m benchmarks.adalog --resume DIR --methods adalog-reconstructed --reconstruct 1000 --batch 32
+    python -m benchmarks.adalog --resume DIR --methods adalog-reconstructed --reconstruct 1000 --batch 8
     python -m benchmarks.adalog --resume DIR --model deit-tiny --image-set IMAGENET/val --calibration-set IMAGENET/train
 
 Of the 500 images of ``shared/data`` 32 are for calibration, drawn by the seed, and the other 468 for scoring. Each row
@@ -40,11 +40,11 @@ from qjax.checkpoint.parts import remove_job
 from qjax.evaluate.paired import paired_test
 from qjax.passes.fpcs_losses import chosen_products
 
-RECONSTRUCTED = "adalog-reconstructed"
+RECONSTRUCTED = "-reconstructed"
+"""How the name of a method ends whose blocks are trained after the search."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "adalog": {},
-    RECONSTRUCTED: {},
     "log2": dict(softmax="log2", gelu="log2"),
     "log_sqrt2": dict(softmax="log_sqrt2", gelu="log_sqrt2"),
     "twin": dict(softmax="twin", gelu="twin", reparameterize=False),
@@ -52,11 +52,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "percentile": dict(softmax="uniform", gelu="uniform", uniform="percentile", reparameterize=False),
     "minmax": dict(softmax="uniform", gelu="uniform", uniform="minmax", reparameterize=False),
 }
+METHODS |= {name + RECONSTRUCTED: METHODS[name] for name in ("adalog", "log2", "log_sqrt2")}
 """Settings of `qjax.passes.AdaLog`; those not named are AdaLog's own."""
 
 SAID = {
     "adalog": "AdaLog",
-    RECONSTRUCTED: "AdaLog, then {} steps of training a block",
     "log2": "base 2, all else as AdaLog",
     "log_sqrt2": "base sqrt 2, all else as AdaLog",
     "twin": "twin uniform (PTQ4ViT), no re-parameterization, all else as AdaLog",
@@ -64,6 +64,12 @@ SAID = {
     "percentile": "uniform, percentiles",
     "minmax": "uniform, min-max",
 }
+
+
+def said(method: str, steps: int, batch: int | None) -> str:
+    """A method as the table names it."""
+    name = SAID[method.removesuffix(RECONSTRUCTED)]
+    return f"{name}; then {steps} steps of {batch} images a block" if method.endswith(RECONSTRUCTED) else name
 
 
 class Set:
@@ -208,7 +214,7 @@ def rows_of(data: Set, given: Any) -> list[dict[str, Any]]:
     for seed in given.seeds:
         for bits in given.bits:
             for method in given.methods:
-                steps = given.reconstruct if method == RECONSTRUCTED else 0
+                steps = given.reconstruct if method.endswith(RECONSTRUCTED) else 0
                 row = dict(data.names, search=search, method=method, bits=bits, seed=seed, reconstruct=steps)
                 row["batch"] = given.batch if steps else None
                 if key_of(row) in known:
@@ -231,23 +237,42 @@ def rows_of(data: Set, given: Any) -> list[dict[str, Any]]:
 
 def order(row: dict[str, Any]) -> tuple[Any, ...]:
     """Where a row stands in a table."""
-    return row["bits"], list(METHODS).index(row["method"]), row["reconstruct"], row["seed"]
+    return row["bits"], list(METHODS).index(row["method"]), row["reconstruct"], row.get("batch") or 0, row["seed"]
+
+
+def kind_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows have in common that differ by their seed alone."""
+    return row["bits"], row["method"], row["reconstruct"], row.get("batch")
+
+
+def compared_with(kind: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The kind of row whose images a row is compared with.
+
+    That is AdaLog, searched alike; and for another method that is trained behind its search, AdaLog trained alike.
+    """
+    bits, method, steps, batch = kind
+    ours = "adalog" + RECONSTRUCTED
+    return (
+        (bits, ours, steps, batch) if method.endswith(RECONSTRUCTED) and method != ours else (bits, "adalog", 0, None)
+    )
 
 
 def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """Mean and spread over seeds, and the difference to AdaLog image by image, of the rows of one search."""
     out = []
     rows = [expanded(row) for row in sorted(rows, key=order)]
-    for bits, method, steps in dict.fromkeys((r["bits"], r["method"], r["reconstruct"]) for r in rows):
-        mine = [r for r in rows if (r["bits"], r["method"], r["reconstruct"]) == (bits, method, steps)]
+    for kind in dict.fromkeys(kind_of(r) for r in rows):
+        bits, method, steps, batch = kind
+        mine = [r for r in rows if kind_of(r) == kind]
         each = {k: [float(np.mean(r[k])) for r in mine] for k in ("right", "float_right", "kl", "error")}
-        entry: dict[str, Any] = {"bits": bits, "method": method, "reconstruct": steps, "seeds": len(mine)}
+        entry: dict[str, Any] = {"bits": bits, "method": method, "reconstruct": steps}
+        entry |= {"batch": batch, "seeds": len(mine)}
         for key, values in each.items():
             entry[key], entry[f"{key}_spread"] = float(np.mean(values)), float(np.std(values))
         for key in ("seconds", "processor"):
             timed = [value for r in mine if (value := r.get(key)) is not None]
             entry[key] = float(np.mean(timed)) if timed else None
-        theirs = {r["seed"]: r for r in rows if (r["bits"], r["method"]) == (bits, "adalog")}
+        theirs = {r["seed"]: r for r in rows if kind_of(r) == compared_with(kind)}
         pairs = [(r, theirs[r["seed"]]) for r in mine if r["seed"] in theirs and method != "adalog"]
         for key in ("right", "kl", "error"):
             if pairs:
@@ -259,7 +284,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     head += ["seconds", "of processors"]
     table = []
     for e in out:
-        cells = [str(e["bits"]), SAID[e["method"]].format(e["reconstruct"]), str(e["seeds"])]
+        cells = [str(e["bits"]), said(e["method"], e["reconstruct"], e["batch"]), str(e["seeds"])]
         for key, shape in (("right", "{:.1%}"), ("kl", "{:.3f}"), ("error", "{:.4f}")):
             spread = f" ± {shape.format(e[f'{key}_spread'])}" if e["seeds"] > 1 else ""
             cells.append(shape.format(e[key]) + spread)
@@ -295,8 +320,9 @@ def tables(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     text = "\n\n".join(parts)
     return found, (
         f"{text}\n\nKL of logits in nats, output error: squared error of the logits over their squares. Differences to "
-        "AdaLog are over the same images, of the seeds that both have. Seconds are those of calibration, by the clock "
-        "and of all processors together; only the latter mean something on a machine that others use."
+        "AdaLog are over the same images, of the seeds that both have; those of another method that is trained after "
+        "its search are to AdaLog trained alike. Seconds are those of calibration, by the clock and of all processors "
+        "together; only the latter mean something on a machine that others use."
     )
 
 
@@ -310,13 +336,11 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, required=True)
     parser.add_argument("--bits", type=numbers, default=[3, 4, 6, 8])
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    parser.add_argument(
-        "--methods", type=lambda text: text.split(","), default=[m for m in METHODS if m != RECONSTRUCTED]
-    )
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(SAID))
     for name in ("rows", "images", "steps", "rounds"):
         parser.add_argument(f"--{name}", type=int, default=None)
     parser.add_argument("--products", choices=("float32", "bfloat16"), default=None)
-    parser.add_argument("--reconstruct", type=int, default=1000, help="steps a block of " + RECONSTRUCTED)
+    parser.add_argument("--reconstruct", type=int, default=1000, help="steps a block, of methods *" + RECONSTRUCTED)
     parser.add_argument("--batch", type=int, default=32, help="images in a step of it")
     parser.add_argument("--record", type=Path, default=None, help="rows that are known, to which new ones are added")
     given = parser.parse_args()

@@ -14,7 +14,7 @@ from benchmarks.adalog import compact, expanded, kept_in, key_of, rows_of, summa
 NAMES = {"model": "vit", "set": "images", "calibration": None}
 
 
-def row(method, seed, shift, search=None, steps=0):
+def row(method, seed, shift, search=None, steps=0, batch=None):
     rng = np.random.default_rng(seed)
     right = rng.random(60) < 0.8 - shift
     return compact(
@@ -25,6 +25,7 @@ def row(method, seed, shift, search=None, steps=0):
             "bits": 4,
             "seed": seed,
             "reconstruct": steps,
+            "batch": batch,
             "seconds": 10.0 if method == "adalog" else None,
             "right": right,
             "float_right": np.ones(60, bool),
@@ -36,14 +37,22 @@ def row(method, seed, shift, search=None, steps=0):
 
 def test_methods_are_compared_image_by_image():
     rows = [row(m, seed, shift) for seed in (0, 1) for m, shift in (("adalog", 0.0), ("minmax", 0.5))]
-    found, text = summary([*rows, row(adalog.RECONSTRUCTED, 0, 0.1, steps=300)])
-    ours, trained, other = found
+    found, text = summary([*rows, row("adalog-reconstructed", 0, 0.1, steps=300, batch=8)])
+    ours, other, trained = found
     assert ours["seeds"] == 2 and "kl_more" not in ours
     np.testing.assert_allclose([other["kl_more"], other["error_more"]], 0.5, atol=1e-4)
     np.testing.assert_allclose(trained["kl_more"], 0.1, atol=1e-4)
     assert other["right_more"] < 0 and other["right_p"] < 1e-6
     lines = text.splitlines()
-    assert len(lines) == 5 and "±" in lines[2] and "300 steps" in lines[3] and "+0.500 (p" in lines[4]
+    assert len(lines) == 5 and "±" in lines[2] and "+0.500 (p" in lines[3] and "300 steps of 8 images" in lines[4]
+
+
+def test_what_is_trained_is_compared_with_what_is_trained_alike():
+    given = [("adalog", 0, None, 0.0), ("adalog", 50, 8, 0.3), ("adalog", 50, 32, 0.2), ("log2", 50, 8, 0.4)]
+    rows = [row(m + "-reconstructed" * bool(n), 0, shift, steps=n, batch=batch) for m, n, batch, shift in given]
+    plain, first, second, other = summary(rows)[0]
+    assert [plain["seeds"], first["seeds"], second["seeds"]] == [1, 1, 1]  # another batch is not another seed
+    np.testing.assert_allclose([first["kl_more"], second["kl_more"], other["kl_more"]], [0.3, 0.2, 0.1], atol=1e-4)
 
 
 def test_rows_are_kept_image_by_image():
@@ -68,11 +77,11 @@ def test_known_rows_are_taken_and_searches_stand_apart(tmp_path, monkeypatch):
 
     monkeypatch.setattr(adalog, "measured", measured)
     given = argparse.Namespace(
-        record=record, resume=tmp_path, seeds=[0], bits=[4], methods=["adalog", "log2", adalog.RECONSTRUCTED],
+        record=record, resume=tmp_path, seeds=[0], bits=[4], methods=["adalog", "log2", "adalog-reconstructed"],
         rows=64, images=None, steps=None, rounds=None, products=None, reconstruct=7, batch=8,
     )  # fmt: skip
     found = rows_of(SimpleNamespace(names=NAMES), given)
-    assert found[:2] == rows[1:] and made == [(adalog.RECONSTRUCTED, 0, searched, 7, 8)]
+    assert found[:2] == rows[1:] and made == [("adalog-reconstructed", 0, searched, 7, 8)]
     assert rows_of(SimpleNamespace(names=NAMES), given) == found and len(made) == 1  # from the folder
     entries, text = tables([*rows, found[2]])
     assert [len(e["table"]) for e in entries] == [1, 3]
