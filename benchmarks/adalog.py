@@ -38,6 +38,7 @@ from benchmarks.static import ROOT
 from qjax import evaluate, models
 from qjax.checkpoint.parts import remove_job
 from qjax.evaluate.paired import paired_test
+from qjax.passes.adalog import BLOCK_INPUTS
 from qjax.passes.fpcs_losses import chosen_products
 
 RECONSTRUCTED = "-reconstructed"
@@ -66,10 +67,13 @@ SAID = {
 }
 
 
-def said(method: str, steps: int, batch: int | None) -> str:
-    """A method as the table names it."""
-    name = SAID[method.removesuffix(RECONSTRUCTED)]
-    return f"{name}; then {steps} steps of {batch} images a block" if method.endswith(RECONSTRUCTED) else name
+def said(entry: dict[str, Any]) -> str:
+    """A method, and how blocks were trained, as the table names it."""
+    name = SAID[entry["method"].removesuffix(RECONSTRUCTED)]
+    if not entry["reconstruct"]:
+        return name
+    source = ", on quantized inputs" if entry["block_inputs"] == "quantized" else ""
+    return f"{name}; then {entry['reconstruct']} steps of {entry['batch']} images a block{source}"
 
 
 class Set:
@@ -122,11 +126,11 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def measured(
-    data: Set, method: str, bits: int, seed: int, search: dict[str, Any], reconstruct: int, folder: Path, batch: int
+    data: Set, method: str, bits: int, seed: int, search: dict[str, Any], training: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """One row, as it is kept: see `compact`."""
     preset = qjax.recipe(f"adalog-w{bits}a{bits}")
-    how = dict(METHODS[method], **search, seed=seed, reconstruct=reconstruct, batch=batch)
+    how = dict(METHODS[method], **search, **training, seed=seed)
     how = dataclasses.replace(preset.settle, **how)
     recipe = qjax.Recipe(preset.rules, name=f"{method}-w{bits}a{bits}", settle=how)
     pixels, rest = data.drawn(seed)
@@ -143,8 +147,7 @@ def measured(
         "method": method,
         "bits": bits,
         "seed": seed,
-        "reconstruct": reconstruct,
-        "batch": batch if reconstruct else None,
+        **trained_as(training),
         "seconds": round(seconds, 1) if whole else None,
         "processor": round(busy, 1) if whole else None,
         "products": chosen_products(how.products),
@@ -156,6 +159,11 @@ def measured(
     }
     remove_job(folder)
     return compact(row)
+
+
+def trained_as(training: dict[str, Any]) -> dict[str, Any]:
+    """How blocks were trained, as it stands in a row."""
+    return {"reconstruct": 0, "batch": None, "block_inputs": None} | training
 
 
 def compact(row: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +187,7 @@ def expanded(row: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-KEY = ("model", "set", "calibration", "search", "method", "bits", "seed", "reconstruct", "batch")
+KEY = ("model", "set", "calibration", "search", "method", "bits", "seed", "reconstruct", "batch", "block_inputs")
 
 
 def key_of(row: dict[str, Any]) -> str:
@@ -214,17 +222,18 @@ def rows_of(data: Set, given: Any) -> list[dict[str, Any]]:
     for seed in given.seeds:
         for bits in given.bits:
             for method in given.methods:
-                steps = given.reconstruct if method.endswith(RECONSTRUCTED) else 0
-                row = dict(data.names, search=search, method=method, bits=bits, seed=seed, reconstruct=steps)
-                row["batch"] = given.batch if steps else None
+                training = {}
+                if method.endswith(RECONSTRUCTED):
+                    training = dict(reconstruct=given.reconstruct, batch=given.batch, block_inputs=given.block_inputs)
+                row = dict(data.names, search=search, method=method, bits=bits, seed=seed, **trained_as(training))
                 if key_of(row) in known:
                     out.append(known[key_of(row)])
                     continue
                 name = "-".join([method, f"w{bits}", f"s{seed}", *(f"{k}{v}" for k, v in search.items())])
-                name += f"-{steps}x{given.batch}" * (steps > 0)
+                name += f"-{given.reconstruct}x{given.batch}-{given.block_inputs}" if training else ""
                 file = given.resume / f"{name}.json"
                 if not file.is_file():
-                    row = measured(data, method, bits, seed, search, steps, given.resume / f"{name}.job", given.batch)
+                    row = measured(data, method, bits, seed, search, training, given.resume / f"{name}.job")
                     fresh = file.with_suffix(".tmp")
                     fresh.write_text(json.dumps(row))
                     os.replace(fresh, file)
@@ -237,12 +246,13 @@ def rows_of(data: Set, given: Any) -> list[dict[str, Any]]:
 
 def order(row: dict[str, Any]) -> tuple[Any, ...]:
     """Where a row stands in a table."""
-    return row["bits"], list(METHODS).index(row["method"]), row["reconstruct"], row.get("batch") or 0, row["seed"]
+    bits, method, *training = kind_of(row)
+    return bits, list(METHODS).index(method), *(each or 0 for each in training[:2]), str(training[2]), row["seed"]
 
 
 def kind_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows have in common that differ by their seed alone."""
-    return row["bits"], row["method"], row["reconstruct"], row.get("batch")
+    return row["bits"], row["method"], row["reconstruct"], row.get("batch"), row.get("block_inputs")
 
 
 def compared_with(kind: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -250,11 +260,11 @@ def compared_with(kind: tuple[Any, ...]) -> tuple[Any, ...]:
 
     That is AdaLog, searched alike; and for another method that is trained behind its search, AdaLog trained alike.
     """
-    bits, method, steps, batch = kind
+    bits, method, *training = kind
     ours = "adalog" + RECONSTRUCTED
-    return (
-        (bits, ours, steps, batch) if method.endswith(RECONSTRUCTED) and method != ours else (bits, "adalog", 0, None)
-    )
+    if method.endswith(RECONSTRUCTED) and method != ours:
+        return bits, ours, *training
+    return bits, "adalog", 0, None, None
 
 
 def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
@@ -262,11 +272,11 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     out = []
     rows = [expanded(row) for row in sorted(rows, key=order)]
     for kind in dict.fromkeys(kind_of(r) for r in rows):
-        bits, method, steps, batch = kind
+        bits, method = kind[:2]
         mine = [r for r in rows if kind_of(r) == kind]
         each = {k: [float(np.mean(r[k])) for r in mine] for k in ("right", "float_right", "kl", "error")}
-        entry: dict[str, Any] = {"bits": bits, "method": method, "reconstruct": steps}
-        entry |= {"batch": batch, "seeds": len(mine)}
+        entry: dict[str, Any] = {"bits": bits, "method": method, **{k: mine[0].get(k) for k in trained_as({})}}
+        entry["seeds"] = len(mine)
         for key, values in each.items():
             entry[key], entry[f"{key}_spread"] = float(np.mean(values)), float(np.std(values))
         for key in ("seconds", "processor"):
@@ -284,7 +294,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     head += ["seconds", "of processors"]
     table = []
     for e in out:
-        cells = [str(e["bits"]), said(e["method"], e["reconstruct"], e["batch"]), str(e["seeds"])]
+        cells = [str(e["bits"]), said(e), str(e["seeds"])]
         for key, shape in (("right", "{:.1%}"), ("kl", "{:.3f}"), ("error", "{:.4f}")):
             spread = f" ± {shape.format(e[f'{key}_spread'])}" if e["seeds"] > 1 else ""
             cells.append(shape.format(e[key]) + spread)
@@ -342,6 +352,7 @@ def main() -> None:
     parser.add_argument("--products", choices=("float32", "bfloat16"), default=None)
     parser.add_argument("--reconstruct", type=int, default=1000, help="steps a block, of methods *" + RECONSTRUCTED)
     parser.add_argument("--batch", type=int, default=32, help="images in a step of it")
+    parser.add_argument("--block-inputs", choices=BLOCK_INPUTS, default="float", help="what blocks are trained on")
     parser.add_argument("--record", type=Path, default=None, help="rows that are known, to which new ones are added")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -55,6 +55,9 @@ POWER = ("adalog", "log2", "log_sqrt2", "twin", "uniform")
 UNIFORM = ("fpcs", "minmax", "percentile")
 """How ranges of uniform quantizers are found."""
 
+BLOCK_INPUTS = ("float", "quantized")
+"""What a block is trained on in reconstruction."""
+
 PRODUCTS = ("bfloat16", "float32")
 """In what numbers errors are multiplied while candidates are compared."""
 
@@ -95,6 +98,8 @@ class AdaLog:
         reconstruct: steps of the training of each block that follows the search (`qjax.settling.reconstruct`); 0: none.
             The authors take 20,000, with 1,024 images.
         batch: examples in a step of it.
+        block_inputs: what a block is trained on: "float", what the float model has there (as the authors), or
+            "quantized", what the trained blocks before it put out.
     """
 
     rounds: int = 3
@@ -112,6 +117,7 @@ class AdaLog:
     products: str | None = None
     reconstruct: int = 0
     batch: int = 32
+    block_inputs: str = "float"
 
     needs_batches: ClassVar[bool] = True
 
@@ -133,7 +139,12 @@ class AdaLog:
             raise RecipeError(
                 f"AdaLog: zero={self.zero!r}{near(str(self.zero), ZERO_POLICIES)}; one of {', '.join(ZERO_POLICIES)}"
             )
-        for name, known in (("softmax", POWER), ("gelu", POWER), ("uniform", UNIFORM)):
+        for name, known in (
+            ("softmax", POWER),
+            ("gelu", POWER),
+            ("uniform", UNIFORM),
+            ("block_inputs", BLOCK_INPUTS),
+        ):
             value = getattr(self, name)
             if value not in known:
                 hint = near(str(value), known)

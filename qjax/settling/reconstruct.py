@@ -19,11 +19,16 @@ These rates are those of the authors' 20,000 steps. In N steps v moves by no mor
 in a few hundred hardly a weight would come to be rounded the other way: of fewer steps both rates are
 sqrt(20,000 / N) times as high.
 
+With ``block_inputs="quantized"`` a block is trained on what the trained blocks before it put out, and not on what the
+float model has there, so that it also learns to undo what they do wrong (as in BRECQ and in QDrop, Wei et al. 2022,
+arXiv:2203.05740). The target stays what the float model puts out.
+
 What is learned is written back as the weight that its codes stand for, so rounding to nearest gives these codes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -84,31 +89,11 @@ def reconstructed(
     """
     data = (_by_example(block.inputs, data[0], examples, block), _by_example(block.outputs, data[1], examples, block))
     count = len(data[0][0])
-    weights = {name: _start(program, leaves, unit, name, f) for unit, f in zip(units, found, strict=True)
-               if isinstance(unit, LinearUnit) for name in unit.sites}  # fmt: skip
-    trained = {
-        "rounding": {name: fixed.pop("v") for name, fixed in weights.items()},
-        "scales": [_scales(unit, f) for unit, f in zip(units, found, strict=True)],
-    }
-    constants = [{k: jnp.asarray(v) for k, v in f.items()} for f in found]
-    values = [jnp.asarray(leaves.at(n)) for n in range(len(program.leaf_names))]
-    consts = consts_of(program.jaxpr)
-    numbers = {name: leaves.number[program.by_name[name].leaf] for name in weights}  # type: ignore[index]
+    part, trained, fixed = _prepared(program, level, block, units, found, leaves, settings)
     last = block.stop == len(level.nodes)
 
-    def outputs(trained: Any, fixed: tuple[Any, Any, Any], inputs: Sequence[Array], hard: bool) -> Any:
-        weights, constants, values = fixed
-        arrays = list(values)
-        for name, weight in weights.items():
-            arrays[numbers[name]] = rounded_weight(weight, trained["rounding"][name], hard).astype(
-                arrays[numbers[name]].dtype
-            )
-        env = dict(zip(level.inputs, [*consts, *arrays], strict=False)) | dict(zip(block.inputs, inputs, strict=True))
-        products = _products(units, trained["scales"], constants, settings)
-        return evaluated(level, block, env, products)
-
     def loss_of(trained: Any, fixed: Any, inputs: Any, targets: Any, hard: bool = False) -> Array:
-        got = outputs(trained, fixed, inputs, hard)
+        got = part.outputs(trained, fixed, inputs, hard)
         return sum((_distance(a, b, last) for a, b in zip(got, targets, strict=True)), jnp.float32(0))
 
     total = settings.reconstruct
@@ -124,8 +109,8 @@ def reconstructed(
 
         def whole(trained: Any) -> Array:
             loss = loss_of(trained, fixed, _taken(inputs, rows), _taken(targets, rows))
-            part = jnp.clip((at / total - WARM_UP) / (1 - WARM_UP), 0, 1)
-            beta = BETA[0] + (BETA[1] - BETA[0]) * part
+            passed = jnp.clip((at / total - WARM_UP) / (1 - WARM_UP), 0, 1)
+            beta = BETA[0] + (BETA[1] - BETA[0]) * passed
             push = sum((jnp.sum(1 - jnp.abs(2 * _h(v) - 1) ** beta) for v in trained["rounding"].values()), 0.0)
             return loss + jnp.where(at >= WARM_UP * total, PUSH, 0.0) * push
 
@@ -141,18 +126,15 @@ def reconstructed(
         body = lambda carry, at: step(carry, at, fixed, inputs, targets, key)  # noqa: E731
         return lax.scan(body, carry, first + jnp.arange(steps))[0]
 
-    fixed = (weights, constants, values)
     key = jax.random.key(settings.seed)
-    nearest = {name: jnp.where(_h(v) >= 0.5, 10.0, -10.0) for name, v in trained["rounding"].items()}
-    part_of = jax.jit(loss_of, static_argnames="hard")
+    loss_at = jax.jit(loss_of, static_argnames="hard")
 
     def measured(trained: Any) -> float:
-        """The loss of all examples, so many at a time as in a step; the last of them begin again at the first."""
-        parts = [np.arange(at, at + examples) % count for at in range(0, count, examples)]
-        losses = [part_of(trained, fixed, *(_taken(side, rows) for side in data), hard=True) for rows in parts]
+        parts = _in_turn(count, examples)
+        losses = [loss_at(trained, fixed, *(_taken(side, rows) for side in data), hard=True) for rows in parts]
         return float(np.mean([float(loss) for loss in losses]))
 
-    before = measured(trained | {"rounding": nearest})
+    before = measured(trained)  # each weight rounded to the nearest
     carry = (trained, {name: rate.init(trained[name]) for name, rate in rates.items()})
     for first in range(0, total, STEPS_A_CALL):
         steps = min(STEPS_A_CALL, total - first)
@@ -163,12 +145,88 @@ def reconstructed(
         return {}, list(found), (before, before)
     new = {
         program.by_name[name].leaf or "": np.asarray(rounded_weight(w, trained["rounding"][name], True))
-        for name, w in weights.items()
+        for name, w in fixed[0].items()
     }
     out = [dict(f) for f in found]
     for f, scales in zip(out, trained["scales"], strict=True):
         f.update({key: np.asarray(np.maximum(value, 1e-8), np.float32) for key, value in scales.items()})
     return new, out, (before, after)
+
+
+def passed_on(
+    program: Program,
+    level: Level,
+    block: Block,
+    units: Sequence[Unit],
+    found: Sequence[Found],
+    leaves: Leaves,
+    inputs: Sequence[Array],
+    examples: int,
+    settings: Any,
+) -> list[Array]:
+    """Return what a block puts out with rounded weights and operands, for all examples.
+
+    Args as of `reconstructed`, but for the inputs, which are those that the blocks before have passed on; ``leaves``
+    and ``found`` are as the training has left them.
+    """
+    data = _by_example(block.inputs, inputs, examples, block)
+    count = len(data[0])
+    part, trained, fixed = _prepared(program, level, block, units, found, leaves, settings)
+    run = jax.jit(functools.partial(part.outputs, hard=True))
+    parts = [run(trained, fixed, _taken(data, rows)) for rows in _in_turn(count, examples)]
+    whole = [jnp.concatenate(values) for values in zip(*parts, strict=True)]
+    return [a[: count * (v.shape[0] // examples)] for v, a in zip(block.outputs, whole, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rounded:
+    """A block with rounded weights and operands, as a function of what is trained."""
+
+    program: Program
+    level: Level
+    block: Block
+    units: Sequence[Unit]
+    settings: Any
+    numbers: Mapping[str, int]
+
+    def outputs(
+        self, trained: Any, fixed: tuple[Any, Any, Any], inputs: Sequence[Array], hard: bool = False
+    ) -> list[Any]:
+        weights, constants, values = fixed
+        arrays = list(values)
+        for name, weight in weights.items():
+            at = self.numbers[name]
+            arrays[at] = rounded_weight(weight, trained["rounding"][name], hard).astype(arrays[at].dtype)
+        env = dict(zip(self.level.inputs, [*consts_of(self.program.jaxpr), *arrays], strict=False))
+        products = _products(self.units, trained["scales"], constants, self.settings)
+        return evaluated(self.level, self.block, env | dict(zip(self.block.inputs, inputs, strict=True)), products)
+
+
+def _prepared(
+    program: Program,
+    level: Level,
+    block: Block,
+    units: Sequence[Unit],
+    found: Sequence[Found],
+    leaves: Leaves,
+    settings: Any,
+) -> tuple[_Rounded, dict[str, Any], tuple[Any, Any, Any]]:
+    """A block as a function, where its training starts, and what stays: weights, what was found, parameters."""
+    weights = {name: _start(program, leaves, unit, name, f) for unit, f in zip(units, found, strict=True)
+               if isinstance(unit, LinearUnit) for name in unit.sites}  # fmt: skip
+    trained = {
+        "rounding": {name: fixed.pop("v") for name, fixed in weights.items()},
+        "scales": [_scales(unit, f) for unit, f in zip(units, found, strict=True)],
+    }
+    constants = [{k: jnp.asarray(v) for k, v in f.items()} for f in found]
+    values = [jnp.asarray(leaves.at(n)) for n in range(len(program.leaf_names))]
+    numbers = {name: leaves.number[program.by_name[name].leaf] for name in weights}  # type: ignore[index]
+    return _Rounded(program, level, block, units, settings, numbers), trained, (weights, constants, values)
+
+
+def _in_turn(count: int, examples: int) -> list[np.ndarray]:
+    """All examples, so many at a time as in a step; the last of them begin again at the first."""
+    return [np.arange(at, at + examples) % count for at in range(0, count, examples)]
 
 
 def _by_example(values: Sequence[Value], arrays: Sequence[Array], examples: int, block: Block) -> list[Array]:

@@ -31,7 +31,7 @@ from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
 from qjax.settling.capture import capture, separable, values_of
 from qjax.settling.cuts import Block, blocks_of_units
-from qjax.settling.reconstruct import reconstructed
+from qjax.settling.reconstruct import passed_on, reconstructed
 from qjax.settling.results import Outcome, moved_channels, settle_attention, settle_linear
 
 FEWEST = 8
@@ -170,17 +170,14 @@ def _reconstruct(
     notes = []
     arrays = [Signature.of((), args, {})[1] for args in batches]
     values = list(first.leaves)  # the float model, as it was
+    carried: list[jax.Array] | None = None  # what the blocks before put out, if that is what a block is trained on
     for n, (block, same) in enumerate(zip(blocks, stepped.blocks(), strict=True)):
+        mine = [stepped.units[u] for u in same.units]
         at = len(first.units) + n
         done = None if kept is None else load_part(kept / "blocks" / f"{at:04d}")
         if done is None or done[1]["unit"] != block.name:
-            flow = jax.jit(
-                lambda *a, block=block: values_of(first.program, first.level, [*block.inputs, *block.outputs], a)
-            )
-            parts = [flow(*values, *a) for a in arrays]
-            whole = [jnp.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
-            data = whole[: len(block.inputs)], whole[len(block.inputs) :]
-            mine = [stepped.units[u] for u in same.units]
+            whole = _flowing(first, [*block.inputs, *block.outputs], values, arrays)
+            data = carried or whole[: len(block.inputs)], whole[len(block.inputs) :]
             weights, new, losses = reconstructed(
                 stepped.program, stepped.level, same, mine, [found[u] for u in same.units], leaves, data,
                 stepped.examples, settings,
@@ -198,11 +195,27 @@ def _reconstruct(
                 leaves.put(number, (), jnp.asarray(np.asarray(value), leaves.values[number].dtype))
             else:
                 found[int(where)][key] = np.asarray(value)
+        if settings.block_inputs == "quantized":
+            if carried is None:  # the first block: the arguments themselves
+                carried = _flowing(first, block.inputs, values, arrays)
+            state = [found[u] for u in same.units]
+            carried = passed_on(
+                stepped.program, stepped.level, same, mine, state, leaves, carried, stepped.examples, settings
+            )
         before, after = done[1]["losses"]
         notes.append(f"{block.name}: reconstructed, error of its output {before:.3g} before, {after:.3g} after")
         if progress is not None:
             progress(at + 1, total, block.name)
     return notes
+
+
+def _flowing(
+    view: _View, wanted: Sequence[Any], leaves: Sequence[Any], batches: Sequence[Sequence[Any]]
+) -> list[jax.Array]:
+    """Values of the float model, of all examples."""
+    flow = jax.jit(lambda *a: values_of(view.program, view.level, list(wanted), a))
+    parts = [flow(*leaves, *a) for a in batches]
+    return [jnp.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 class _View:

@@ -16,10 +16,10 @@ from qjax.errors import CheckpointError, DataError, RecipeError
 from qjax.formats import Int, Log
 from qjax.passes import AdaLog
 from qjax.passes.units import LinearUnit, find_units
-from qjax.settling import settle
+from qjax.settling import run, settle
 from qjax.settling.capture import separable
 from qjax.settling.cuts import blocks_of_units, evaluated, prefix
-from qjax.settling.reconstruct import rates_of
+from qjax.settling.reconstruct import passed_on, rates_of
 from qjax.settling.results import moved_channels
 
 F = np.float32
@@ -443,6 +443,37 @@ def test_steps_of_the_training_have_a_size_of_their_own():
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     kept([(X,)], 6)  # 6 does not divide 8: some are counted twice when the error of all is measured
+
+
+@pytest.mark.slow
+def test_a_block_can_be_trained_on_what_the_quantized_blocks_before_put_out(tmp_path, monkeypatch):
+    params, rules = {name: PARAMS[name] for name in ("up", "down")}, recipe().rules[1:]
+    how = dataclasses.replace(QUICK, reconstruct=60, batch=6, block_inputs="quantized")
+    how, seen = qjax.Recipe(rules, settle=how), []
+
+    def recorded(*args):
+        seen.append((args[6], passed_on(*args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(run, "passed_on", recorded)
+    kept = settle(split, params, [(X[:4],), (X[4:],)], recipe=how, resume=tmp_path)
+    ((x,), (up,)), (entered, (down,)) = seen
+    np.testing.assert_array_equal(np.asarray(x).reshape(X.shape), X)
+    np.testing.assert_array_equal(entered[0], up)  # the next block gets what this one puts out
+    rule = {rule.match: rule for rule in kept.recipe.rules}["up/kernel"]
+    assert rule.inputs.fmt.bits == 4
+    found = kept.constants["up/kernel"]
+    scale, zero = (np.asarray(found[k], F).reshape(()) for k in ("scale", "zero"))
+    rounded = (np.clip(np.rint(X / scale) + zero, 0, 15) - zero) * scale
+    leaf = dict(zip(qjax.trace(split, params, X).leaf_names, kept.leaves, strict=True))["up/kernel"]
+    want = rounded @ uniform(np.asarray(leaf).T, kept.scales["up/kernel"]).T  # the bias belongs to the next block
+    np.testing.assert_allclose(np.asarray(up).reshape(want.shape), want, rtol=1e-4, atol=1e-4)
+    model = qjax.quantize(split, params, recipe=how, batches=[(X[:4],), (X[4:],)], resume=tmp_path)
+    for a, b in zip(seen[:2], seen[2:], strict=True):  # what was kept goes on as what was trained
+        np.testing.assert_allclose(a[1][0], b[1][0], rtol=1e-4, atol=1e-4)
+    got, exact = np.asarray(model(model.params, X)), np.asarray(split(params, X))
+    off = np.asarray(down).reshape(got.shape) - got  # fractions of Log's table, and the power of its base
+    assert np.mean(off**2) < 0.02 * np.mean((got - exact) ** 2)
 
 
 def test_examples_come_first_where_blocks_are_trained():
