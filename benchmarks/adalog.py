@@ -339,6 +339,7 @@ def tables(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
 def main() -> None:
     parser = measure.parser(__doc__ or "")
     numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("QJAX_DATA", ROOT.parent / "shared/data")))
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--image-set", type=Path, default=None)
@@ -355,7 +356,8 @@ def main() -> None:
     parser.add_argument("--block-inputs", choices=BLOCK_INPUTS, default="float", help="what blocks are trained on")
     parser.add_argument("--record", type=Path, default=None, help="rows that are known, to which new ones are added")
     given = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cuda,cpu" if given.platform == "cuda" else "cpu")
+    jax.config.update("jax_default_matmul_precision", "highest")  # products of float32 in TF32 would count as errors
     given.resume.mkdir(parents=True, exist_ok=True)
     data = Set(
         given.model or given.data / "models/vit-tiny-patch16-224",
