@@ -17,7 +17,7 @@ from qjax.formats import SMOOTH, QArray, QStack, is_quantized
 from qjax.program import Program
 from qjax.report.data import Report, SiteRow
 from qjax.rewriting.log_attention import lowering_of
-from qjax.sources import Dynamic
+from qjax.sources import Dynamic, Fixed
 
 NOT_QUANTIZED_HERE = {
     "matmul": "a product of two activations: no rule names op='matmul'",
@@ -103,10 +103,16 @@ def _of_sqnr(plan: Plan) -> list[str]:
     ]
 
 
+def _spelled(source: Any) -> str:
+    """The format of an operand; its scales may be one for each head, of which the format itself knows nothing."""
+    name = source.fmt.name
+    return name.replace("per tensor", "per head") if isinstance(source, Fixed) and len(source.scale) > 1 else name
+
+
 def _free_row(site: Site, plan: Plan, rewriter: Any) -> SiteRow:
     decision = plan.decisions[site.name]
     if decision.operands and not decision.skip:
-        formats = {name: source.fmt.name for name, source in decision.operands.items()}
+        formats = {name: _spelled(source) for name, source in decision.operands.items()}
         lowering, note = lowering_of(rewriter, site)
         return SiteRow(
             name=site.name,

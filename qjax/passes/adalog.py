@@ -128,7 +128,15 @@ class AdaLog:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise RecipeError(f"AdaLog: {name}={value!r}; a whole number, 1 or more, or None for all")
-        for name, least in (("reconstruct", 0), ("batch", 1)):
+        if not isinstance(self.best, bool) or not isinstance(self.reparameterize, bool):
+            raise RecipeError(f"AdaLog: best={self.best!r}, reparameterize={self.reparameterize!r}; True or False each")
+        if (
+            isinstance(self.candidates, bool)
+            or not isinstance(self.candidates, int)
+            or self.candidates not in range(32, 1 << 20, 32)
+        ):
+            raise RecipeError(f"AdaLog: candidates={self.candidates!r}; a multiple of 32, such as the authors' 128")
+        for name, least in (("reconstruct", 0), ("batch", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise RecipeError(f"AdaLog: {name}={value!r}; a whole number, {least} or more")

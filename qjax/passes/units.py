@@ -101,7 +101,8 @@ def find_units(program: Program, decisions: Mapping[str, Any]) -> tuple[Level, l
             found = attentions.get(site.path)
             if found is None:
                 raise RecipeError(_looped(site.name))
-            units.append((found.scores.index, AttentionUnit(site.name, d, found)))
+            notes = (_ALSO_READ,) if "p" in d.operands and _also_read(level, found) else ()
+            units.append((found.scores.index, AttentionUnit(site.name, d, found, notes)))
             continue
         node = at.get(site.path)
         if node is None or program.slices[site.read].loops:
@@ -117,6 +118,30 @@ def find_units(program: Program, decisions: Mapping[str, Any]) -> tuple[Level, l
     for members in groups.values():
         units.append((members[0][1].index, _linear(program, level, members, decisions, acts)))
     return level, [unit for _, unit in sorted(units, key=lambda pair: pair[0])]
+
+
+_ALSO_READ = (
+    "its probabilities are also read by something else than the product with the values: that gets them as they are, "
+    "and only the product gets codes"
+)
+
+
+def _also_read(level: Level, found: Attention) -> bool:
+    """Whether anything but the product with the values reads the probabilities of an attention."""
+    if found.probabilities is None:
+        return False
+    line = [ax.root(found.probabilities.value)]
+    while line:
+        value = line.pop()
+        if value in level.outputs:
+            return True
+        for user in value.users:
+            if user is found.values:
+                continue
+            if user.name not in ax.TRANSPARENT:
+                return True
+            line += user.outputs
+    return False
 
 
 def _attentions(level: Level) -> list[Attention]:
@@ -161,7 +186,12 @@ def _linear(
         if made.kind != "gelu":
             note = f"its inputs are those of a {made.kind} and no GELU: they are quantized evenly"
             return LinearUnit(kind="plain", notes=(note,), **common)
-        return LinearUnit(kind="gelu", shift=GELU_SHIFT[made.approximate], **common)
+        notes = tuple(
+            f"the shift of its inputs is not folded into a bias but taken off at run time: {n}: {why}"
+            for n, why in common["biases"].items()
+            if isinstance(why, str)
+        )
+        return LinearUnit(kind="gelu", shift=GELU_SHIFT[made.approximate], notes=notes, **common)
     if isinstance(made, Norm) and made.kind == "layer_norm":
         norm = _parameters(program, level, made, source, nodes)
         if isinstance(norm, tuple):

@@ -229,14 +229,19 @@ def _in_turn(count: int, examples: int) -> list[np.ndarray]:
     return [np.arange(at, at + examples) % count for at in range(0, count, examples)]
 
 
-def _by_example(values: Sequence[Value], arrays: Sequence[Array], examples: int, block: Block) -> list[Array]:
-    """Arrays [n m, ..] as [n, m, ..], m what one example has of a value that is traced with so many examples."""
+def check_examples(block: Block, values: Sequence[Value], examples: int) -> None:
+    """Check that values that enter or leave a block begin with the examples of a step."""
     for value in values:
         if not value.shape or value.shape[0] % examples:
             raise DataError(
                 f"{block.name}: a value of shape {tuple(value.shape)} enters or leaves it, whose first axis is not "
                 f"that of the {examples} examples of a step; put examples first, or leave out reconstruct"
             )
+
+
+def _by_example(values: Sequence[Value], arrays: Sequence[Array], examples: int, block: Block) -> list[Array]:
+    """Arrays [n m, ..] as [n, m, ..], m what one example has of a value that is traced with so many examples."""
+    check_examples(block, values, examples)
     return [a.reshape(-1, v.shape[0] // examples, *a.shape[1:]) for v, a in zip(values, arrays, strict=True)]
 
 

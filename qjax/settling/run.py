@@ -31,7 +31,7 @@ from qjax.program import Program, Signature, trace_flat
 from qjax.recipe import Recipe
 from qjax.settling.capture import capture, separable, values_of
 from qjax.settling.cuts import Block, blocks_of_units
-from qjax.settling.reconstruct import passed_on, reconstructed
+from qjax.settling.reconstruct import check_examples, passed_on, reconstructed
 from qjax.settling.results import Outcome, moved_channels, settle_attention, settle_linear
 
 FEWEST = 8
@@ -80,7 +80,7 @@ def settle(
 
     Raises:
         RecipeError: a site that the search cannot serve.
-        DataError: fewer than 8 examples.
+        DataError: fewer than 8 examples, NaN among activations, or batches that the function or the search cannot take.
     """
     given = list(batches)
     count = sum(_examples(args) for args in given)
@@ -89,7 +89,7 @@ def settle(
             f"{count} calibration examples were given, and {type(recipe.settle).__name__} needs {FEWEST} or more "
             "(32 is the usual number): scales would follow single images"
         )
-    views = [_View(fn, params, args, recipe) for args in _by_shape(given)]
+    views = _views(fn, params, given, recipe)
     view_of = {view.key: view for view in views}
     first = views[0]
     leaves = Leaves(first.program.leaf_names, first.leaves)
@@ -100,10 +100,10 @@ def settle(
     every: list[Found] = []
     blocks, stepped = [], first
     if getattr(recipe.settle, "reconstruct", 0):
+        if len(views) > 1:
+            raise DataError("reconstruction mixes examples of all batches: give batches of one shape")
         blocks = first.blocks()
-        size = min(recipe.settle.batch, count)
-        if size != first.examples:  # shapes are part of a trace: a step of other size needs one of its own
-            stepped = _View(fn, params, _resized(given[0], size), recipe)
+        stepped = _stepped(fn, params, given[0], first, min(recipe.settle.batch, count), recipe)
     total = len(first.units) + len(blocks)
     for members in first.groups(MEMORY // max(count // max(first.examples, 1), 1)):
         found = {n: _kept(kept, n, first.units[n].name) for n in members}
@@ -127,7 +127,7 @@ def settle(
         for unit, found in zip(first.units, every, strict=True)
         if isinstance(unit, LinearUnit)
     ]
-    notes += _reconstruct(first, stepped, view_of, given, leaves, every, blocks, recipe.settle, kept, progress, total)
+    notes += _reconstruct(first, stepped, given, leaves, every, blocks, recipe.settle, kept, progress, total)
     outcomes = [
         _outcome(first.program, leaves, unit, recipe, found) for unit, found in zip(first.units, every, strict=True)
     ]
@@ -149,7 +149,6 @@ def settle(
 def _reconstruct(
     first: _View,
     stepped: _View,
-    views: dict[Any, _View],
     batches: Sequence[tuple[Any, ...]],
     leaves: Leaves,
     found: list[Found],
@@ -165,9 +164,12 @@ def _reconstruct(
     """
     if not blocks:
         return []
-    if len(views) > 1:
-        raise DataError("reconstruction mixes examples of all batches: give batches of one shape")
-    notes = []
+    notes = [
+        "SQNR of weights that reconstruction has trained is against the trained ones, which their codes say exactly: "
+        "judge them by what the model puts out"
+    ]
+    if settings.batch > (count := stepped.examples):
+        notes.append(f"reconstruction: batch={settings.batch}, but there are {count} examples; each step takes all")
     arrays = [Signature.of((), args, {})[1] for args in batches]
     values = list(first.leaves)  # the float model, as it was
     carried: list[jax.Array] | None = None  # what the blocks before put out, if that is what a block is trained on
@@ -207,6 +209,51 @@ def _reconstruct(
         if progress is not None:
             progress(at + 1, total, block.name)
     return notes
+
+
+def _views(fn: Callable[..., Any], params: Any, batches: Sequence[tuple[Any, ...]], recipe: Recipe) -> list[_View]:
+    """A view for each shape among the batches."""
+    first, *others = _by_shape(batches)
+    views = [_View(fn, params, first, recipe)]
+    for args in others:
+        try:
+            views.append(_View(fn, params, args, recipe))
+        except (TypeError, ValueError) as error:
+            number = next(n for n, each in enumerate(batches) if _shapes(each) == _shapes(args))
+            raise DataError(
+                f"batch {number}, of shapes {_said(args)}, cannot be run, and batch 0, of shapes {_said(first)}, can: "
+                f"{_line(error)}. Give images of one size, as the model takes them"
+            ) from error
+    return views
+
+
+def _stepped(
+    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], first: _View, size: int, recipe: Recipe
+) -> _View:
+    """The view at so many examples as a step of the training has, whose blocks begin with examples."""
+    view = first
+    if size != first.examples:  # shapes are part of a trace: a step of other size needs one of its own
+        resized = _resized(args, size)
+        try:
+            view = _View(fn, params, resized, recipe)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"a step of reconstruction has {size} examples, arguments of shapes {_said(resized)}, and the function "
+                f"cannot be run with them: {_line(error)}. Put examples first in every argument, or leave out "
+                "reconstruct"
+            ) from error
+    for block in view.blocks():
+        check_examples(block, (*block.inputs, *block.outputs), size)
+    return view
+
+
+def _said(args: tuple[Any, ...]) -> str:
+    return ", ".join(str(list(np.shape(a))) for a in jax.tree.leaves(args))
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _flowing(
@@ -277,8 +324,14 @@ def _captured(
     if not members:
         return {}
     rows: list[list[tuple[np.ndarray, ...]]] = [[] for _ in members]
-    for args in batches:
-        for at, parts in enumerate(views[_shapes(args)].capture(tuple(members), args)):
+    for number, args in enumerate(batches):
+        view = views[_shapes(args)]
+        for at, parts in enumerate(view.capture(tuple(members), args)):
+            if not all(np.isfinite(a).all() for a in parts):
+                raise DataError(
+                    f"batch {number}: NaN or infinity among the inputs of {view.units[members[at]].name}; look at that "
+                    "batch, or at what comes before the site"
+                )
             rows[at].append(parts)
     out = {}
     for n, parts in zip(members, rows, strict=True):
@@ -289,9 +342,6 @@ def _captured(
                 "calibration batches differ in length, and operands of attentions of different lengths cannot be "
                 "searched together; give batches of one length"
             ) from None
-        bad = next((a for a in out[n] if not np.isfinite(a).all()), None)
-        if bad is not None:
-            raise DataError(f"the calibration data leads to NaN or infinity among the inputs of unit {n}; look at it")
     return out
 
 

@@ -157,22 +157,11 @@ def test_a_layer_norm_is_found_behind_windows_and_their_shifts():
     assert unit.norm is None
 
 
-def test_what_is_no_gelu_and_a_softmax_with_another_reader():
+def test_what_is_no_gelu():
     quick = qjax.trace(lambda p, x: (lambda h: h * jax.nn.sigmoid(1.702 * h))(x @ p["a"]) @ p["b"],
                        {"a": np.ones((4, 4), F), "b": np.ones((4, 2), F)}, np.ones((3, 4), F))  # fmt: skip
     found = find_units(quick, recipe().decide(quick.sites, strict=False))[1]
     assert found[1].kind == "plain" and "no GELU" in found[1].notes[0]
-
-    def shown(params, x):  # the probabilities are a result too
-        p = jax.nn.softmax((x @ params["q"]) @ x.transpose(0, 2, 1), axis=-1)
-        return p @ x, p
-
-    params = {"q": np.eye(4, dtype=F)}
-    x = RNG.standard_normal((8, 3, 4)).astype(F)
-    model = qjax.quantize(shown, params, recipe=recipe(), batches=[(x,)])
-    got, p = model(model.params, x)
-    np.testing.assert_allclose(p.sum(-1), 1, atol=1e-5)  # these stay float, and only the product rounds them
-    assert np.abs(got - p @ x).max() > 1e-3
 
 
 def test_a_layer_norm_takes_up_the_scales_of_channels_and_the_function_stays(settled):
@@ -364,6 +353,92 @@ def test_the_methods_it_is_compared_with(settings, gelu, probabilities):
         np.testing.assert_allclose(scale, (high - low) / 15, rtol=1e-6)
 
 
+def narrow(params, x):
+    """A perceptron for rows of 5 x 8 and no others."""
+    return perceptron(params, x.reshape(-1, TOKENS, D))
+
+
+def test_batches_that_cannot_be_searched_are_named():
+    params, rules = {name: PARAMS[name] for name in ("up", "down")}, recipe().rules[1:]
+
+    def run_with(batches, fn=narrow, **settings):
+        settle(fn, params, batches, recipe=qjax.Recipe(rules, settle=dataclasses.replace(QUICK, **settings)))
+
+    other = np.ones((3, 3, D), F)
+    with pytest.raises(DataError, match=r"batch 1, of shapes \[3, 3, 8\], .* batch 0, of shapes \[8, 5, 8\]"):
+        run_with([(X,), (other,)])
+    bad = X.copy()
+    bad[3, 1, 2] = np.nan
+    with pytest.raises(DataError, match="batch 1: NaN or infinity among the inputs of up/kernel"):
+        run_with([(X,), (bad,)])
+    with pytest.raises(DataError, match="batches of one shape"):  # before anything is searched
+        run_with([(X,), (np.ones((2, TOKENS, D), F),)], reconstruct=1)
+    with pytest.raises(DataError, match=r"step of reconstruction has 3 examples.*\[3, 5, 8\].*examples first"):
+        run_with([(X,)], lambda p, x: narrow(p, x.reshape(64, -1)), reconstruct=1, batch=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (dict(candidates=16), "candidates=16; a multiple of 32"),
+        (dict(candidates=0), "a multiple of 32"),
+        (dict(best="x"), "best='x'"),
+        (dict(seed="a"), "seed='a'; a whole number"),
+        (dict(block_inputs="quantised"), "block_inputs='quantised'.*did you mean 'quantized'"),
+    ],
+)
+def test_settings_are_checked(setting, words):
+    with pytest.raises(RecipeError, match=words):
+        AdaLog(**setting)
+
+
+def test_probabilities_that_others_read_stay_as_they_are():
+    def both(params, x):
+        q, k, v = (dense(params[n], x).reshape(*x.shape[:2], HEADS, -1) for n in ("query", "key", "value"))
+        p = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2.0, axis=-1)
+        return dense(params["out"], jnp.einsum("bhqk,bkhd->bqhd", p, v).reshape(x.shape)), p
+
+    params = {n: PARAMS[n] for n in ("query", "key", "value", "out")}
+    model = qjax.quantize(both, params, recipe=recipe(), batches=[(X,)])
+    assert any("also read by something else" in note for note in model.report.notes)
+    (attention,) = (rule for rule in model.recipe.rules if rule.op == "attention")
+    rounded = [attention.operands[n] for n in "qk"]
+    _, p = model(model.params, X)
+    inputs = [model.params[n]["kernel"] for n in ("query", "key")]
+    q, k = (
+        (
+            uniform(X, {n: w.aux[f"input.{n}"] for n in ("scale", "zero")}) @ np.asarray(w.dequantize())
+            + params[name]["bias"]
+        )
+        for w, name in zip(inputs, ("query", "key"), strict=True)
+    )
+    q, k = (a.reshape(*X.shape[:2], HEADS, -1) for a in (q, k))
+    shape = (1, 1, HEADS, 1)
+    q, k = (
+        uniform(a, {"scale": np.reshape(o.scale, shape), "zero": np.reshape(o.zero, shape)})
+        for a, o in zip((q, k), rounded, strict=True)
+    )
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
+    want = np.exp(scores - scores.max(-1, keepdims=True))
+    np.testing.assert_allclose(p, want / want.sum(-1, keepdims=True), atol=1e-5)
+    assert "uint4 per head" in str(model.report) and "uint4 per tensor, k" not in str(model.report)
+    only = qjax.quantize(lambda *a: both(*a)[0], params, recipe=recipe(), batches=[(X,)])
+    assert not any("also read by" in note for note in only.report.notes)
+
+
+def test_a_shift_without_a_bias_to_fold_it_into_is_said():
+    def late(params, x):  # the residual is added before the bias
+        return x + jax.nn.gelu(dense(params["up"], x)) @ params["down"]["kernel"] + params["down"]["bias"]
+
+    params, rules = {name: PARAMS[name] for name in ("up", "down")}, recipe().rules[1:]
+    model = qjax.quantize(late, params, recipe=qjax.Recipe(rules, settle=QUICK), batches=[(X,)])
+    assert any("down/kernel: the shift of its inputs is not folded" in note for note in model.report.notes)
+    (rule,) = (rule for rule in model.recipe.rules if rule.match == "down/kernel")
+    assert not rule.inputs.fmt.folded
+    want, got = late(params, X), model(model.params, X)
+    assert float(jnp.sum((got - want) ** 2) / jnp.sum((want - X) ** 2)) < 0.1
+
+
 def test_a_method_that_needs_a_search_says_so():
     with pytest.raises(RecipeError, match="softmax='log3'.*did you mean 'log2'"):
         AdaLog(softmax="log3")
@@ -432,7 +507,7 @@ def test_steps_of_the_training_have_a_size_of_their_own():
     def kept(batches, batch):
         how = dataclasses.replace(QUICK, reconstruct=60, batch=batch)
         made = settle(split, params, batches, recipe=qjax.Recipe(rules, settle=how))
-        said = [re.findall(r"output ([^ ]+) before, ([^ ]+) after", note)[0] for note in made.notes]
+        said = re.findall(r"output ([^ ]+) before, ([^ ]+) after", "\n".join(made.notes))
         losses = [tuple(map(float, pair)) for pair in said]
         assert len(losses) == 2 and any(after < 0.95 * before for before, after in losses)
         return [np.asarray(leaf) for leaf in made.leaves], losses
