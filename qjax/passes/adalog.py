@@ -90,7 +90,8 @@ class AdaLog:
         uniform: how scales and zero points of all others are found: "fpcs", "minmax" or "percentile".
         rows: how many rows (tokens) the search for inputs by the error of outputs looks at, drawn at random; None: all.
             Ranges, channels and weights are searched with all rows whatever this says.
-        images: how many examples the search for operands of attentions looks at; None: all.
+        images: how many examples the search for operands of attentions looks at; None: all. Each window of an attention
+            in windows (Swin) counts as one.
         seed: of the draws.
         products: how rounding errors are multiplied while candidates are compared: "float32", "bfloat16" (errors and
             the other operand are rounded to it, sums stay in float32), or None: bfloat16 where that is quick, which is

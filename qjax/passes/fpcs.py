@@ -103,7 +103,8 @@ def zero_points(bits: int, inputs: bool, search: Search) -> np.ndarray:
     """Return the zero points that are tried, consecutive whole numbers around the middle code, float32 [n_z].
 
     ``min(16, L)`` of them for weights and the operands of products of activations and ``min(16, 2 L)`` for the inputs
-    of linear layers, L = 2**(bits - 1).
+    of linear layers, L = 2**(bits - 1). From 6 bits on that is a narrow window: where a range reaches much farther to
+    one side of 0 than to the other, scales of the data's own range cut its longer end off.
     """
     half = 2 ** (bits - 1)
     count = min(search.zero_points, 2 * half if inputs else half, search.candidates)
@@ -114,16 +115,22 @@ def zero_points(bits: int, inputs: bool, search: Search) -> np.ndarray:
 def uniform_grid(slices: np.ndarray, bits: int, inputs: bool, search: Search) -> tuple[np.ndarray, np.ndarray]:
     """Return the coarse grid: scales and zero points, float32 [S, candidates], the scale varying fastest.
 
+    Scales go from the inner range of a slice to the whole of it, divided by the last code. The authors' grid is that
+    and no more: numbers that all lie on one side of 0 are out of its reach (those near 5 with a spread of 0.1, and
+    constant ones, become nearly 0). So for these slices alone it goes on to the scale that reaches the farthest number.
+
     Args:
         slices: float [S, M], what each scale serves.
         bits: of the codes.
         inputs: whether it is the input of a linear layer: twice the zero points, and scales of at least 1e-4.
         search: settings.
     """
-    top = 2**bits - 1
+    top, zeros = 2**bits - 1, zero_points(bits, inputs, search)
     quantiles = np.quantile(slices, [1 - search.quantile, search.quantile], axis=1).astype(np.float64)
     low, high = slices.min(axis=1).astype(np.float64), slices.max(axis=1).astype(np.float64)
-    return grid_of(quantiles[1] - quantiles[0], high - low, top, bits, inputs, search)
+    above, below = (max(float(codes), 1.0) for codes in (top - zeros[0], zeros[-1]))  # most codes on each side of 0
+    reach = np.where(low >= 0, high / above, np.where(high <= 0, -low / below, 0))
+    return grid_of(quantiles[1] - quantiles[0], np.maximum(high - low, reach * top), top, bits, inputs, search)
 
 
 def grid_of(

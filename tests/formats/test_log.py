@@ -82,6 +82,31 @@ def test_levels_encode_to_themselves_at_every_bit_width_and_base():
                 np.testing.assert_array_equal(again[reached], codes[reached])
 
 
+def test_levels_come_back_under_any_scale():
+    """Quantizing a dequantized tensor gives its codes, through reciprocals and packing too."""
+    for bits, q, scale in ((4, 25, 1.7), (6, 118, 3e-5)):
+        fmt = Log(bits, q, zero="mask")
+        x = F(scale) * fmt.values()[: 2**bits].astype(F)
+        reached = fmt.values()[: 2**bits] > 2e-15
+        packed = fmt.quantize(x, scale=scale)
+        np.testing.assert_array_equal(np.asarray(packed.unpacked()).ravel()[reached], np.arange(2**bits)[reached])
+        np.testing.assert_allclose(packed.dequantize()[reached], x[reached], rtol=3e-7)
+
+
+def test_bases_two_and_four_are_powers_of_two():
+    x = np.append(np.random.default_rng(2).random(200) ** 8, [0.75, 0.9, 0.0]).astype(F)
+    for bits in range(3, 9):
+        for q, octaves in ((37, 1), (74, 2)):
+            fmt = Log(bits, q, zero="mask")
+            shifts, numerators, below = fmt.tables()
+            assert (shifts == octaves * np.arange(2**bits)).all() and (numerators == below).all()
+            if bits != 4:
+                continue
+            near = np.asarray(fmt.quantize(x, scale=0.75).dequantize())
+            code = np.rint(-np.log2(np.clip(x.astype(np.float64) / 0.75, 1e-15, 1)) / octaves).astype(int)
+            np.testing.assert_array_equal(near, np.where(code < 2**bits, np.ldexp(0.75, -octaves * code), 0))
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     bits=st.integers(2, 8),
@@ -131,6 +156,25 @@ def test_error_law_at_log_uniform_inputs():
         near = fmt.values()[(x[:, None] < fmt.bounds()[:60]).sum(1)]
         error = np.mean((near / x - 1)[inside & (x < np.exp2(-q / 74))] ** 2)
         assert error == pytest.approx(law, rel=0.04)
+
+
+def test_more_bits_lose_no_more_of_probabilities_until_nothing_is_masked():
+    rng = np.random.default_rng(3)
+    p = np.exp(rng.standard_normal((600, 64)))
+    p = (p / p.sum(-1, keepdims=True)).astype(F).ravel()
+    power = np.mean(p.astype(np.float64) ** 2)
+    for q, law in ((10, 0.00293), (19, 0.01068), (37, 0.04174), (74, 0.18849)):
+        formats = [Log(bits, q, zero="mask") for bits in range(3, 9)]
+        near = [fmt.values()[(p[:, None] < fmt.bounds()).sum(1)] for fmt in formats]
+        errors = [np.mean((a - p) ** 2) for a in near]
+        table = [0.29 / (2**fmt.bits - 1) * power**0.5 for fmt in formats]  # root mean square of its rounding
+        whole = [(a > 0).all() for a in near]
+        assert whole[-1] and (q == 74 or not whole[0])
+        for n in range(5):
+            assert errors[n + 1] ** 0.5 <= errors[n] ** 0.5 + table[n] + table[n + 1]
+            if whole[n]:
+                assert errors[n + 1] ** 0.5 == pytest.approx(errors[n] ** 0.5, abs=table[n] + table[n + 1])
+        assert errors[-1] == pytest.approx(law * power, rel=0.05)
 
 
 def test_shift_and_powers_of_two():

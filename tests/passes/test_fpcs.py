@@ -39,8 +39,27 @@ def test_grids_are_those_of_the_specification():
             inner = np.quantile(x[0], 0.9) - np.quantile(x[0], 0.1)
             np.testing.assert_allclose(one[[0, -1]], np.array([inner, np.ptp(x[0])]) / top, rtol=1e-5)
             np.testing.assert_allclose(np.diff(one), one[1] - one[0], rtol=1e-3)
-    scales, _ = fpcs.uniform_grid(np.ones((1, 9), F), 4, True, Search())
+    scales, _ = fpcs.uniform_grid(np.zeros((1, 9), F), 4, True, Search())
     assert (scales == F(1e-4)).all()
+
+
+def test_numbers_on_one_side_of_zero_are_within_reach():
+    rng = np.random.default_rng(5)
+    rows = np.stack([np.full(40, 0.25), np.full(40, -3.0), rng.uniform(2, 2.2, 40), -rng.uniform(0, 1, 40) - 5]).astype(
+        F
+    )
+    rows = np.append(rows, np.maximum(rng.standard_normal((1, 40)), 0).astype(F), axis=0)
+    for bits in (3, 4, 8):
+        for inputs in (False, True):
+            scales, zeros = fpcs.uniform_grid(rows, bits, inputs, Search())
+            found = fpcs.search_uniform(
+                lambda s, z, bits=bits: np.stack(
+                    [((rounded(rows, s[:, [c]], z[:, [c]], bits) - rows) ** 2).sum(1) for c in range(s.shape[1])], 1
+                ),
+                scales, zeros, Search(steps=3),
+            )  # fmt: skip
+            lost = found.loss / (rows.astype(np.float64) ** 2).sum(1)
+            assert lost[:2].max() < 1e-6 and lost[2:].max() < {3: 0.05, 4: 0.01, 8: 1e-3}[bits]
 
 
 @settings(max_examples=6, deadline=None)
@@ -143,6 +162,84 @@ def test_fpcs_beats_its_grid_and_comes_near_brute_force():
         assert found.loss[0] <= grid and found.loss[0] <= 1.01 * min(every)
         best = fpcs.search_uniform(loss, scales, zeros, Search(best=True), fpcs.SMALLEST_INPUT_SCALE)
         assert best.loss[0] <= found.loss[0]
+
+
+def watched(loss):
+    """A loss of pairs [C] as `fpcs.Evaluate`, and the list of the pairs of each of its calls."""
+    rounds = []
+
+    def evaluate(scales, others):
+        rounds.append((scales[0].astype(np.float64), others[0].astype(np.float64)))
+        return loss(*rounds[-1])[None]
+
+    return evaluate, rounds
+
+
+def successors(loss, scales, others, spacing, kept):
+    """The pairs that follow these, as the equations say."""
+    m, best = 128 // kept, np.argsort(loss(scales, others), kind="stable")[:kept]
+    around = [scales[i] + spacing * (np.arange(m) / (m - 1) - 0.5) for i in best]
+    return np.concatenate(around), np.repeat(others[best], m)
+
+
+def follow(rounds, loss, spacing, kept):
+    """Check each round against the one before."""
+    for before, after in zip(rounds, rounds[1:], strict=False):
+        for ours, want in zip(after, successors(loss, *before, spacing, kept), strict=True):
+            np.testing.assert_allclose(ours, want, rtol=2e-7)
+        spacing /= 128 // kept - 0.5
+
+
+def test_rounds_try_the_pairs_that_the_equations_say():
+    def loss(scales, others):
+        return (scales / 0.317 - 1) ** 2 + ((others - 7.3) / 40) ** 2
+
+    grid = np.tile(np.linspace(0.1, 0.6, 8), 16), np.repeat(np.arange(0.0, 16.0), 8)
+    evaluate, rounds = watched(loss)
+    found = fpcs.search_uniform(evaluate, *(a[None].astype(F) for a in grid), Search())
+    np.testing.assert_allclose(rounds[0], grid, rtol=1e-6)
+    follow(rounds, loss, 0.5 / 7, 16)
+    at = loss(*rounds[-1]).argmin()
+    assert (found.scale[0], found.other[0]) == tuple(F(a[at]) for a in rounds[-1])
+    assert len(rounds) == 6 and found.evaluations == 128 * 6 == sum(len(s) for s, _ in rounds)
+
+    def loss(scales, others):
+        return (scales / 1.93 - 1) ** 2 + ((others - 41.3) / 70) ** 2
+
+    ends, shift = (0.4, 2.5), 0.17
+    start = fpcs.log_start(ends, shift, Search())
+    assert start == pytest.approx(0.4 + 2.1 * 126 / 127 + 0.17)  # one below the top of 128
+    evaluate, rounds = watched(loss)
+    found = fpcs.search_log(evaluate, ends, shift, start, Search())
+    every = np.arange(10.0, 138.0)
+    np.testing.assert_allclose(rounds[0], (np.full(128, start), every), rtol=1e-6)
+    q = every[np.argsort(loss(*rounds[0]), kind="stable")[:8]]
+    coarse = 0.4 + 2.1 * np.arange(16) / 15 + 0.17
+    np.testing.assert_allclose(rounds[1], (np.tile(coarse, 8), np.repeat(q, 16)), rtol=1e-6)
+    follow(rounds[1:], loss, 2.1 / 15, 32)
+    at = loss(*rounds[-1]).argmin()
+    assert (found.scale[0], found.other[0]) == tuple(F(a[at]) for a in rounds[-1])
+    assert len(rounds) == 7 and found.evaluations == 128 * 7
+    assert fpcs.positive_ends(F([-3, 0, 5, 1, 4, 2, 3, 6, 7, 8, 9, 10]), 0.9) == (9, 10)
+    assert fpcs.positive_ends(F([-3, 0]), 0.9) == (0, 0)
+
+
+def test_the_base_that_is_found_has_the_least_error_of_the_output():
+    rng = np.random.default_rng(4)
+    logits = 2 * rng.standard_normal((1, 2, 10, 16))
+    p = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).astype(F)
+    v = rng.standard_normal((1, 2, 5, 16)).astype(F)
+    near_v = rounded(v, 0.35, 8, 4).astype(F)
+    logs, form = fpcs_losses.logs_of(p, F(0)), fpcs_losses.form_of(p, v, near_v)
+    found = fpcs.search_base(lambda s, q: np.asarray(fpcs_losses.heads_log(logs, form, s, q, bits=4, zero="mask")))
+    errors = {}
+    for q in range(10, 138):
+        code = np.rint(-np.log2(p.astype(np.float64)) * 37 / q).astype(int)
+        level = np.rint(2.0 ** (-(code * q % 37) / 37) * 30) / 30 * 2.0 ** -(code * q // 37) * (code < 16)
+        off = level @ near_v.swapaxes(-1, -2) - p.astype(np.float64) @ v.swapaxes(-1, -2)
+        errors[q] = (off**2).sum()
+    assert errors[int(found.other[0])] <= min(errors.values()) * (1 + 1e-4) and found.scale[0] == 1
+    assert found.loss[0] == pytest.approx(min(errors.values()), rel=1e-3) and min(errors.values()) < 0.9 * errors[37]
 
 
 def test_slices_are_searched_as_if_alone():
