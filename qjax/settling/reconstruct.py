@@ -12,8 +12,9 @@ and float outputs as the target,
 
 is minimised by Adam, at 1e-3 for v and at 4e-5, falling to 0 by a cosine, for the scales of activations; the logits of
 the last block are compared by KL divergence. The second term pushes every h to 0 or 1; it is off for the first fifth,
-and then beta falls from 20 to 2. Logarithmic quantizers use the power itself here, and not its fraction: rounding has
-the derivative 1, and the scale learns through both. Bases, zero points and shifts stay.
+and then beta falls from 20 to 2. Logarithmic quantizers use the power itself here, and not its fraction, and rounding
+has the derivative 1. Then what a code stands for does not change with the scale, s B**(log_B(x / s)) = x, so that their
+scales learn from what is clipped alone, to s or to the last level. Bases, zero points and shifts stay.
 
 These rates are those of the authors' 20,000 steps. In N steps v moves by no more than about N times its rate, so that
 in a few hundred hardly a weight would come to be rounded the other way: of fewer steps both rates are
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,7 +95,7 @@ def reconstructed(
 
     def loss_of(trained: Any, fixed: Any, inputs: Any, targets: Any, hard: bool = False) -> Array:
         got = part.outputs(trained, fixed, inputs, hard)
-        return sum((_distance(a, b, last) for a, b in zip(got, targets, strict=True)), jnp.float32(0))
+        return sum((distance(a, b, last) for a, b in zip(got, targets, strict=True)), jnp.float32(0))
 
     total = settings.reconstruct
     for_weights, for_scales = rates_of(total)
@@ -109,10 +110,7 @@ def reconstructed(
 
         def whole(trained: Any) -> Array:
             loss = loss_of(trained, fixed, _taken(inputs, rows), _taken(targets, rows))
-            passed = jnp.clip((at / total - WARM_UP) / (1 - WARM_UP), 0, 1)
-            beta = BETA[0] + (BETA[1] - BETA[0]) * passed
-            push = sum((jnp.sum(1 - jnp.abs(2 * _h(v) - 1) ** beta) for v in trained["rounding"].values()), 0.0)
-            return loss + jnp.where(at >= WARM_UP * total, PUSH, 0.0) * push
+            return loss + push(trained["rounding"].values(), at, total)
 
         slopes = jax.grad(whole)(trained)
         new, now = {}, {}
@@ -295,6 +293,14 @@ def _h(v: Array) -> Array:
     return jnp.clip(jax.nn.sigmoid(v) * (high - low) + low, 0, 1)
 
 
+def push(rounding: Iterable[Array], at: Array, total: int) -> Array:
+    """The second term of what is minimised, at step ``at`` of ``total``, of all v."""
+    passed = jnp.clip((at / total - WARM_UP) / (1 - WARM_UP), 0, 1)
+    beta = BETA[0] + (BETA[1] - BETA[0]) * passed
+    between = sum((jnp.sum(1 - jnp.abs(2 * _h(v) - 1) ** beta) for v in rounding), jnp.float32(0))
+    return jnp.where(at >= WARM_UP * total, PUSH, 0.0) * between
+
+
 def rounded_weight(fixed: Mapping[str, Array], v: Array, hard: bool) -> Array:
     """W^ of the equation at the top; with ``hard``, every h is 0 or 1."""
     h = (_h(v) >= 0.5).astype(jnp.float32) if hard else _h(v)
@@ -372,23 +378,30 @@ def _round(x: Array) -> Array:
     return x + lax.stop_gradient(jnp.round(x) - x)
 
 
+def _clipped(x: Array, low: float, high: float) -> Array:
+    """`jnp.clip` with the derivative 1 at the ends too, where whole codes often lie; its own is 1/2 there."""
+    inside = (x >= low) & (x <= high)
+    return jnp.where(inside, x, jnp.clip(lax.stop_gradient(x), low, high))
+
+
 def soft_uniform(x: Array, *, scale: Array, zero: Array, bits: int) -> Array:
     """Uniform quantization whose rounding has the derivative 1."""
-    codes = jnp.clip(_round(x.astype(jnp.float32) / scale) + zero, 0, 2**bits - 1)
+    codes = _clipped(_round(x.astype(jnp.float32) / scale) + zero, 0, 2**bits - 1)
     return ((codes - zero) * scale).astype(x.dtype)
 
 
 def soft_log(x: Array, *, scale: Array, q: Array, bits: int, shift: float, zero: str) -> Array:
     """Logarithmic quantization whose rounding has the derivative 1, by the power of the base itself."""
-    u = jnp.clip((x.astype(jnp.float32) + shift) / scale, 1e-15, 1)
+    u = _clipped((x.astype(jnp.float32) + shift) / scale, 1e-15, 1)
     code = _round(-jnp.log2(u) * (37 / q))
     last = 2**bits - 1 - (zero == "reserve")
-    value = scale * jnp.exp2(-jnp.minimum(code, last) * (q / 37))
+    value = scale * jnp.exp2(-_clipped(code, 0, last) * (q / 37))
     kept = value if zero == "clamp" else jnp.where(code > last, 0, value)
     return (kept - shift).astype(x.dtype)
 
 
-def _distance(got: Array, want: Array, last: bool) -> Array:
+def distance(got: Array, want: Array, last: bool) -> Array:
+    """The first term of what is minimised; for a matrix that the last block gives, the mean KL divergence of rows."""
     if last and got.ndim == 2:
         p = jax.nn.log_softmax(want.astype(jnp.float32))
         return jnp.mean(jnp.sum(jnp.exp(p) * (p - jax.nn.log_softmax(got.astype(jnp.float32))), axis=-1))

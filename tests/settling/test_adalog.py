@@ -15,11 +15,13 @@ import qjax
 from qjax.errors import CheckpointError, DataError, RecipeError
 from qjax.formats import Int, Log
 from qjax.passes import AdaLog
+from qjax.passes.adalog import moves
+from qjax.passes.fpcs import Pairs
 from qjax.passes.units import LinearUnit, find_units
 from qjax.settling import run, settle
 from qjax.settling.capture import separable
 from qjax.settling.cuts import blocks_of_units, evaluated, prefix
-from qjax.settling.reconstruct import passed_on, rates_of
+from qjax.settling.reconstruct import distance, passed_on, push, rates_of, soft_log, soft_uniform
 from qjax.settling.results import moved_channels
 
 F = np.float32
@@ -193,6 +195,28 @@ def logarithmic(x, fmt, scale):
     code = np.rint(-np.log2(np.clip((x + fmt.shift) / scale, 1e-15, 1)) * 37 / fmt.q).astype(int)
     at = np.clip(code, 0, n - 1) * fmt.q
     return scale * np.rint(2.0 ** (-(at % 37) / 37) * below) / below * 2.0 ** -(at // 37) * (code < n)
+
+
+def test_the_shift_of_a_gelu_is_in_the_bias_behind_it(settled):
+    """Outputs are those of the shift taken off the rounded inputs, W^ (x^ - shift) + b, with the bias as it was."""
+    fmt = next(rule.inputs.fmt for rule in settled.recipe.rules if rule.match == "down/kernel")
+    assert fmt.folded and fmt.shift > 0.17
+    bias = jax.tree.unflatten(jax.tree.structure(PARAMS), settled.leaves)["down"]["bias"]
+    weight = uniform(PARAMS["down"]["kernel"].T, settled.scales["down/kernel"])
+    x = np.asarray(jax.nn.gelu(np.random.default_rng(1).standard_normal((20, HIDDEN))), np.float64)
+    near = logarithmic(x, fmt, float(settled.constants["down/kernel"]["scale"][0, 0]))
+    want = (near - fmt.shift) @ weight.T + PARAMS["down"]["bias"]
+    np.testing.assert_allclose(near @ weight.T + np.asarray(bias), want, atol=1e-6)
+
+
+def test_one_scale_behind_a_moved_layer_norm_gives_the_codes_of_channels():
+    rng = np.random.default_rng(2)
+    channels = rng.standard_normal((6, 50)) * rng.uniform(0.2, 3, (6, 1)) + rng.standard_normal((6, 1))
+    scale, zero = rng.uniform(0.05, 0.4, 6).astype(F), rng.integers(0, 16, 6).astype(F)
+    rho, beta = moves(channels.astype(F), Pairs(scale, zero, np.zeros(6), 0))
+    s, z = scale.mean(), np.rint(zero.mean())
+    moved = channels / rho[:, None] - beta[:, None]
+    np.testing.assert_allclose(moved / s + z, channels / scale[:, None] + zero[:, None], atol=1e-4)
 
 
 def test_the_model_is_what_the_numbers_say(settled, job, tmp_path):
@@ -559,6 +583,51 @@ def test_examples_come_first_where_blocks_are_trained():
     how = dataclasses.replace(QUICK, reconstruct=2)
     with pytest.raises(DataError, match="up/kernel.*first axis"):
         settle(turned, params, [(X,)], recipe=qjax.Recipe(rules, settle=how))
+
+
+def test_what_is_minimised_is_what_the_equations_say():
+    rng = np.random.default_rng(3)
+    got, want = rng.standard_normal((2, 4, 3, 5)).astype(F)
+    assert distance(got, want, True) == pytest.approx(((got - want) ** 2).sum(1).mean() / 10, rel=1e-5)
+    p, q = (np.exp(a[:, 0]) / np.exp(a[:, 0]).sum(-1, keepdims=True) for a in (want, got))
+    assert distance(got[:, 0], want[:, 0], True) == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-4)
+    assert distance(got[:, 0], want[:, 0], False) == pytest.approx(
+        ((got - want)[:, 0] ** 2).sum(1).mean() / 10, rel=1e-5
+    )
+    vs = [rng.standard_normal((3, 4)).astype(F), F([-9, 0.3, 9])]
+    h = np.clip(1.2 / (1 + np.exp(-np.concatenate([v.ravel() for v in vs]))) - 0.1, 0, 1)
+    for at, beta in ((0, None), (19, None), (20, 20), (60, 11), (100, 2)):
+        term = 0 if beta is None else 0.01 * (1 - np.abs(2 * h - 1) ** beta).sum()
+        assert push(vs, jnp.int32(at), 100) == pytest.approx(term, rel=1e-4, abs=1e-7)
+
+
+def test_quantizers_in_training_are_the_formats_with_a_derivative():
+    x = np.random.default_rng(4).uniform(-1, 1, 50).astype(F)
+    s, z = F(0.1), F(6)
+
+    def even(scale):
+        return soft_uniform(x, scale=scale, zero=z, bits=4)
+
+    codes = np.rint(x / s) + z
+    inside = (codes >= 0) & (codes <= 15)
+    np.testing.assert_allclose(even(s), (np.clip(codes, 0, 15) - z) * s, atol=1e-6)
+    slope = np.where(inside, codes - z - x / s, np.clip(codes, 0, 15) - z)
+    np.testing.assert_allclose(jax.jacfwd(even)(s), slope, atol=1e-4)
+
+    x = np.append(x**8, [0, 1]).astype(F)
+    s, q = F(0.7), F(25)
+    for zero in ("mask", "reserve", "clamp"):
+
+        def log(scale, zero=zero):
+            return soft_log(x, scale=scale, q=q, bits=3, shift=0.05, zero=zero)
+
+        u = np.clip((x.astype(np.float64) + 0.05) / s, 1e-15, 1)
+        code, last = np.rint(-np.log2(u) * 37 / 25), 6 if zero == "reserve" else 7
+        power = 2.0 ** (-np.minimum(code, last) * 25 / 37)  # the power itself, and no fraction
+        kept = (code <= last) | (zero == "clamp")
+        np.testing.assert_allclose(log(s), np.where(kept, s * power, 0) - 0.05, atol=1e-6)
+        slope = np.where(kept & ((u == 1) | (code > last)), power, 0)  # between, u / s and the power cancel
+        np.testing.assert_allclose(jax.jacfwd(log)(s), slope, atol=1e-5)
 
 
 def test_rates_are_those_of_the_authors_at_their_number_of_steps():
