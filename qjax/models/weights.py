@@ -62,6 +62,11 @@ class Checkpoint:
                 f"{folder} holds pickled torch weights only; convert them once with transformers: "
                 "model.save_pretrained(folder, safe_serialization=True)."
             )
+        elif (folder / "checkpoint").is_dir():
+            raise ModelError(
+                f"{folder} holds a quantized model as `qjax quantize` writes it, and no float weights: read it with "
+                "qjax.models.abstract and qjax.load, as its README.md shows."
+            )
         else:
             raise ModelError(f"{folder} has no model.safetensors; download the weights into it.")
         self.used: set[str] = set()

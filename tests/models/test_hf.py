@@ -156,6 +156,9 @@ def test_missing_files(folder, tmp_path):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
         models.load(folder)
+    (folder / "checkpoint").mkdir()  # as `qjax quantize` writes it
+    with pytest.raises(ModelError, match=r"quantized model.*qjax\.models\.abstract"):
+        models.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
         models.load(folder)
