@@ -116,8 +116,9 @@ def uniform_grid(slices: np.ndarray, bits: int, inputs: bool, search: Search) ->
     """Return the coarse grid: scales and zero points, float32 [S, candidates], the scale varying fastest.
 
     Scales go from the inner range of a slice to the whole of it, divided by the last code. The authors' grid is that
-    and no more: numbers that all lie on one side of 0 are out of its reach (those near 5 with a spread of 0.1, and
-    constant ones, become nearly 0). So for these slices alone it goes on to the scale that reaches the farthest number.
+    and no more: a slice that lies so far on one side of 0 that its nearest number is beyond the last code of all pairs
+    (numbers near 5 with a spread of 0.1, and constant ones) would become a single wrong number. So for such slices
+    alone it goes on to the scale that reaches the farthest number.
 
     Args:
         slices: float [S, M], what each scale serves.
@@ -129,8 +130,12 @@ def uniform_grid(slices: np.ndarray, bits: int, inputs: bool, search: Search) ->
     quantiles = np.quantile(slices, [1 - search.quantile, search.quantile], axis=1).astype(np.float64)
     low, high = slices.min(axis=1).astype(np.float64), slices.max(axis=1).astype(np.float64)
     above, below = (max(float(codes), 1.0) for codes in (top - zeros[0], zeros[-1]))  # most codes on each side of 0
-    reach = np.where(low >= 0, high / above, np.where(high <= 0, -low / below, 0))
-    return grid_of(quantiles[1] - quantiles[0], np.maximum(high - low, reach * top), top, bits, inputs, search)
+    near, far = np.maximum(low, -high), np.maximum(high, -low)  # near < 0: on both sides
+    codes = np.where(low > 0, above, below)
+    whole = high - low
+    beyond = (near > 0) & (near * top >= codes * whole)
+    whole = np.where(beyond, far / codes * top, whole)
+    return grid_of(quantiles[1] - quantiles[0], whole, top, bits, inputs, search)
 
 
 def grid_of(

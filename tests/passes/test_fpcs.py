@@ -43,12 +43,11 @@ def test_grids_are_those_of_the_specification():
     assert (scales == F(1e-4)).all()
 
 
-def test_numbers_on_one_side_of_zero_are_within_reach():
+def test_numbers_beyond_all_pairs_are_brought_within_reach():
     rng = np.random.default_rng(5)
     rows = np.stack([np.full(40, 0.25), np.full(40, -3.0), rng.uniform(2, 2.2, 40), -rng.uniform(0, 1, 40) - 5]).astype(
         F
     )
-    rows = np.append(rows, np.maximum(rng.standard_normal((1, 40)), 0).astype(F), axis=0)
     for bits in (3, 4, 8):
         for inputs in (False, True):
             scales, zeros = fpcs.uniform_grid(rows, bits, inputs, Search())
@@ -60,6 +59,9 @@ def test_numbers_on_one_side_of_zero_are_within_reach():
             )  # fmt: skip
             lost = found.loss / (rows.astype(np.float64) ** 2).sum(1)
             assert lost[:2].max() < 1e-6 and lost[2:].max() < {3: 0.05, 4: 0.01, 8: 1e-3}[bits]
+            near = np.stack([rng.uniform(0, 1, 40), rng.uniform(0.2, 1, 40), rng.uniform(-1, 1, 40)]).astype(F)
+            scales, _ = fpcs.uniform_grid(near, bits, inputs, Search())  # where some are within reach: as the authors
+            np.testing.assert_allclose(scales.max(1), np.ptp(near, axis=1) / (2**bits - 1), rtol=1e-6)
 
 
 @settings(max_examples=6, deadline=None)
