@@ -14,7 +14,9 @@ is minimised by Adam, at 1e-3 for v and at 4e-5, falling to 0 by a cosine, for t
 the last block are compared by KL divergence. The second term pushes every h to 0 or 1; it is off for the first fifth,
 and then beta falls from 20 to 2. Logarithmic quantizers use the power itself here, and not its fraction, and rounding
 has the derivative 1. Then what a code stands for does not change with the scale, s B**(log_B(x / s)) = x, so that their
-scales learn from what is clipped alone, to s or to the last level. Bases, zero points and shifts stay.
+scales learn from what is clipped alone, to s or to the last level. Bases, zero points and shifts stay. So does the
+scale 1 of logarithmic probabilities, which the authors train too: nothing but zeros is clipped there, so that its
+derivative is noise, which Adam blows up to steps of full size; and 1 is what `qjax.ops.log_attention` takes.
 
 These rates are those of the authors' 20,000 steps. In N steps v moves by no more than about N times its rate, so that
 in a few hundred hardly a weight would come to be rounded the other way: of fewer steps both rates are
@@ -310,7 +312,10 @@ def rounded_weight(fixed: Mapping[str, Array], v: Array, hard: bool) -> Array:
 
 def _scales(unit: Unit, found: Found) -> dict[str, Array]:
     """The scales of activations of a unit."""
-    keys = ["input_scale"] if isinstance(unit, LinearUnit) else [f"{n}.scale" for n in ("q", "k", "p", "v")]
+    if isinstance(unit, LinearUnit):
+        keys = ["input_scale"]
+    else:  # logarithmic probabilities keep the scale 1 of softmax
+        keys = [f"{n}.scale" for n in ("q", "k", "p", "v") if f"{n}.q" not in found]
     return {key: jnp.asarray(found[key]) for key in keys if key in found}
 
 
@@ -348,10 +353,10 @@ def _attention(unit: AttentionUnit, s: Mapping[str, Array], f: Mapping[str, Arra
     ):
         how: dict[int, Any] = {}
         for name, operand in pair:
-            if f"{name}.scale" not in s:
+            scale = {**f, **s}.get(f"{name}.scale")
+            if scale is None:
                 continue
             fmt = unit.decision.operands[name].fmt
-            scale = s[f"{name}.scale"]
             side = 0 if node.inputs[0] is operand.value else 1
             if isinstance(fmt, Log) and f"{name}.q" in f:
                 how[side] = functools.partial(

@@ -517,6 +517,9 @@ def test_blocks_are_trained_to_keep_their_outputs(fn, tmp_path):
         p, *others = (jax.nn.log_softmax(y) for y in (want, got, plainly))
         kl = [float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))) for q in others]
         assert kl[0] < kl[1]
+        (attention,) = (rule for rule in model.recipe.rules if rule.op == "attention")
+        assert attention.operands["p"].scale == (1.0,) and attention.operands["q"].scale != (1.0, 1.0)
+        assert "log_attention" in str(jax.make_jaxpr(model)(model.params, X))
 
 
 def split(params, x):
