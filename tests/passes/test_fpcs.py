@@ -108,7 +108,7 @@ def test_losses_are_the_squared_errors_of_the_products(bits, wide, seed):
                 assert ours[h, c] == pytest.approx((off**2).sum(), rel=3e-4 if products == "float32" else 2e-2)
 
 
-@pytest.mark.parametrize("zero", ["mask", "reserve", "clamp"])
+@pytest.mark.parametrize("zero", ["mask", *(pytest.param(z, marks=pytest.mark.slow) for z in ("reserve", "clamp"))])
 def test_logarithmic_candidates_are_the_format(zero):
     x = np.append(RNG.random(30000) ** 6, [0.0, 1.0, 2.0]).astype(F).reshape(1, -1)
     for bits, q, scale in ((3, 31, 1.0), (4, 25, 0.7), (6, 10, 1.0), (8, 137, 1.3)):
